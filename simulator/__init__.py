@@ -1,0 +1,46 @@
+"""Myriad: plan a ten-thousand-GPU training cluster before it exists.
+
+>>> import simulator as sim
+>>> scenario = sim.Scenario.load("examples/deepseek-v3-2048-h800.yaml")
+>>> sim.simulate_step(scenario).step_time_s  # doctest: +SKIP
+"""
+
+from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
+from simulator.estimate import bound, estimate
+from simulator.feasibility import check
+from simulator.planning.search import Search, search
+from simulator.result import StepResult
+from simulator.scenario.catalogue import clusters, models
+from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
+from simulator.scenario.job import Job
+from simulator.scenario.megatron import plan_from_megatron
+from simulator.scenario.model import Model
+from simulator.scenario.plan import Plan
+from simulator.scenario.scenario import Scenario
+from simulator.simulate import simulate_step
+
+__all__ = [
+    "Model",
+    "Accelerator",
+    "Host",
+    "Fabric",
+    "Cluster",
+    "Plan",
+    "Job",
+    "Scenario",
+    "models",
+    "clusters",
+    "plan_from_megatron",
+    "check",
+    "bound",
+    "estimate",
+    "simulate_step",
+    "StepResult",
+    "search",
+    "Search",
+    "SimulatorError",
+    "ProfileError",
+    "PlanError",
+    "Problem",
+    "DeadlockError",
+]

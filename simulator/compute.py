@@ -1,0 +1,98 @@
+"""How long a kernel takes: the roofline times the efficiency that its shape allows. Pure functions of numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from simulator.scenario.cluster import Accelerator
+from simulator.units import Number
+
+_WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
+
+
+def _run_as(accelerator: Accelerator, dtype: str) -> str:
+    """Return the datatype that a kernel for `dtype` runs in: the next wider one that the hardware has."""
+    return next(d for d in _WIDER[_WIDER.index(dtype) :] if d in accelerator.peak_flop_per_s)
+
+
+def peak_flop_per_s(accelerator: Accelerator, dtype: str) -> float:
+    """Return the dense peak for `dtype`, FLOP/s; a datatype that the hardware lacks runs at the next wider one's."""
+    return accelerator.peak_flop_per_s[_run_as(accelerator, dtype)]
+
+
+def gemm_shape_efficiency(m: Number, n: Number, k: Number, groups: Number, accelerator: Accelerator) -> Number:
+    """Return the share of a large GEMM's speed that `groups` products (m, k) x (k, n) reach, 0 to 1.
+
+    Notes
+    -----
+    Three losses multiply. Tiles: the output is computed in whole ``tile_m x tile_n`` tiles. Waves: tiles go to the
+    multiprocessors in whole waves, of whose last one `last_wave_recovered` is won back. Depth: a tile costs
+    ``k + k_ramp``.
+    """
+    tile_m, tile_n = accelerator.tile_m, accelerator.tile_n
+    tiles = np.ceil(np.maximum(m, 1) / tile_m) * np.ceil(np.maximum(n, 1) / tile_n)
+    waves = np.maximum(groups * tiles / accelerator.multiprocessors, 1e-9)
+    spent = np.ceil(waves) - accelerator.last_wave_recovered * (np.ceil(waves) - waves)
+    return m * n / (tiles * tile_m * tile_n) * (waves / spent) * k / (k + accelerator.k_ramp)
+
+
+def gemm_s(
+    flop: Number, size: Number, m: Number, n: Number, k: Number, groups: Number, dtype: str, grouped: bool, accelerator: Accelerator
+) -> Number:
+    """Return seconds of a GEMM or of a grouped one.
+
+    Parameters
+    ----------
+    flop, size : Number
+        FLOP and bytes of all products.
+    m, n, k, groups : Number
+        Shape of one product, and how many there are.
+    dtype : str
+        Datatype of the inputs.
+    grouped : bool
+        Whether one kernel computes products of different weights.
+
+    Notes
+    -----
+    ``max(launch, FLOP / (peak * efficiency(dtype) * efficiency(shape)), bytes / (bandwidth * efficiency))``, the
+    roofline of Williams, Waterman, Patterson, "Roofline", 2009.
+    """
+    run_as = _run_as(accelerator, dtype)
+    rate = accelerator.peak_flop_per_s[run_as] * accelerator.gemm_efficiency[run_as]
+    if grouped:
+        rate = rate * accelerator.grouped_gemm_efficiency
+    share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator), 1e-9)
+    return _launched(np.maximum(flop / (rate * share), _streamed(size, accelerator)), flop, accelerator)
+
+
+def attention_s(flop: Number, size: Number, width: Number, backward: bool, accelerator: Accelerator) -> Number:
+    """Return seconds of fused attention in bf16.
+
+    Parameters
+    ----------
+    width : Number
+        Mean of the key and value widths of a head.
+
+    Notes
+    -----
+    The efficiency holds for width 128; others run at ``d / (d + head_ramp)`` relative to that, wider ones at no more.
+    """
+    ramp = accelerator.head_ramp
+    narrow = np.minimum(width / (width + ramp) * (128 + ramp) / 128, 1.0)
+    share = accelerator.attention_efficiency["backward" if backward else "forward"] * narrow
+    seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
+    return _launched(seconds, flop, accelerator)
+
+
+def memory_s(size: Number, accelerator: Accelerator) -> Number:
+    """Return seconds of a kernel that is bound by device memory: `size` bytes at the sustained bandwidth."""
+    return _launched(_streamed(size, accelerator), size, accelerator)
+
+
+def _streamed(size: Number, accelerator: Accelerator) -> Number:
+    return size / (accelerator.hbm_bytes_per_s * accelerator.hbm_efficiency)
+
+
+def _launched(seconds: Number, work: Number, accelerator: Accelerator) -> Number:
+    """No kernel is shorter than a launch; no work takes no time."""
+    return np.where(np.asarray(work) > 0, np.maximum(seconds, accelerator.launch_s), 0.0)

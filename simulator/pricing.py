@@ -1,0 +1,74 @@
+"""Operation to seconds: the one place where the workload meets compute and network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from simulator import compute
+from simulator.network import collectives
+from simulator.scenario.cluster import Cluster
+from simulator.scenario.mesh import group
+from simulator.scenario.model import Model
+from simulator.scenario.plan import Plan
+from simulator.units import Number
+from simulator.workload.experts import copies
+from simulator.workload.ops import Op, Segment
+
+_COLLECTIVES = {
+    "all_gather": collectives.all_gather_s,
+    "reduce_scatter": collectives.reduce_scatter_s,
+    "all_reduce": collectives.all_reduce_s,
+}
+
+
+def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: float = 1.0) -> Number:
+    """Return the seconds of one operation.
+
+    Parameters
+    ----------
+    op : Op
+    model, plan, cluster
+        What decides groups and rates; `plan` may be columns of plans.
+    load : float
+        Tokens routed to this rank over the mean; scales the routed operations.
+
+    Returns
+    -------
+    Number
+        Seconds, one per plan.
+    """
+    if load != 1.0 and op.routed:
+        op = _loaded(op, load)
+    if op.kind in ("gemm", "grouped_gemm"):
+        grouped = op.kind == "grouped_gemm"
+        return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)
+    if op.kind == "attention":
+        return compute.attention_s(op.flop, op.bytes, (op.k + op.n) / 2, op.grad == "input", cluster.accelerator)
+    if op.kind == "memory":
+        return compute.memory_s(op.bytes, cluster.accelerator)
+    if op.kind == "send":
+        return collectives.send_s(op.bytes, group(plan, "pp").stride, cluster)
+    members = group(plan, op.axis)
+    if op.kind == "all_to_all":
+        assert model.experts is not None
+        out, fan = copies(model.experts, plan.dispatcher, members.size, *collectives.crossings(members, cluster))
+        return collectives.expert_all_to_all_s(op.bytes, members, cluster, out, fan)
+    return _COLLECTIVES[op.kind](op.bytes, members, cluster)
+
+
+def _loaded(op: Op, load: float) -> Op:
+    """Return a routed operation for `load` times the tokens: more rows forward, a deeper product for the weights."""
+    deeper = op.grad == "weight"
+    return replace(op, flop=op.flop * load, bytes=op.bytes * load, m=op.m * (1.0 if deeper else load), k=op.k * (load if deeper else 1.0))
+
+
+def segments_s(segments: Iterable[Segment], model: Model, plan: Plan, cluster: Cluster) -> Number:
+    """Return the seconds of segments run one after the other; operations of a segment run side by side."""
+    seconds: Number = 0.0
+    for segment in segments:
+        parallel = [op_s(op, model, plan, cluster) for op in segment]
+        seconds = seconds + (parallel[0] if len(parallel) == 1 else np.maximum.reduce(np.broadcast_arrays(*parallel)))
+    return seconds

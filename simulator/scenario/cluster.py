@@ -1,0 +1,264 @@
+"""The machine: accelerators in hosts, hosts in scale-up domains, domains on a fabric. Facts and counts, no physics."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from simulator.scenario.facts import Facts, Fraction, Frozen
+from simulator.units import Bytes, BytesPerS, Count, FlopPerS, Seconds, UsdPerHour, Watts, readable
+
+Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
+
+
+class Protocols(Frozen):
+    """A latency for each of NCCL's three wire protocols, seconds."""
+
+    ll: Seconds
+    ll128: Seconds
+    simple: Seconds
+
+
+class Accelerator(Facts):
+    """One GPU: what its datasheet promises and what kernels reach of it.
+
+    Parameters
+    ----------
+    peak_flop_per_s : dict
+        Dense peak per datatype, FLOP/s.
+    gemm_efficiency : dict
+        Share of that peak that large GEMMs sustain, per datatype.
+    grouped_gemm_efficiency : float
+        Share of the dense GEMM's speed that a grouped GEMM of the same tiles reaches.
+    attention_efficiency : dict
+        Share of the bf16 peak that fused attention reaches, ``forward`` and ``backward``.
+    hbm_efficiency : float
+        Share of the memory bandwidth that streaming kernels sustain.
+    launch_s : float
+        Shortest time of a kernel, seconds.
+    multiprocessors, tile_m, tile_n, k_ramp : int
+        Geometry of the GEMM kernels: processors that each work on one ``tile_m x tile_n`` output tile, and the depth
+        in K that filling and draining a tile costs.
+    last_wave_recovered : float
+        Share of the idle time of the last wave of tiles that smaller tiles or split-K win back.
+    head_ramp : int
+        Head width that costs fused attention half of its speed; the published efficiency is that of width 128.
+    """
+
+    vendor: str
+    hbm_bytes: Bytes
+    hbm_bytes_per_s: BytesPerS
+    peak_flop_per_s: dict[Dtype, FlopPerS]
+    gemm_efficiency: dict[Dtype, Fraction]
+    grouped_gemm_efficiency: Fraction
+    attention_efficiency: dict[Literal["forward", "backward"], Fraction]
+    hbm_efficiency: Fraction
+    launch_s: Seconds
+    multiprocessors: int = Field(gt=0)
+    tile_m: int = Field(gt=0)
+    tile_n: int = Field(gt=0)
+    k_ramp: int = Field(ge=0)
+    last_wave_recovered: float = Field(ge=0, le=1)
+    head_ramp: int = Field(ge=0)
+    tdp_w: Watts
+
+    @model_validator(mode="after")
+    def _peaks_are_dense(self) -> Accelerator:
+        peaks = self.peak_flop_per_s
+        if "bf16" not in peaks and "fp16" not in peaks:
+            raise ValueError("peak_flop_per_s needs bf16 or fp16")
+        if {"bf16", "fp8"} <= peaks.keys() and not 0.95 <= peaks["fp8"] / peaks["bf16"] <= 2.1:
+            raise ValueError(
+                f"peak_flop_per_s.fp8 = {readable(peaks['fp8'], 'flop_per_s')} is {peaks['fp8'] / peaks['bf16']:.2f} x bf16 = "
+                f"{readable(peaks['bf16'], 'flop_per_s')}; dense FP8 is 1 to 2 x dense bf16: give both peaks without sparsity"
+            )
+        missing = peaks.keys() - self.gemm_efficiency.keys()
+        if missing:
+            raise ValueError(f"gemm_efficiency lacks {', '.join(sorted(missing))}, which peak_flop_per_s has")
+        if set(self.attention_efficiency) != {"forward", "backward"}:
+            raise ValueError("attention_efficiency needs forward and backward")
+        return self
+
+
+class Host(Facts):
+    """A server and the scale-up domain (NVLink island) that it belongs to.
+
+    Parameters
+    ----------
+    accelerators : int
+        Accelerators in one host.
+    scale_up_domain : int
+        Accelerators that reach each other over the scale-up links; may span hosts.
+    scale_up_bytes_per_s : float
+        Scale-up bandwidth of one accelerator, one direction.
+    bus_bytes_per_s : dict
+        Bus bandwidth (as nccl-tests define it) of large messages inside the domain, per collective; ``send`` is
+        point to point.
+    nic_bytes_per_s : float
+        Scale-out bandwidth per accelerator, one direction.
+    base_latency_s, hop_latency_s : Protocols
+        Start of a collective and one hop over the scale-up link, per protocol.
+    protocol_share : dict
+        Share of the wire that is payload, per protocol.
+    tree_share : float
+        Bandwidth of a tree all-reduce over that of a ring.
+    overhead_w : float
+        Power of the host beside its accelerators: processors, NICs, fans.
+    """
+
+    accelerators: int = Field(gt=0)
+    scale_up_domain: int = Field(gt=0)
+    scale_up_bytes_per_s: BytesPerS
+    bus_bytes_per_s: dict[Collective, BytesPerS]
+    nic_bytes_per_s: BytesPerS
+    base_latency_s: Protocols
+    hop_latency_s: Protocols
+    protocol_share: dict[Literal["ll", "ll128", "simple"], Fraction]
+    tree_share: Fraction
+    overhead_w: Watts
+
+    @field_validator("nic_bytes_per_s")
+    @classmethod
+    def _bits_or_bytes(cls, value: float) -> float:
+        if value > 250e9:
+            raise ValueError(
+                f"{value / 1e9:g} GB/s = {value * 8 / 1e9:g} Gb/s per accelerator is beyond every NIC; "
+                f"if the NIC is a {value / 1e9:g} Gb/s one, write '{value / 1e9:g} Gb/s'"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _all_collectives(self) -> Host:
+        protocols = {"ll", "ll128", "simple"} - self.protocol_share.keys()
+        if protocols:
+            raise ValueError(f"protocol_share lacks {', '.join(sorted(protocols))}")
+        beyond = {c: r for c, r in self.bus_bytes_per_s.items() if r > (2 if c == "all_reduce" else 1) * self.scale_up_bytes_per_s}
+        if beyond:
+            found = ", ".join(f"{c} = {readable(r, 'bytes_per_s')}" for c, r in beyond.items())
+            raise ValueError(
+                f"bus_bytes_per_s {found} is beyond the link's "
+                f"scale_up_bytes_per_s = {readable(self.scale_up_bytes_per_s, 'bytes_per_s')}, one direction (all-reduce in the network: twice that)"
+            )
+        if self.scale_up_domain % self.accelerators and self.scale_up_domain > self.accelerators:
+            raise ValueError(f"scale_up_domain = {self.scale_up_domain} is not a multiple of the host's {self.accelerators} accelerators")
+        missing = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"} - self.bus_bytes_per_s.keys()
+        if missing:
+            raise ValueError(f"bus_bytes_per_s lacks {', '.join(sorted(missing))}")
+        return self
+
+
+class Tier(Frozen):
+    """One level of switches.
+
+    Parameters
+    ----------
+    name : str
+        ``leaf``, ``spine``, ``core`` ...
+    accelerators : int
+        Accelerators that reach each other without leaving this level.
+    oversubscription : float
+        Bandwidth entering this level from below over bandwidth leaving it upwards to the next level.
+    latency_s : float
+        One-way latency between two accelerators whose path tops out here.
+    """
+
+    name: str
+    accelerators: Count = Field(gt=0)
+    oversubscription: float = Field(default=1.0, ge=0.5, le=1000)
+    latency_s: Seconds
+
+
+class Fabric(Facts):
+    """The scale-out network as a hierarchy of tiers, from the leaf up.
+
+    Parameters
+    ----------
+    family : str
+        ``rail-optimised``, ``clos`` or ``multi-plane``.
+    efficiency : float
+        Share of the line rate that large transfers sustain.
+    hop_latency_s : Protocols
+        One network hop of a collective, per protocol.
+    tiers : tuple of Tier
+        Innermost first; the last one reaches every accelerator.
+    """
+
+    family: Literal["rail-optimised", "clos", "multi-plane"]
+    efficiency: Fraction
+    hop_latency_s: Protocols
+    tiers: tuple[Tier, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _tiers_grow(self) -> Fabric:
+        names = [t.name for t in self.tiers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tiers need different names; found {', '.join(names)}")
+        reach = [t.accelerators for t in self.tiers]
+        if reach != sorted(set(reach)):
+            raise ValueError(f"tiers must reach ever more accelerators, innermost first; found {reach}")
+        return self
+
+
+class Cluster(Facts):
+    """Accelerators, hosts and fabric, counted and priced.
+
+    Parameters
+    ----------
+    accelerator : Accelerator
+    host : Host
+    fabric : Fabric
+    accelerators : int
+        How many of them; a multiple of the host's.
+    price_usd_per_accelerator_hour : float
+        Rent of one accelerator with its share of the host and fabric; the source gives the date.
+    slow_hosts : dict of int to float
+        Hosts whose kernels take longer, by factor; 1.1 is 10 % slower.
+    """
+
+    accelerator: Accelerator
+    host: Host
+    fabric: Fabric
+    accelerators: Count = Field(gt=0)
+    price_usd_per_accelerator_hour: UsdPerHour
+    slow_hosts: dict[int, float] = {}
+
+    @model_validator(mode="after")
+    def _price_has_a_date(self) -> Cluster:
+        if any("price_usd_per_accelerator_hour" in s.facts and not s.date for s in self.sources):
+            raise ValueError("the source of price_usd_per_accelerator_hour needs a date; prices move by 40 % in months")
+        return self
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> Cluster:
+        if self.accelerators % self.host.accelerators and self.accelerators > self.host.accelerators:
+            raise ValueError(
+                f"accelerators = {self.accelerators} is not a multiple of the host's {self.host.accelerators}; "
+                f"use {self.accelerators // self.host.accelerators * self.host.accelerators}"
+            )
+        reach = self.fabric.tiers[-1].accelerators
+        if self.accelerators > max(reach, self.host.scale_up_domain):
+            raise ValueError(
+                f"accelerators = {self.accelerators} exceeds the {reach} that fabric {self.fabric.name} reaches; add a tier or use {reach}"
+            )
+        for host, factor in self.slow_hosts.items():
+            if not 0 <= host < self.hosts:
+                raise ValueError(f"slow_hosts names host {host}; this cluster has hosts 0 to {self.hosts - 1}")
+            if not 1 <= factor < float("inf"):
+                raise ValueError(f"slow_hosts[{host}] = {factor}: a slow host takes 1 or more times as long; write 1.1 for 10 % slower")
+        return self
+
+    def numbers(self) -> dict[str, float]:
+        """Return this cluster's own numbers; a slow host is a question, not a fact."""
+        return {k: v for k, v in super().numbers().items() if not k.startswith("slow_hosts")}
+
+    @property
+    def hosts(self) -> int:
+        """Hosts, the last one possibly partly used."""
+        return -(-self.accelerators // self.host.accelerators)
+
+    def provenance(self) -> list[dict]:
+        """Return one row per number of the cluster and its parts."""
+        parts = (self.accelerator, self.host, self.fabric)
+        return super().provenance() + [row for part in parts for row in part.provenance()]

@@ -1,0 +1,107 @@
+"""Facts with their sources: the base of every hardware profile."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Grade = Literal["datasheet", "published", "measured", "fitted", "assumed"]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Frozen(BaseModel):
+    """A user-facing description: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Source(Frozen):
+    """Where a group of facts comes from.
+
+    Parameters
+    ----------
+    grade : str
+        ``datasheet``, ``published`` (measured by someone), ``measured`` (by our calibration), ``fitted`` or ``assumed``.
+    source : str
+        The document, with version or commit; for ``assumed`` the reasoning.
+    facts : tuple of str
+        Field names (``hbm_bytes``) or field and key (``gemm_efficiency.fp8``).
+    date : str, optional
+        When the fact held; every price carries one.
+    """
+
+    grade: Grade
+    source: str = Field(min_length=3)
+    facts: tuple[str, ...]
+    date: str | None = None
+
+
+class Facts(Frozen):
+    """A named set of facts; every number in it is covered by exactly one source."""
+
+    name: str
+    sources: tuple[Source, ...] = ()
+
+    @model_validator(mode="after")
+    def _every_number_has_a_source(self) -> Facts:
+        numbers, cited = set(self.numbers()), [f for s in self.sources for f in s.facts]
+        covered = {n: [f for f in cited if n == f] or [f for f in cited if n.startswith(f + ".")] for n in numbers}
+        bare = sorted(n for n, by in covered.items() if not by)
+        twice = sorted(n for n, by in covered.items() if len(by) > 1)
+        idle = sorted({f for f in cited if not any(n == f or n.startswith(f + ".") for n in numbers)})
+        if bare:
+            raise ValueError(f"no source for {', '.join(bare)}; list them under sources[].facts")
+        if twice:
+            raise ValueError(f"two sources for {', '.join(twice)}; keep one")
+        if idle:
+            raise ValueError(f"sources name facts that are not here: {', '.join(idle)}")
+        return self
+
+    def numbers(self) -> dict[str, float]:
+        """Return every number of this profile by its dotted name, in SI units."""
+        found: dict[str, float] = {}
+
+        def walk(prefix: str, value: Any) -> None:
+            if isinstance(value, bool | str) or value is None or isinstance(value, Facts):
+                return
+            if isinstance(value, int | float):
+                found[prefix] = value
+            elif isinstance(value, dict):
+                for key, item in value.items():
+                    walk(f"{prefix}.{key}", item)
+            elif isinstance(value, tuple):
+                for item in value:
+                    walk(f"{prefix}.{getattr(item, 'name', '')}".rstrip("."), item)
+            elif isinstance(value, BaseModel):
+                for key in type(value).model_fields:
+                    walk(f"{prefix}.{key}", getattr(value, key))
+
+        for field in type(self).model_fields:
+            if field not in ("name", "sources"):
+                walk(field, getattr(self, field))
+        return found
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """Return one row per number: profile, fact, value (SI), grade, source, date."""
+        rows = []
+        for fact, value in self.numbers().items():
+            exact = [s for s in self.sources if fact in s.facts]
+            wide = [s for s in self.sources if any(fact.startswith(f + ".") for f in s.facts)]
+            source = (exact or wide)[0]
+            rows.append(
+                {
+                    "profile": self.name,
+                    "fact": fact,
+                    "value": value,
+                    "grade": source.grade,
+                    "source": source.source,
+                    "date": source.date,
+                }
+            )
+        return rows
+
+
+def choices(literal: Any) -> tuple[str, ...]:
+    """Return the allowed texts of a Literal type."""
+    return get_args(literal) if get_origin(literal) is Literal else ()

@@ -1,0 +1,234 @@
+"""How the work is divided: degrees on the axes, schedule, sharding, recompute, precision, overlap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from pydantic import Field, model_validator
+
+from simulator.scenario.facts import Fraction, Frozen
+from simulator.units import Bytes
+
+Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
+Schedule = Literal["gpipe", "1f1b", "interleaved"]
+Recompute = Literal["none", "selective", "full"]
+#: parts of a layer whose activations selective recompute may drop, in Megatron's words
+Module = Literal["core_attn", "layernorm", "moe_act", "mla_up_proj", "mlp", "moe"]
+
+#: bytes of one element; fp8 and fp4 carry one scale per 128 and per 16 elements
+ELEMENT_BYTES: dict[str, float] = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4 / 128, "fp4": 0.5 + 1 / 16}
+
+
+class Precision(Frozen):
+    """Datatype of each class of tensors.
+
+    Parameters
+    ----------
+    parameters, gradients, master, moments : str
+        Model weights, main gradients, master weights (``None`` if the weights are their own) and optimizer moments.
+    gemm : str
+        Linear layers; attention stays in bf16.
+    dispatch, combine : str
+        Expert all-to-all, forward; the backward runs the reverse way in ``combine`` precision.
+    gradient_reduce : str
+        Gradient reduce-scatter or all-reduce.
+    """
+
+    parameters: Dtype = "bf16"
+    gradients: Dtype = "fp32"
+    master: Dtype | None = "fp32"
+    moments: Dtype = "fp32"
+    gemm: Dtype = "bf16"
+    dispatch: Dtype = "bf16"
+    combine: Dtype = "bf16"
+    gradient_reduce: Dtype = "fp32"
+
+
+class Reserve(Frozen):
+    """Memory that no tensor of the model explains; every figure is assumed unless the user measured it.
+
+    Parameters
+    ----------
+    context : float
+        Driver context and libraries, bytes.
+    communication : float
+        Buffers of the communication library, bytes.
+    fragmentation : float
+        Share of the allocator's memory lost between blocks.
+    """
+
+    context: Bytes = "1 GB"
+    communication: Bytes = "2 GB"
+    fragmentation: Fraction | Literal[0] = 0.03
+
+
+class Overlap(Frozen):
+    """What runs beside compute instead of after it.
+
+    Parameters
+    ----------
+    grad_reduce : bool
+        Reduce a layer's gradients behind the last backward (Megatron ``--overlap-grad-reduce``).
+    param_gather : bool
+        Gather a layer's parameters ahead of the first forward (Megatron ``--overlap-param-gather``).
+    """
+
+    grad_reduce: bool = True
+    param_gather: bool = True
+
+
+class _Degrees:
+    """Products of degrees, the same for one `Plan` and for columns of plans."""
+
+    @property
+    def dp(self):
+        """Data-parallel degree: replicas times shards."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world(self):
+        """Ranks in the plan."""
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def edp(self):
+        """Data-parallel degree of the experts: dp * cp * tp / (etp * ep)."""
+        return self.dp * self.cp * self.tp // (self.etp * self.ep)
+
+    @property
+    def shard(self):
+        """Ranks that share one copy of the sharded dense state: dp_shard * cp."""
+        return self.dp_shard * self.cp
+
+    @property
+    def expert_shard(self):
+        """Ranks that share one copy of the sharded expert state: edp / dp_replicate, at least 1."""
+        return self.dp_shard * self.cp * self.tp // (self.etp * self.ep)
+
+    @property
+    def minimum_world(self):
+        """Fewest ranks that hold the plan: pp times what both meshes need, tp * cp and etp * ep (their least common multiple)."""
+        return self.pp * np.lcm(self.tp * self.cp, self.etp * self.ep)
+
+    @property
+    def recomputed(self) -> frozenset[str]:
+        """The modules whose activations are dropped and computed again."""
+        return frozenset(self.recompute_modules) if self.recompute == "selective" else frozenset()
+
+
+class Plan(Frozen, _Degrees):
+    """How one training step is divided over ranks.
+
+    Attention lives on a mesh tp x cp x dp x pp, experts on etp x ep x edp x pp over the same ranks.
+
+    Parameters
+    ----------
+    tp, cp, pp, ep, etp : int
+        Tensor, context, pipeline, expert and expert-tensor parallel degrees.
+    vpp : int
+        Model chunks per pipeline rank.
+    dp_replicate, dp_shard : int
+        Data-parallel degree is their product; state is sharded over `dp_shard`. None fills the cluster.
+    zero : int
+        0: nothing sharded; 1: optimizer state; 2: and gradients; 3: and parameters.
+    micro_batch : int
+        Sequences per micro-batch.
+    schedule : str
+        ``gpipe``, ``1f1b`` or ``interleaved`` (needs vpp > 1).
+    layout : str or None
+        None divides the layers evenly; ``balanced`` evens out their FLOP; else stages in Megatron's letters, ``|``
+        between: E embedding, t layer, m MTP layer, L head, e.g. ``Et*3|t*4|t*4|tmL``.
+    recompute : str
+        ``none``, ``selective`` (the `recompute_modules`) or ``full``.
+    sequence_parallel : bool
+        Split norms and residuals over tp, as Megatron does.
+    dispatcher : str
+        ``alltoall`` sends one copy per expert; ``deepep`` sends one per host that a token visits and fans out inside.
+    """
+
+    tp: int = Field(default=1, gt=0)
+    cp: int = Field(default=1, gt=0)
+    pp: int = Field(default=1, gt=0)
+    vpp: int = Field(default=1, gt=0)
+    ep: int = Field(default=1, gt=0)
+    etp: int = Field(default=1, gt=0)
+    dp_replicate: int = Field(default=1, gt=0)
+    dp_shard: int | None = Field(default=None, gt=0)
+    zero: Literal[0, 1, 2, 3] = 1
+    micro_batch: int = Field(default=1, gt=0)
+    schedule: Schedule = "1f1b"
+    layout: str | None = None
+    recompute: Recompute = "none"
+    recompute_modules: tuple[Module, ...] = ("core_attn",)
+    sequence_parallel: bool = True
+    dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    precision: Precision = Precision()
+    reserve: Reserve = Reserve()
+    overlap: Overlap = Overlap()
+
+    @model_validator(mode="after")
+    def _schedule_and_chunks(self) -> Plan:
+        if (self.schedule == "interleaved") != (self.vpp > 1):
+            raise ValueError(
+                f"schedule = {self.schedule} with vpp = {self.vpp}: 'interleaved' needs vpp > 1 and the others vpp = 1; "
+                f"write {'schedule: interleaved' if self.vpp > 1 else 'vpp: 2, or schedule: 1f1b'}"
+            )
+        return self
+
+    def on(self, accelerators: int) -> Plan:
+        """Return this plan with `dp_shard` filled so that it covers `accelerators`, if it was left out."""
+        if self.dp_shard is not None:
+            return self
+        return self.model_copy(update={"dp_shard": max(1, accelerators // (self.tp * self.cp * self.pp * self.dp_replicate))})
+
+    def __str__(self) -> str:
+        axes = ("tp", "cp", "pp", "vpp", "ep", "etp", "dp")
+        parts = [f"{a}{getattr(self, a)}" for a in axes if getattr(self, a) > 1 or a in ("tp", "pp", "dp")]
+        return " ".join([*parts, f"zero{self.zero}", f"mbs{self.micro_batch}", self.schedule, f"recompute-{self.recompute}"])
+
+
+@dataclass(frozen=True)
+class PlanColumns(_Degrees):
+    """Many plans at once: the degrees and sizes are arrays, what remains is one category for all of them.
+
+    Every physics function takes it in place of a `Plan` and returns one number per plan.
+    """
+
+    tp: np.ndarray
+    cp: np.ndarray
+    pp: np.ndarray
+    vpp: np.ndarray
+    ep: np.ndarray
+    etp: np.ndarray
+    dp_replicate: np.ndarray
+    dp_shard: np.ndarray
+    micro_batch: np.ndarray
+    like: Plan
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.like, name)
+
+    def __len__(self) -> int:
+        return len(self.tp)
+
+    def take(self, index: np.ndarray) -> PlanColumns:
+        """Return the plans at `index`."""
+        return PlanColumns(**{name: getattr(self, name)[index] for name in COLUMNS}, like=self.like)
+
+    def row(self, index: int) -> Plan:
+        """Return one of the plans."""
+        numbers = {name: int(getattr(self, name)[index]) for name in COLUMNS}
+        schedule = "interleaved" if numbers["vpp"] > 1 else ("1f1b" if self.like.schedule == "interleaved" else self.like.schedule)
+        return self.like.model_copy(update=numbers | {"schedule": schedule})
+
+
+#: the columns of `PlanColumns`
+COLUMNS = tuple(f.name for f in fields(PlanColumns) if f.name != "like")
+
+
+def single(values: Any) -> int:
+    """Return the one value of a scalar or of a column in which all plans agree."""
+    return int(np.asarray(values).flat[0])

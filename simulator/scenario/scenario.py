@@ -1,0 +1,74 @@
+"""One question: this model, on this cluster, by this plan, for this job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from simulator.scenario.cluster import Cluster
+from simulator.scenario.facts import Frozen
+from simulator.scenario.job import Job
+from simulator.scenario.model import Model
+from simulator.scenario.plan import Plan
+from simulator.scenario.profiles import CLUSTERS, MODELS, described, read_yaml, save_yaml, validated
+
+
+class Scenario(Frozen):
+    """Model, cluster, plan and job.
+
+    Parameters
+    ----------
+    model : Model or str
+        Or a shipped name, the path of a ``config.json``, or a table with ``base`` and what differs.
+    cluster : Cluster or str
+        Or a shipped name, a path, or a table with ``base`` and what differs.
+    plan : Plan
+        `dp_shard` may be left out: it then fills the cluster.
+    job : Job
+    """
+
+    model: Model
+    cluster: Cluster
+    plan: Plan = Plan()
+    job: Job
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_names(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data = dict(data)
+            if "model" in data and not isinstance(data["model"], Model):
+                data["model"] = MODELS.resolve(data["model"])
+            if "cluster" in data and not isinstance(data["cluster"], Cluster):
+                data["cluster"] = CLUSTERS.resolve(data["cluster"])
+        return data
+
+    @model_validator(mode="after")
+    def _fill_data_parallel(self) -> Scenario:
+        object.__setattr__(self, "plan", self.plan.on(self.cluster.accelerators))
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scenario:
+        """Return the scenario in a YAML file.
+
+        Raises
+        ------
+        ProfileError
+            When the file cannot be read, or names the keys and values that do not fit.
+        """
+        return validated(cls, read_yaml(path), str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write the scenario to a YAML file, by name where model and cluster are the shipped ones."""
+        data = self.model_dump(mode="json")
+        data["model"] = described(MODELS, self.model)
+        data["cluster"] = described(CLUSTERS, self.cluster)
+        save_yaml(data, path)
+
+    def with_plan(self, **changes: Any) -> Scenario:
+        """Return the same question for a plan with `changes`; degrees that fill the cluster are filled again."""
+        data = self.plan.model_dump() | {"dp_shard": None} | changes
+        return self.model_copy(update={"plan": Plan.model_validate(data).on(self.cluster.accelerators)})

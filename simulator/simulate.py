@@ -1,0 +1,101 @@
+"""The wiring: a scenario in, a simulated step out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from simulator.engine.events import run
+from simulator.errors import PlanError
+from simulator.feasibility import check
+from simulator.pricing import op_s
+from simulator.result import StepResult
+from simulator.scenario.cluster import Cluster
+from simulator.scenario.plan import Plan
+from simulator.scenario.scenario import Scenario
+from simulator.timeline import Timeline
+from simulator.workload.classes import RankClasses, rank_classes, rank_loads
+from simulator.workload.step import StepProgram, build_step
+
+
+def simulate_step(scenario: Scenario, ranks: Literal["classes", "all"] = "classes") -> StepResult:
+    """Return the simulated optimizer step of `scenario`.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    ranks : str
+        ``classes`` simulates one rank of each class that behaves alike, which is exact; ``all`` simulates every rank.
+
+    Raises
+    ------
+    PlanError
+        When the scenario cannot run; carries every problem.
+    """
+    problems = check(scenario)
+    if problems:
+        raise PlanError(problems)
+    model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
+    classes = classify(plan, cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank=ranks == "all")
+    program = build_step(model, plan, job, classes)
+    seconds = node_seconds(program, scenario)
+    start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
+    return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario))
+
+
+def classify(plan: Plan, cluster: Cluster, heaviest: float, every_rank: bool) -> RankClasses:
+    """Return the classes of ranks, set apart by slow hosts and by the tokens that the router sends them."""
+    host = np.arange(plan.world) // cluster.host.accelerators
+    slowdown = np.ones(cluster.hosts)
+    for number, factor in cluster.slow_hosts.items():
+        slowdown[number] = factor
+    load = rank_loads(plan, heaviest) if heaviest > 1 else np.ones(plan.world)
+    return rank_classes(plan, slowdown[host], load, every_rank)
+
+
+def node_seconds(program: StepProgram, scenario: Scenario) -> np.ndarray:
+    """Return the seconds of every node: the price of its task, times the slowdown of its class when it computes."""
+    args = scenario.model, scenario.plan, scenario.cluster
+    loads, variant = np.unique(program.classes.load, return_inverse=True)
+    price = np.array([[sum(float(op_s(op, *args, load=load)) for op in task.ops) for load in loads] for task in program.tasks])
+    computes = np.array([task.stream == "compute" for task in program.tasks])
+    task, rank = np.asarray(program.task), np.asarray(program.rank_class)
+    return price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0)
+
+
+def compute_parts(program: StepProgram, scenario: Scenario) -> dict[str, float]:
+    """Return the mean seconds per rank that the compute stream spends on each kind of kernel."""
+    args = scenario.model, scenario.plan, scenario.cluster
+    classes, parts = program.classes, {}
+    share = classes.count / classes.count.sum()
+    loads, variant = np.unique(classes.load, return_inverse=True)
+    runs = np.zeros((len(program.tasks), len(loads)))
+    rank = np.asarray(program.rank_class)
+    np.add.at(runs, (np.asarray(program.task), variant[rank]), (share * classes.slowdown)[rank])
+    for number, task in enumerate(program.tasks):
+        if task.stream != "compute":
+            continue
+        for op in task.ops:
+            part = "optimizer" if op.name.startswith("optimizer") else "recompute" if op.grad == "again" else op.kind
+            seconds = sum(times * float(op_s(op, *args, load=load)) for times, load in zip(runs[number], loads, strict=True))
+            parts[part] = parts.get(part, 0.0) + seconds
+    return parts
+
+
+def describe(program: StepProgram, node: int) -> str:
+    """Return a node in words."""
+    rank = program.rank_class[node]
+    action = program.label[node]
+    where = f"stage {program.classes.stage[rank]} (class {rank})"
+    return f"{where}: {program.tasks[program.task[node]].name} {action or ''}".strip()
+
+
+def _timeline(program: StepProgram, start: np.ndarray, end: np.ndarray) -> Timeline:
+    rank = np.asarray(program.rank_class)
+    task = np.asarray(program.task)
+    names = np.array([t.name for t in program.tasks], dtype=object)
+    streams = np.array([t.stream for t in program.tasks], dtype=object)
+    actions = {None: ""} | {a: str(a) for a in set(program.label) if a is not None}
+    action = np.array([actions[a] for a in program.label], dtype=object)
+    return Timeline(rank, program.classes.stage[rank], streams[task], names[task], action, start, end, program.classes.count)

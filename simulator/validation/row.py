@@ -1,0 +1,79 @@
+"""One published row: its cells as text, and the assumptions made while reading it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from simulator.errors import ProfileError
+
+
+class Row:
+    """Cells of one published row; a blank means "not printed".
+
+    Parameters
+    ----------
+    cells : mapping
+        A dict or a pandas Series, by column name.
+    """
+
+    def __init__(self, cells: Mapping[str, Any]):
+        self._cells = cells
+        self.assumptions: list[str] = []
+
+    def text(self, column: str) -> str:
+        """Return a cell as stripped text, empty when it is not printed."""
+        value = self._cells.get(column, "")
+        if value is None or (isinstance(value, float) and math.isnan(value)):  # a user's own read_csv gives NaN for a blank
+            return ""
+        return str(value).strip()
+
+    def whole(self, column: str) -> int | None:
+        """Return a cell as a whole number, None when it is not printed.
+
+        Raises
+        ------
+        ProfileError
+            When it is printed and is not a whole number.
+        """
+        text = self.text(column)
+        if not text:
+            return None
+        try:
+            number = float(text)
+            if number == int(number):
+                return int(number)
+        except (ValueError, OverflowError):
+            pass
+        raise ProfileError(f"{column} is not a whole number")
+
+    def need(self, column: str) -> int:
+        """Return a whole number that the row cannot do without.
+
+        Raises
+        ------
+        ProfileError
+            When the source does not print it.
+        """
+        value = self.whole(column)
+        if value is None:
+            raise ProfileError(f"not printed: {column}")
+        return value
+
+    def has(self, pattern: str, *columns: str) -> bool:
+        """Return whether a regular expression occurs in any of the columns, whatever the case."""
+        return any(re.search(pattern, self.text(column), re.IGNORECASE) for column in columns)
+
+    def assume(self, text: str) -> None:
+        """Note an assumption, once."""
+        if text not in self.assumptions:
+            self.assumptions.append(text)
+
+    def default(self, column: str, value: Any, found: Any) -> Any:
+        """Return `found`, or `value` with a note when the source does not print it."""
+        if found not in (None, ""):
+            return found
+        self.assume(f"{column} not printed: {value}")
+        return value

@@ -1,0 +1,254 @@
+"""The plan and the job of a published row: degrees from columns, the rest from the words of its notes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, get_args
+
+from simulator.errors import ProfileError
+from simulator.scenario.job import Job
+from simulator.scenario.model import Model
+from simulator.scenario.plan import Module, Overlap, Plan, Precision
+from simulator.validation.row import Row
+
+#: what a source's notes may mention -> a mechanism that the simulator has no operation for
+_NOT_MODELLED = {
+    r"cuda_graph=(?!none)|cuda_graph_(?:impl|scope)=(?!none)|cuda[- ]?graphs|CUDA graph|_CUDA_GRAPH=1": "CUDA graphs",
+    r"moe_a2a_overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap|overlap_moe_expert_parallel_comm=True|DualPipe overlaps": (
+        "expert all-to-all beside compute"
+    ),
+    r"delay_wgrad_compute=True|delayed wgrad": "delayed weight gradients",
+    r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|async TP": "tensor-parallel communication beside compute",
+    r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
+    r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
+    r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
+    r"fp8 dot-product attention|fp8 attention": "FP8 attention",
+    r"fp8 all-gather": "FP8 parameter gather",
+    r"paged[_ ]stash": "paged stash of activations",
+    r"Ulysses": "Ulysses context parallelism",
+    r"kernel=(?:torch|fused);": "attention that is not FlashAttention",
+    r"grouped_gemm=false": "one GEMM per expert instead of a grouped one",
+    r"FSDP2 \(?eager": "eager kernels (no compiler fusion)",
+    r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
+}
+#: sources from before sequence parallelism, or whose default is without it
+_NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
+#: sources whose public recipe reduces gradients in bf16 (Megatron-Bridge scripts/performance: grad_reduce_in_fp32=False)
+_BF16_GRADIENTS = "Megatron-Bridge|gpu-tpu-pedia"
+
+
+def plan_of(row: Row, model: Model) -> Plan:
+    """Return the plan of a published row.
+
+    Parameters
+    ----------
+    row : Row
+        Its assumptions are added to the row.
+    model : Model
+        The row's model, for the layers that the stages share out.
+
+    Raises
+    ------
+    ProfileError
+        When degrees are not printed or contradict the accelerator count, or the schedule is not modelled.
+    """
+    degrees = _degrees(row, model)
+    for pattern, mechanism in _NOT_MODELLED.items():
+        inert = mechanism.startswith("tensor-parallel") and degrees["tp"] == 1
+        if not inert and row.has(pattern, "overlap_notes", "notes", "pp_schedule", "precision"):
+            row.assume(f"not modelled: {mechanism}")
+    recompute, modules = _recompute(row, model)
+    return Plan(
+        **degrees,
+        zero=row.default("ZeRO stage", 1, row.whole("zero_stage")),
+        micro_batch=row.default("micro-batch", 1, row.whole("mbs")),
+        schedule=_schedule(row, degrees),
+        layout=_layout(row, model, degrees["pp"] * degrees["vpp"]),
+        recompute=recompute,
+        recompute_modules=modules,
+        sequence_parallel=_sequence_parallel(row, degrees["tp"]),
+        dispatcher=_dispatcher(row, model),
+        precision=_precision(row),
+        overlap=_overlap(row, degrees),
+    )
+
+
+def job_of(row: Row) -> Job:
+    """Return the job of a published row: one optimizer step."""
+    batch, sequence = row.need("gbs"), row.need("seq_len")
+    natural = row.has(r"natural routing|no force-?balanc|unforced", "notes", "overlap_notes")
+    if row.text("arch") == "moe" and not natural and not row.has(r"balanc|capacity factor|tokendrop", "notes", "overlap_notes"):
+        row.assume("routing not printed: balanced")
+    return Job(
+        tokens=batch * sequence,
+        global_batch=batch,
+        sequence_length=sequence,
+        optimizer="muon" if row.has(r"\bmuon\b", "notes", "overlap_notes") or row.text("model").startswith("Kimi-K2") else "adam",
+        routing="natural" if natural else "balanced",
+    )
+
+
+def _degrees(row: Row, model: Model) -> dict[str, int]:
+    degrees = {axis: row.need(axis) for axis in ("tp", "pp", "cp")}
+    world, held = row.need("gpus"), degrees["tp"] * degrees["pp"] * degrees["cp"]
+    dp = row.whole("dp") or world // held
+    if held * dp != world:
+        raise ProfileError("degrees do not multiply to the accelerators")
+    replicas = 1
+    group = re.search(r"optimizer-shard group = (\d+)", row.text("overlap_notes"))
+    if group:
+        replicas = max(1, dp // int(group.group(1)))
+    degrees |= {"dp_replicate": replicas, "dp_shard": dp // replicas, "vpp": 1}
+    if degrees["pp"] > 1:
+        degrees["vpp"] = row.default("virtual stages", 1, row.whole("vpp"))
+    if model.experts is not None:
+        degrees["ep"] = row.need("ep")
+        degrees["etp"] = row.default("expert tensor parallelism", 1, row.whole("etp"))
+    return degrees
+
+
+def _schedule(row: Row, degrees: dict[str, int]) -> str:
+    printed = row.text("pp_schedule")
+    if degrees["pp"] == 1:
+        return "1f1b"
+    if re.search(r"\bZB|zero-bubble|DualPipe|V-half|V-min", printed):
+        raise ProfileError(f"pipeline schedule not modelled: {printed.split(' (')[0]}")
+    if degrees["vpp"] > 1:
+        return "interleaved"
+    if re.search("interleaved|1F1B-I", printed):
+        row.assume("interleaved schedule priced as 1F1B: virtual stages not printed")
+    return "1f1b"
+
+
+def _layout(row: Row, model: Model, chunks: int) -> str | None:
+    """Return how the layers share out over the stages, None for evenly.
+
+    A layout on the row wins. Megatron's recipes for models that do not divide count embedding and head as one layer
+    each (Llama 405B, Qwen3-235B, BLOOM), or fill every stage and leave the rest to the last (DeepSeek-V3).
+    """
+    printed = re.search(r"pp_layout[= ]([^;\s]+)", row.text("overlap_notes"))
+    if printed:
+        return _checked_layout(expand_layout(printed.group(1)), model, chunks)
+    if chunks == 1 or (model.layers % chunks == 0 and not model.mtp_layers):
+        return None
+    each = -(-model.layers // chunks)
+    rest = model.layers - each * (chunks - 1)
+    if model.latent is not None and rest > 0:
+        row.assume("stages not printed: filled in order, the last with the rest, MTP and head (recipes of DeepSeek-V3)")
+        return "|".join(["E" + _t(each), *[_t(each)] * (chunks - 2), _t(rest) + "m" * model.mtp_layers + "L"])
+    if (model.layers + 2) % chunks == 0 and not model.mtp_layers:
+        row.assume("stages not printed: embedding and head count as one layer each")
+        each = (model.layers + 2) // chunks
+        return "|".join(["E" + _t(each - 1), *[_t(each)] * (chunks - 2), _t(each - 1) + "L"])
+    row.assume("stages not printed: balanced by FLOP")
+    return "balanced"
+
+
+def _t(layers: int) -> str:
+    return f"t*{layers}" if layers > 1 else "t" * layers
+
+
+def expand_layout(text: str) -> str:
+    """Return a layout in Megatron's letters without brackets: ``Et*4|(tttt|)*2tmL`` is ``Et*4|t*4|t*4|tmL``."""
+    text = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m.group(1) * int(m.group(2)), text)
+    text = re.sub(r"t\*(\d+)", lambda m: "t" * int(m.group(1)), text)
+    return re.sub(r"tt+", lambda m: _t(len(m.group(0))), text)
+
+
+def _checked_layout(layout: str, model: Model, chunks: int) -> str:
+    letters = re.sub(r"t\*(\d+)", lambda m: "t" * int(m.group(1)), layout)
+    found = {"layers": letters.count("t"), "MTP layers": letters.count("m"), "chunks": letters.count("|") + 1}
+    if found != {"layers": model.layers, "MTP layers": model.mtp_layers, "chunks": chunks}:
+        raise ProfileError("printed layout contradicts the model or the stages")
+    return layout
+
+
+def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
+    printed = row.default("recompute", "none", row.text("recompute"))
+    if printed == "none":
+        return "none", ("core_attn",)
+    block = re.match(r"full\(block,num_layers=(\d+)\)", printed)
+    if block and int(block.group(1)) * row.need("pp") < model.layers / 2:
+        row.assume(f"not modelled: full recompute of only {block.group(1)} layers of a stage (taken as none)")
+        return "none", ("core_attn",)
+    if printed.startswith("full"):
+        return "full", ("core_attn",)
+    if "every 2nd layer" in printed:
+        row.assume("not modelled: full recompute of every 2nd layer (taken as all)")
+        return "full", ("core_attn",)
+    listed = re.search(r"\((?:default:)?([^)]*)\)", printed)
+    words = [w.strip().replace("RMSNorm", "layernorm") for w in listed.group(1).split(",")] if listed else []
+    modules = tuple(w for w in words if w in get_args(Module))
+    for word in words:
+        if modules and word not in modules:
+            row.assume(f"not modelled: recompute of {word}")
+    if modules:
+        return "selective", modules
+    # torchtitan's per-operation checkpointing keeps attention and every other matmul; no module list says that
+    row.assume(f"not modelled: recompute '{printed}' (taken as norms only)")
+    return "selective", ("layernorm",)
+
+
+def _sequence_parallel(row: Row, tp: int) -> bool:
+    printed = re.search(r"sequence_parallel=(True|False)", row.text("overlap_notes"))
+    if printed:
+        return printed.group(1) == "True"
+    if row.has("sequence-parallel", "recompute"):
+        return True
+    if row.has("sequence parallelism only in the 'selective' row", "notes"):
+        return False
+    off = row.has(_NO_SEQUENCE_PARALLEL, "source")
+    if tp > 1:
+        row.assume(f"sequence parallelism not printed: {'off' if off else 'on'}")
+    return not off
+
+
+def _dispatcher(row: Row, model: Model) -> str:
+    if model.experts is None:
+        return "alltoall"
+    if not row.has("deepep|hybridep", "overlap_notes", "notes"):
+        if not row.has("dispatcher|all-?to-?all", "overlap_notes", "notes"):
+            row.assume("dispatcher not printed: alltoall")
+        return "alltoall"
+    if row.has("hybridep", "overlap_notes", "notes"):
+        row.assume("HybridEP priced as DeepEP")
+    return "deepep"
+
+
+def _precision(row: Row) -> Precision:
+    printed = row.default("precision", "bf16", row.text("precision")).lower()
+    fields: dict[str, Any] = {}
+    if "fp4" in printed:
+        fields["gemm"] = "fp4"
+    elif re.search("fp8|float8", printed):
+        fields["gemm"] = "fp8"
+    elif "fp16" in printed and "bf16" not in printed:
+        row.assume("gradient precision not printed: fp16")
+        fields |= dict.fromkeys(("parameters", "gradients", "gemm", "dispatch", "combine", "gradient_reduce"), "fp16")
+    if row.has("FP8_PARAMS=True", "overlap_notes"):
+        fields["parameters"] = "fp8"
+    if row.has("bf16 moments|moments bf16", "notes"):
+        fields["moments"] = "bf16"
+    if "pure" in printed:  # MosaicML: PURE reduces in the compute type, DEFAULT in fp32
+        fields["gradient_reduce"] = "bf16"
+    elif row.has(_BF16_GRADIENTS, "source"):
+        row.assume("gradients kept and reduced in bf16: the public recipe")
+        fields |= {"gradients": "bf16", "gradient_reduce": "bf16"}
+    elif "gradient_reduce" not in fields and not re.search("default|fp32 grad", printed) and not row.has("grads fp32", "notes"):
+        row.assume("gradient precision not printed: fp32")
+    return Precision(**fields)
+
+
+def _overlap(row: Row, degrees: dict[str, int]) -> Overlap:
+    notes = row.text("overlap_notes")
+    if degrees["dp_shard"] * degrees["dp_replicate"] == 1:
+        return Overlap()
+    if re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):
+        return Overlap(grad_reduce=False, param_gather=False)
+    if "(DeepSpeed)" in row.text("pp_schedule"):
+        # its pipeline engine reduces gradients in an instruction after the last backward
+        row.assume("gradient reduction not printed: after the backward (DeepSpeed pipeline)")
+        return Overlap(grad_reduce=False, param_gather=False)
+    if not re.search(r"overlap_grad_reduce=True|grad/param sync overlap|FSDP", notes, re.IGNORECASE):
+        row.assume("gradient overlap not printed: on")
+    return Overlap()

@@ -1,0 +1,289 @@
+"""FLOP, bytes and parameters of every layer, on one rank, for one micro-batch.
+
+Shapes: T tokens of a micro-batch on this rank (micro_batch * sequence / cp); Ts = T / tp, the tokens of the
+sequence-parallel parts; h hidden, f MLP width, V vocabulary, a heads, d head width. Every size may be a numpy array with
+one entry per plan.
+
+References
+----------
+Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022 (activations, sequence parallel).
+DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024 (MLA, fine-grained experts, FP8 linear layers).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from simulator.scenario.job import Job
+from simulator.scenario.model import LayerKind, Model
+from simulator.scenario.plan import ELEMENT_BYTES, Plan, Precision
+from simulator.units import Number
+from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op
+
+#: backward over forward FLOP of fused attention: it computes the scores again and then four products instead of two
+ATTENTION_BACKWARD_FLOP = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of one micro-batch on one rank, for one plan or a column of plans."""
+
+    tokens: Number
+    split_tokens: Number
+    sequence: Number
+    tp: Number
+    cp: Number
+    ep: Number
+    etp: Number
+    sequence_parallel: bool
+
+    @classmethod
+    def of(cls, plan: Plan, job: Job) -> Shape:
+        """Return the sizes that `plan` gives to one micro-batch of `job`."""
+        tokens = plan.micro_batch * job.sequence_length / plan.cp
+        split = tokens / plan.tp if plan.sequence_parallel else tokens
+        return cls(tokens, split, job.sequence_length, plan.tp, plan.cp, plan.ep, plan.etp, plan.sequence_parallel)
+
+
+def attended(sequence: Number, window: int | None, causal: bool = True) -> Number:
+    """Return the mean number of keys that a query sees.
+
+    Notes
+    -----
+    Causal: ``(s + 1) / 2``; within a window w < s: ``w (s - (w - 1) / 2) / s``; not causal: s. Flash kernels skip what
+    the mask hides in tiles, so the small surplus at the diagonal is part of their efficiency.
+    """
+    if not causal:
+        return sequence * 1.0
+    if window is None:
+        return (sequence + 1) / 2
+    w = np.minimum(window, sequence)
+    return w * (sequence - (w - 1) / 2) / sequence
+
+
+def _builder(plan: Plan) -> BlockBuilder:
+    gemm = plan.precision.gemm
+    return BlockBuilder(gemm, ELEMENT_BYTES[gemm], plan.recompute, plan.recomputed)
+
+
+def _norm(b: BlockBuilder, name: str, tokens: Number, width: int, model: Model, saved: Number, modules: tuple[str, ...] = ("layernorm",)) -> None:
+    """Read and write the row forward; read it, its gradient, write the input's gradient backward."""
+    b.memory(name, 2 * tokens * width * BF16, 3 * tokens * width * BF16, saved, modules)
+    b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
+
+
+def _residual(b: BlockBuilder, x: Shape, hidden: int) -> None:
+    size = x.split_tokens * hidden * BF16
+    b.memory("residual", 3 * size, 3 * size)
+
+
+def _enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = ()) -> tuple[Op | None, Op | None]:
+    """Gather the sequence-parallel rows for a column-parallel layer.
+
+    Returns the collectives that Megatron hides behind the layer's gradients: the rows are gathered again beside the
+    input gradient and their gradient is reduce-scattered (without sequence parallel: all-reduced) beside the weight's.
+    """
+    size = x.tokens * width * BF16
+    if not x.sequence_parallel:
+        return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input")
+    b.add([(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"),)], [], modules=modules)
+    again = Op(f"{name}.gather", "all_gather", bytes=size, axis="tp", grad="weight")
+    return again, Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
+
+
+def _leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[str, ...] = ()) -> None:
+    """Sum the partial rows of a row-parallel layer."""
+    size = x.tokens * width * BF16
+    if x.sequence_parallel:
+        scatter, gather = (Op(f"{name}.{kind.split('_')[-1]}", kind, bytes=size, axis="tp") for kind in ("reduce_scatter", "all_gather"))
+        b.collective(scatter, gather, modules)
+    else:
+        b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
+
+
+def _core_attention(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int, kv_width: Number, window: int | None) -> None:
+    """Scores and weighted values, fused; with context parallelism the keys and values pass around a ring beside it.
+
+    Notes
+    -----
+    FLOP = 2 T keys heads (qk_dim + v_dim), ring attention balanced over the ranks (zig-zag). One log-sum-exp per
+    head is saved; the output is saved as the input of the projection.
+    """
+    flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
+    traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
+    there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim)
+    back = Op("attn.core", "attention", flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, m=x.tokens, k=qk_dim, n=v_dim, grad="input")
+    ring = x.tokens * x.cp * kv_width * BF16
+    forward = (there, Op("attn.ring", "all_gather", bytes=ring, axis="cp"))
+    backward = (back, Op("attn.ring", "all_gather", bytes=2 * ring, axis="cp", grad="input"))
+    b.add([forward], [backward], x.tokens * heads * FP32, ("core_attn",))
+
+
+def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
+    h, dim, heads, kv = model.hidden, model.head_dim, model.heads, model.kv_heads
+    _norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
+    local_heads, local_kv = heads / x.tp, np.maximum(kv / x.tp, 1.0)
+    width = (local_heads + 2 * local_kv) * dim
+    beside = _enter_tp(b, "attn", x, h)
+    b.linear("attn.qkv", x.tokens, h, width, beside=beside)
+    rotated = x.tokens * (local_heads + local_kv) * dim * BF16
+    b.memory("attn.rotary", 2 * rotated, 2 * rotated, x.tokens * width * BF16)
+    _core_attention(b, x, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
+    b.linear("attn.out", x.tokens, local_heads * dim, h, saved=_twice(b, x.tokens * local_heads * dim))
+    _leave_tp(b, "attn", x, h)
+    b.dense_parameters = b.dense_parameters + h * width + local_heads * dim * h
+    b.dense_parameters = b.dense_parameters + (width if model.attention_bias else 0) + (h if model.output_bias else 0)
+    b.dense_parameters = b.dense_parameters + (2 * dim if model.qk_norm else 0) + (local_heads if model.sinks else 0)
+
+
+def _twice(b: BlockBuilder, elements: Number) -> Number:
+    """Bytes of a tensor that attention keeps in bf16 and a low-precision linear layer in its own datatype."""
+    return elements * (BF16 + (b.element if b.element < BF16 else 0.0))
+
+
+def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
+    """Multi-head latent attention: down-projections on every tp rank, up-projections split by heads."""
+    h, mla, heads = model.hidden, model.latent, model.heads / x.tp
+    assert mla is not None
+    qk = mla.nope_dim + mla.rope_dim
+    _norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
+    latent = mla.kv_rank + mla.rope_dim
+    up = ("mla_up_proj",)
+    if mla.q_rank:
+        b.linear("attn.q_down", x.split_tokens, h, mla.q_rank, saved=x.split_tokens * mla.q_rank * BF16)
+        _norm(b, "attn.q_norm", x.split_tokens, mla.q_rank, model, x.split_tokens * mla.q_rank * b.element)
+    b.linear("attn.kv_down", x.split_tokens, h, latent, saved=x.split_tokens * latent * BF16)
+    _norm(b, "attn.kv_norm", x.split_tokens, mla.kv_rank, model, x.split_tokens * mla.kv_rank * b.element)
+    q_input = mla.q_rank or h
+    beside = _enter_tp(b, "attn", x, q_input + latent)
+    b.linear("attn.q_up", x.tokens, q_input, heads * qk, saved=x.tokens * heads * qk * BF16, modules=up, beside=beside)
+    keys_values = heads * (mla.nope_dim + mla.v_dim)
+    b.linear("attn.kv_up", x.tokens, mla.kv_rank, keys_values, saved=x.tokens * heads * (qk + mla.v_dim) * BF16, modules=up)
+    rotated = x.tokens * heads * 2 * qk * BF16
+    b.memory("attn.rotary", 2 * rotated, 2 * rotated, modules=up)
+    _core_attention(b, x, heads, qk, mla.v_dim, heads * (qk + mla.v_dim), kind.window)
+    b.linear("attn.out", x.tokens, heads * mla.v_dim, h, saved=_twice(b, x.tokens * heads * mla.v_dim))
+    _leave_tp(b, "attn", x, h)
+    q_down = h * mla.q_rank if mla.q_rank else 0
+    b.dense_parameters = b.dense_parameters + q_down + q_input * heads * qk + h * latent + mla.kv_rank * keys_values + heads * mla.v_dim * h
+
+
+def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: tuple[str, ...]) -> None:
+    """Dense MLP, column- then row-parallel: up (and gate), activation, down."""
+    h, local, mats = model.hidden, ffn / x.tp, 2 if model.gated else 1
+    beside = _enter_tp(b, name, x, h, modules)
+    b.linear(f"{name}.up", x.tokens, h, mats * local, saved=x.tokens * mats * local * BF16, modules=modules, beside=beside)
+    size = x.tokens * local * BF16
+    b.memory(f"{name}.activation", (mats + 1) * size, (2 * mats + 1) * size, x.tokens * local * b.element, modules)
+    b.linear(f"{name}.down", x.tokens, local, h, modules=modules)
+    _leave_tp(b, name, x, h, modules)
+    bias = (mats * local + h) if model.mlp_bias else 0
+    b.dense_parameters = b.dense_parameters + (mats + 1) * h * local + bias
+
+
+def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> None:
+    """Router, dispatch, grouped experts, combine; shared experts beside them as a dense MLP.
+
+    Notes
+    -----
+    Balanced, a rank receives as many copies as it sends: R = Ts top_k. With expert-tensor parallelism the copies are
+    gathered over etp and every rank computes a slice of width f / etp.
+    """
+    e, h = model.experts, model.hidden
+    assert e is not None
+    mats = 2 if model.gated else 1
+    received = x.split_tokens * e.top_k
+    rows, local, ffn = received * x.etp, e.count / x.ep, e.ffn / x.etp
+    moe = ("moe",)
+    scores = x.split_tokens * e.count * FP32
+    b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
+    b.memory("router.topk", 4 * scores, 4 * scores, modules=moe)
+    copies = received * h
+    b.memory("moe.permute", (x.split_tokens * h + copies) * BF16, (x.split_tokens * h + copies) * BF16, modules=moe)
+    out, back = (x.split_tokens * h * ELEMENT_BYTES[p] for p in (precision.dispatch, precision.combine))
+    b.exchange("moe.dispatch", out, back, moe)
+    gather, scatter = (Op("moe.etp", kind, bytes=copies * x.etp * BF16, axis="etp", routed=True) for kind in ("all_gather", "reduce_scatter"))
+    b.collective(gather, scatter, moe)
+    per_expert = rows / local
+    b.linear("moe.up", per_expert, h, mats * ffn, saved=copies * x.etp * b.element + rows * mats * ffn * BF16, modules=moe, groups=local, routed=True)
+    size = rows * ffn * BF16
+    b.memory("moe.activation", (mats + 1) * size, (2 * mats + 1) * size, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
+    b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True)
+    b.collective(scatter, gather, moe)
+    b.exchange("moe.combine", back, back, moe)
+    b.memory("moe.unpermute", (x.split_tokens * h + copies) * BF16, (x.split_tokens * h + copies) * BF16, modules=moe)
+    expert = (mats + 1) * h * ffn + ((mats * ffn + h) if model.mlp_bias else 0)
+    b.expert_parameters = b.expert_parameters + local * expert
+    b.dense_parameters = b.dense_parameters + e.count * h + (e.count if model.mlp_bias else 0)
+    if e.shared_ffn:
+        _mlp(b, model, x, "shared", e.shared_ffn, moe)
+        b.dense_parameters = b.dense_parameters + (h if e.shared_gate else 0)
+
+
+def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job) -> Block:
+    """Return the block of one transformer layer of `kind`."""
+    x, b, h = Shape.of(plan, job), _builder(plan), model.hidden
+    (_latent_attention if model.latent else _attention)(b, model, kind, x)
+    _residual(b, x, h)
+    layer_input = x.split_tokens * h * BF16
+    b.add([], [], 2 * layer_input)  # inputs of the two norms
+    _norm(b, "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
+    if kind.moe:
+        _experts(b, model, x, plan.precision)
+    else:
+        _mlp(b, model, x, "mlp", model.ffn, ("mlp",))
+    _residual(b, x, h)
+    return b.build(layer_input)
+
+
+def embedding(model: Model, plan: Plan, job: Job) -> Block:
+    """Return the block of the input embedding, vocabulary split over tp."""
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16)
+    size = x.tokens * model.hidden * BF16
+    b.memory("embedding", 2 * size, 2 * size)
+    _leave_tp(b, "embedding", x, model.hidden)
+    b.dense_parameters = model.vocab * model.hidden / x.tp + model.positions * model.hidden
+    return b.build(0.0)
+
+
+def head(model: Model, plan: Plan, job: Job) -> Block:
+    """Return the block of the final norm, the output projection (in bf16) and the cross-entropy.
+
+    Notes
+    -----
+    The logits live once in bf16 and once in fp32; the loss reads them for the maximum, the sum and the gradient.
+    """
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16)
+    vocab = model.vocab / x.tp
+    _norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
+    beside = _enter_tp(b, "head", x, model.hidden)
+    logits = x.tokens * vocab
+    b.linear("head.logits", x.tokens, model.hidden, vocab, saved=logits * (BF16 + FP32), beside=beside)
+    b.memory("head.loss", logits * (BF16 + 3 * FP32), logits * (FP32 + BF16))
+    if not model.tied_embeddings:
+        b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
+    return b.build(x.split_tokens * model.hidden * BF16)
+
+
+def mtp_layer(model: Model, plan: Plan, job: Job) -> Block:
+    """Return the block of one multi-token-prediction layer: two norms, a 2h -> h projection, a layer and its loss.
+
+    Embedding and output projection are shared with the main model; the projection and loss are computed again.
+    """
+    x, b, h = Shape.of(plan, job), _builder(plan), model.hidden
+    for name in ("mtp.norm_hidden", "mtp.norm_embedding"):
+        _norm(b, name, x.split_tokens, h, model, x.split_tokens * h * BF16, ())
+    b.linear("mtp.project", x.split_tokens, 2 * h, h, saved=x.split_tokens * 2 * h * b.element)
+    own = b.build(x.split_tokens * 2 * h * BF16)
+    layer, loss = transformer_layer(model, model.layer_kinds[-1], plan, job), head(model, plan, job)
+    shared = model.vocab * h / x.tp if not model.tied_embeddings else 0
+    return Block(
+        own.forward + layer.forward + loss.forward,
+        loss.backward + layer.backward + own.backward,
+        own.dense_parameters + 2 * h * h + layer.dense_parameters + loss.dense_parameters - shared,
+        layer.expert_parameters,
+        own.saved_bytes + layer.saved_bytes + loss.saved_bytes,
+        own.recompute_bytes + layer.recompute_bytes + loss.recompute_bytes,
+    )

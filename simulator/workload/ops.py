@@ -1,0 +1,234 @@
+"""The vocabulary of a step: one operation in FLOP and bytes, and blocks of them. No seconds, no hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from simulator.units import Number
+
+#: bytes of an element
+BF16, FP32 = 2.0, 4.0
+#: kinds that run on the compute stream; the others are collectives
+COMPUTE = ("gemm", "grouped_gemm", "attention", "memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One kernel or one collective.
+
+    Parameters
+    ----------
+    name : str
+        Part of the layer, e.g. ``attn.qkv``.
+    kind : str
+        ``gemm``, ``grouped_gemm``, ``attention``, ``memory`` (bandwidth-bound), ``all_gather``, ``reduce_scatter``,
+        ``all_reduce``, ``all_to_all`` or ``send``.
+    flop : Number
+        Floating-point operations on this rank.
+    bytes : Number
+        Compute: bytes read and written in device memory. Collective: the full buffer as nccl-tests count it (gathered,
+        to be reduced), for the experts' all-to-all one copy of every local token, for send the message.
+    m, n, k, groups : Number
+        Shape of a GEMM: `groups` independent products (m, k) x (k, n).
+    axis : str
+        Group of ranks that a collective spans.
+    dtype : str
+        Datatype of a GEMM's inputs.
+    grad : str
+        ``""`` forward, ``input`` or ``weight`` gradient, ``again`` recomputed forward.
+    routed : bool
+        Whether the work grows with the tokens that the router sends to this rank.
+    """
+
+    name: str
+    kind: str
+    flop: Number = 0.0
+    bytes: Number = 0.0
+    m: Number = 0.0
+    n: Number = 0.0
+    k: Number = 0.0
+    groups: Number = 1.0
+    axis: str = ""
+    dtype: str = "bf16"
+    grad: str = ""
+    routed: bool = False
+
+    @property
+    def stream(self) -> str:
+        """The queue that it runs on: ``compute``, or one per kind of communication."""
+        return "compute" if self.kind in COMPUTE else STREAMS[self.axis]
+
+
+#: axis of a collective -> stream that carries it
+STREAMS = {
+    "tp": "tp",
+    "cp": "cp",
+    "ep": "ep",
+    "etp": "ep",
+    "pp": "pp",
+    "dp": "dp",
+    "edp": "dp",
+    "dp_replicate": "dp",
+    "world": "dp",
+}
+
+#: operations that start together, on different streams; the next segment starts when all are done
+Segment = tuple[Op, ...]
+
+
+def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float, grad: str = "", **more: Any) -> Op:
+    """Return a matrix product (m, k) x (k, n): ``2 m k n`` FLOP, and the bytes of its three matrices.
+
+    Parameters
+    ----------
+    m, k, n : Number
+        Shape of one product.
+    dtype : str
+        Datatype of the inputs; the output is bf16.
+    element : float
+        Bytes of one input element.
+    """
+    groups = more.get("groups", 1.0)
+    kind = "grouped_gemm" if "groups" in more else "gemm"
+    flop = 2.0 * groups * m * k * n
+    traffic = groups * ((m * k + k * n) * element + BF16 * m * n)
+    return Op(name, kind, flop=flop, bytes=traffic, m=m, n=n, k=k, dtype=dtype, grad=grad, **more)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What one layer does and holds on one rank, for one micro-batch.
+
+    Parameters
+    ----------
+    forward, backward : tuple of Segment
+        In order of execution; `backward` includes what recompute repeats.
+    dense_parameters, expert_parameters : Number
+        Parameters on this rank: sharded over the dense data-parallel group or over the experts' one.
+    saved_bytes : Number
+        Activations kept from forward to backward.
+    recompute_bytes : Number
+        Activations that live only while the layer is computed again.
+    """
+
+    forward: tuple[Segment, ...]
+    backward: tuple[Segment, ...]
+    dense_parameters: Number
+    expert_parameters: Number
+    saved_bytes: Number
+    recompute_bytes: Number
+
+
+@dataclass(slots=True)
+class _Entry:
+    forward: tuple[Segment, ...]
+    backward: tuple[Segment, ...]
+    saved: Number
+    modules: frozenset[str]
+
+
+@dataclass(slots=True)
+class BlockBuilder:
+    """Collects the pieces of a layer in forward order and derives backward, recompute and saved activations.
+
+    Parameters
+    ----------
+    dtype, element : str and float
+        Datatype of the linear layers and bytes of one element of it.
+    recompute : str
+        ``none``, ``selective`` or ``full``.
+    recomputed : frozenset of str
+        Modules that selective recompute drops.
+    """
+
+    dtype: str
+    element: float
+    recompute: str = "none"
+    recomputed: frozenset[str] = frozenset()
+    dense_parameters: Number = 0.0
+    expert_parameters: Number = 0.0
+    _entries: list[_Entry] = field(default_factory=list)
+
+    def add(self, forward: Iterable[Segment], backward: Iterable[Segment], saved: Number = 0.0, modules: Iterable[str] = ()) -> None:
+        """Append a piece: its forward and backward segments, the activations it saves and the modules it belongs to."""
+        self._entries.append(_Entry(tuple(forward), tuple(backward), saved, frozenset(modules)))
+
+    def memory(self, name: str, forward: Number, backward: Number, saved: Number = 0.0, modules: Iterable[str] = (), routed: bool = False) -> None:
+        """Append a bandwidth-bound kernel that moves `forward` and `backward` bytes."""
+        there = Op(name, "memory", bytes=forward, routed=routed)
+        back = Op(name, "memory", bytes=backward, grad="input", routed=routed)
+        self.add([(there,)], [(back,)], saved, modules)
+
+    def linear(
+        self,
+        name: str,
+        m: Number,
+        k: Number,
+        n: Number,
+        saved: Number = 0.0,
+        modules: Iterable[str] = (),
+        beside: tuple[Op | None, Op | None] = (None, None),
+        dtype: str | None = None,
+        **more: Any,
+    ) -> None:
+        """Append a linear layer (m, k) -> (m, n).
+
+        Its input gradient is (m, n) x (n, k), its weight gradient (k, m) x (m, n); low-precision inputs are cast from
+        bf16, once forward and twice (row- and column-wise) for the gradient. `beside` are collectives that run next to
+        the input and the weight gradient; `dtype` keeps a layer out of low precision.
+        """
+        d, e, groups = dtype or self.dtype, BF16 if dtype else self.element, more.get("groups", 1.0)
+        routed = more.get("routed", False)
+        there = gemm(name, m, k, n, d, e, **more)
+        dgrad = gemm(name, m, n, k, d, e, grad="input", **more)
+        wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
+        forward: list[Segment] = [(there,)]
+        backward: list[Segment] = [(dgrad, beside[0]) if beside[0] else (dgrad,), (wgrad, beside[1]) if beside[1] else (wgrad,)]
+        if e < BF16:
+            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * k * (BF16 + e), routed=routed),))
+            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * n * (BF16 + 2 * e), grad="input", routed=routed),))
+        self.add(forward, backward, saved, modules)
+
+    def collective(self, forward: Op, backward: Op, modules: Iterable[str] = ()) -> None:
+        """Append a collective and the one that its gradient needs."""
+        self.add([(forward,)], [(replace(backward, grad="input"),)], modules=modules)
+
+    def exchange(self, name: str, forward: Number, backward: Number, modules: Iterable[str] = ()) -> None:
+        """Append an expert all-to-all that carries `forward` and `backward` bytes per copy of the local tokens."""
+        there, back = (Op(name, "all_to_all", bytes=size, axis="ep", routed=True) for size in (forward, backward))
+        self.collective(there, back, modules)
+
+    def build(self, layer_input: Number) -> Block:
+        """Return the block.
+
+        Parameters
+        ----------
+        layer_input : Number
+            Bytes of the layer's input, all that full recompute keeps.
+        """
+        forward = tuple(s for e in self._entries for s in e.forward)
+        backward: list[Segment] = []
+        if self.recompute == "full":
+            backward += _again(forward)
+        pending = set(self.recomputed)
+        for entry in reversed(self._entries):
+            due = entry.modules & pending
+            if due:
+                backward += _again(s for e in self._entries if e.modules & due for s in e.forward)
+                pending -= due
+            backward += entry.backward
+        everything = sum(e.saved for e in self._entries)
+        kept = sum(e.saved for e in self._entries if not e.modules & self.recomputed)
+        saved = layer_input if self.recompute == "full" else kept
+        return Block(forward, tuple(backward), self.dense_parameters, self.expert_parameters, saved, everything - saved)
+
+
+def _again(segments: Iterable[Segment]) -> list[Segment]:
+    return [tuple(replace(op, grad="again") for op in segment) for segment in segments]
+
+
+def total(segments: Iterable[Segment], what: Callable[[Op], Number]) -> Number:
+    """Return the sum of ``what(op)`` over the operations of `segments`."""
+    return sum((what(op) for segment in segments for op in segment), 0.0)

@@ -1,0 +1,383 @@
+"""Published runs: every complete row becomes a scenario or says why not, and the error table adds up."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pandas as pd
+import pytest
+
+from simulator.errors import PlanError, Problem, ProfileError
+from simulator.scenario.cluster import Accelerator, Host
+from simulator.validation.published import MACRO, measured_step_s, published_runs, scenario_from_row, summary, validate
+from simulator.validation.row import Row
+from simulator.validation.row_cluster import _nic_bytes_per_s
+from simulator.validation.row_plan import _recompute, expand_layout
+
+#: complete rows that become a scenario, by source; none is skipped
+CONVERTED = {
+    "Aleph-Alpha parallelization layouts": 246,
+    "BigScience BLOOM sweep": 54,
+    "InternEvo 7B benchmark": 18,
+    "Korthikanti et al. 2022 Table 5": 8,
+    "MLPerf Training v3.1 gpt3": 4,
+    "MLPerf Training v4.0 gpt3": 1,
+    "MLPerf Training v4.1 gpt3": 4,
+    "MLPerf Training v5.1 llama31_8b": 10,
+    "Megatron-Bridge perf summary": 94,
+    "Megatron-Core MoE report (2026)": 1,
+    "Megatron-LM dev examples/moe_recipes": 12,
+    "Megatron-LM examples/llama FP8": 2,
+    "Megatron-MoE-ModelZoo": 4,
+    "MosaicML llm-foundry benchmarking": 140,
+    "NVIDIA dgxc-benchmarking": 164,
+    "Narayanan et al. SC'21 Table 2": 6,
+    "SimuMax B200 measured": 31,
+    "gpu-tpu-pedia GB200 Qwen3-30B": 3,
+    "gpu-tpu-pedia GB300 DeepSeek-V3": 6,
+    "torchtitan benchmarks": 25,
+    "vTrain ground truth (multi-node)": 69,
+    "vTrain ground truth (single node)": 878,
+}
+#: why rows that are not complete are out of reach; the other 95 of 446 become scenarios
+SKIPPED = {
+    "not printed: vocab": 75,
+    "no step time follows from mfu": 74,
+    "no step time follows from tflops_per_gpu": 49,
+    "non-standard architecture": 41,
+    "not printed: gbs": 26,
+    "fine-tuning, not pre-training": 24,
+    "not printed: heads": 16,
+    "not printed: layers": 12,
+    "no step time follows from minutes_to_train": 7,
+    "no step time follows from gpu_hours_per_T_tokens": 6,
+    "no accelerator profile: TPU v7 (Ironwood)": 4,
+    "no accelerator profile: TPU-v5p": 4,
+    "not printed: tp": 4,
+    "no accelerator profile: TPU-trillium": 3,
+    "not printed: gpus": 2,
+    "pipeline schedule not modelled: DualPipe": 2,
+    "no accelerator profile: GB200 or GB300 (not stated)": 1,
+    "no accelerator profile: MI355X": 1,
+}
+PAPER = "mcoremoe-dsv3-gb200-mxfp8-4096"
+
+
+@pytest.fixture(scope="module")
+def runs() -> pd.DataFrame:
+    return published_runs()
+
+
+@pytest.fixture(scope="module")
+def everything(runs) -> pd.DataFrame:
+    """Every row against a step of one second."""
+    return validate(lambda scenario: 1.0, runs, complete_only=False)
+
+
+def row(runs: pd.DataFrame, name: str) -> dict:
+    return runs[runs["id"] == name].iloc[0].to_dict()
+
+
+def test_data_is_whole(runs):
+    assert runs.shape == (2226, 49)
+    assert runs["file"].value_counts().to_dict() == {"training_runs.csv": 1348, "training_runs_vtrain_single.csv": 878}
+    assert runs["complete"].value_counts().to_dict() == {"yes": 1780, "partial": 279, "no": 167}
+    assert runs["id"].is_unique
+    assert (runs["source"] != "").all()
+    assert (runs["provenance"] != "").all()
+
+
+def test_every_complete_row_converts_or_says_why(everything):
+    complete = everything[everything["complete"] == "yes"]
+    assert complete[complete["skipped"] == ""].groupby("source").size().to_dict() == CONVERTED
+    assert complete[complete["skipped"] != ""].empty
+    assert complete["measured_s"].between(0.01, 1000).all()
+
+
+def test_incomplete_rows_convert_or_say_why(everything):
+    rest = everything[everything["complete"] != "yes"]
+    assert Counter(rest["skipped"][rest["skipped"] != ""]) == SKIPPED
+    assert (rest["skipped"] == "").sum() == 95
+
+
+def test_world_batch_and_layers_agree_with_the_row(runs):
+    for published in runs[runs["complete"] == "yes"].to_dict("records"):
+        scenario, _ = scenario_from_row(published)
+        plan = scenario.plan
+        assert plan.world == int(published["gpus"]) == scenario.cluster.accelerators, published["id"]
+        assert plan.dp == int(published["dp"])
+        assert scenario.job.global_batch % (plan.dp * plan.micro_batch) == 0
+        assert scenario.job.steps == 1
+        assert scenario.model.layers == int(published["layers"])
+        assert scenario.model.arch == published["arch"]
+        assert scenario.model.vocab % plan.tp == 0
+        if plan.layout is None and plan.pp > 1:
+            assert scenario.model.layers % (plan.pp * plan.vpp) == 0
+        elif plan.layout not in (None, "balanced"):
+            letters = [expand_layout(f"({stage})*1").replace("t*", "") for stage in plan.layout.split("|")]
+            assert len(letters) == plan.pp * plan.vpp
+            assert letters[0].startswith("E")
+            assert letters[-1].endswith("L")
+
+
+def test_a_moe_row_field_by_field(runs):
+    scenario, assumptions = scenario_from_row(row(runs, PAPER))
+    model, cluster, plan, job = scenario.model, scenario.cluster, scenario.plan, scenario.job
+    assert (model.layers, model.hidden, model.ffn, model.heads, model.vocab) == (61, 7168, 18432, 128, 129280)
+    assert (model.experts.count, model.experts.top_k, model.experts.ffn, model.experts.shared_ffn) == (256, 8, 2048, 2048)
+    assert (model.experts.groups, model.experts.top_groups) == (8, 4)  # from the shipped model: no column says it
+    assert model.moe_layers == (False,) * 3 + (True,) * 58
+    assert (model.latent.q_rank, model.latent.kv_rank, model.head_dim, model.mtp_layers) == (1536, 512, 192, 1)
+    assert (plan.tp, plan.pp, plan.vpp, plan.cp, plan.ep, plan.etp, plan.dp, plan.edp) == (1, 4, 4, 1, 64, 1, 64, 1)
+    assert (plan.zero, plan.micro_batch, plan.schedule) == (1, 1, "interleaved")
+    assert (plan.recompute, plan.recompute_modules, plan.dispatcher) == ("selective", ("mlp",), "deepep")
+    assert plan.layout == "Et*4|" + "t*4|" * 14 + "tmL"
+    assert (plan.precision.gemm, plan.precision.parameters) == ("fp8", "bf16")
+    assert (job.global_batch, job.sequence_length, job.routing, job.optimizer) == (8192, 4096, "balanced", "adam")
+    assert (cluster.accelerator.name, cluster.accelerators, cluster.host.scale_up_domain) == ("gb200-186", 256, 64)
+    assert cluster.host.nic_bytes_per_s == pytest.approx(50e9)
+    assert measured_step_s(row(runs, PAPER)) == 32.605
+    for said in (
+        "not modelled: CUDA graphs",
+        "inter-node fabric not printed: vendor reference design",
+        "NVLink domain: 64 of its 72 GPUs used",
+        "MTP layers not printed: 1",
+        "HybridEP priced as DeepEP",
+    ):
+        assert said in assumptions
+
+
+def test_a_gpt_row_field_by_field(runs):
+    scenario, assumptions = scenario_from_row(row(runs, "korth-530b-full"))
+    model, plan = scenario.model, scenario.plan
+    assert (model.layers, model.hidden, model.ffn, model.heads, model.kv_heads, model.head_dim) == (105, 20480, 81920, 128, 128, 160)
+    assert not model.gated
+    assert model.layer_norm
+    assert model.mlp_bias
+    assert model.tied_embeddings
+    assert (model.positions, model.vocab, model.experts) == (2048, 51200, None)
+    assert (plan.tp, plan.pp, plan.vpp, plan.dp, plan.zero, plan.layout) == (8, 35, 3, 1, 0, None)
+    assert (plan.schedule, plan.recompute, plan.sequence_parallel) == ("interleaved", "full", False)
+    assert (plan.precision.gemm, plan.precision.gradient_reduce) == ("fp16", "fp16")
+    assert (scenario.cluster.accelerator.name, scenario.cluster.host.nic_bytes_per_s) == ("a100-sxm4-80", pytest.approx(25e9))
+    assert not any("fabric" in a for a in assumptions)
+    assert measured_step_s(row(runs, "korth-530b-full")) == 49.05  # its derived column is blank
+    selective, _ = scenario_from_row(row(runs, "korth-22b-sel"))
+    assert selective.plan.sequence_parallel
+    assert (selective.plan.recompute, selective.plan.recompute_modules) == ("selective", ("core_attn",))
+
+
+def test_a_bloom_row_field_by_field(runs):
+    scenario, assumptions = scenario_from_row(row(runs, "bloom-738"))
+    assert (scenario.model.hidden, scenario.model.head_dim, scenario.plan.pp, scenario.plan.micro_batch) == (13824, 216, 6, 4)
+    assert scenario.cluster.host.nic_bytes_per_s == pytest.approx(4 * 100e9 / 8 / 8)
+    assert not scenario.plan.overlap.grad_reduce
+    assert not scenario.plan.sequence_parallel
+    assert "network is not InfiniBand: latencies and efficiency of ib-hdr-rail" in assumptions
+
+
+def test_an_fsdp_row_field_by_field(runs):
+    scenario, assumptions = scenario_from_row(row(runs, "tt-70b-256-2d"))
+    accelerator, plan = scenario.cluster.accelerator, scenario.plan
+    assert (accelerator.hbm_bytes, accelerator.hbm_bytes_per_s, accelerator.tdp_w) == (96e9, 2.4e12, 500.0)
+    assert scenario.cluster.fabric.name == "roce-400g"
+    assert (plan.tp, plan.dp_shard, plan.zero, plan.micro_batch, plan.recompute) == (8, 32, 3, 16, "full")
+    assert plan.precision.gemm == "fp8"
+    assert scenario.model.gated
+    assert "not modelled: clock under a 500 W cap" in assumptions
+
+
+def test_layers_that_columns_alone_describe(runs):
+    maverick, _ = scenario_from_row(row(runs, "dgxc-v25.05.05-llama4maverick-gb200-bf16-256"))
+    assert maverick.model.moe_layers == (False, True) * 24
+    assert (maverick.model.ffn, maverick.model.experts.ffn, maverick.model.experts.shared_ffn) == (16384, 8192, 8192)
+    truncated, _ = scenario_from_row(row(runs, "simumax-deepseekv2_tp1_ep8_pp1_dp8_l4_mbc4_cef"))
+    assert truncated.model.moe_layers == (False, True, True, True)
+    assert (truncated.model.latent.kv_rank, truncated.model.experts.shared_ffn) == (512, 3072)
+    assert (truncated.plan.overlap.grad_reduce, truncated.plan.overlap.param_gather) == (False, False)
+    windowed, _ = scenario_from_row(row(runs, "mbridge-26.08-gptoss120b-gb300-fp8_mx-64"))
+    assert set(windowed.model.windows) == {128, None}
+    proxy, _ = scenario_from_row(row(runs, "dsv3-gb300-gke-256-2048-ep32-4d"))
+    assert proxy.plan.layout == "Et*4|" + "t*4|" * 14 + "tmL"
+
+
+def test_shards_within_the_data_parallel_group(runs):
+    grouped = runs[(runs["overlap_notes"] == "zero1 optimizer-shard group = 8") & (runs["gpus"] == "512")].iloc[0]
+    plan = scenario_from_row(grouped)[0].plan
+    assert (plan.dp_replicate, plan.dp_shard) == (64, 8)
+
+
+def test_adapted_profiles_keep_one_source_per_number(runs):
+    for name, kind in (("tt-70b-256-2d", "accelerator"), ("bloom-738", "host"), (PAPER, "host")):
+        profile = getattr(scenario_from_row(row(runs, name))[0].cluster, kind)
+        again = {"accelerator": Accelerator, "host": Host}[kind].model_validate(profile.model_dump(mode="json"))
+        assert again == profile
+    facts = {f["fact"]: f for f in profile.provenance()}
+    assert facts["scale_up_domain"]["grade"] == "assumed"
+    assert facts["accelerators"]["grade"] == "datasheet"
+
+
+@pytest.mark.parametrize(
+    ("text", "per_host", "gbit_per_s"),
+    [
+        ("4x200Gbps HDR InfiniBand = 800 Gbps per node (config inter_node_bandwidth)", 8, 100),
+        ("8x200Gbps = 1600 Gbps RoCE per node (section title)", 8, 200),
+        ("8x200 Gbps NICs per node, 3-layer CLOS (Tomahawk 4)", 8, 200),
+        ("4x100Gb RoCE per node", 8, 50),
+        ("InfiniBand 8x50 GB/s per node", 8, 400),
+        ("400 Gb/s RDMA per GPU", 8, 400),
+        ("8 rails CX-8 RoCE, 3200 Gbps per 4-GPU node (A4X Max)", 4, 800),
+        ("8x400G CX7 IB NDR per node, multi-plane (8-plane) two-layer fat-tree", 8, 400),
+        ("Storage: 2x ConnectX-7 IB NDR 400Gb/s, Compute: 8x ConnectX-7 IB NDR 400Gb/s, Management: 100Gb/s Ethernet NIC", 8, 400),
+        ("4x ConnectX-8 IB XDR 800 Gb/s", 4, 800),
+    ],
+)
+def test_nics_as_sources_write_them(text, per_host, gbit_per_s):
+    assert _nic_bytes_per_s(text, per_host) == pytest.approx(gbit_per_s * 1e9 / 8)
+
+
+@pytest.mark.parametrize("text", ["", "n/a (single node)", "100GbE InfiniBand", "InfiniBand; Data bandwidth for GPU-PCIe: 504 GB/s"])
+def test_no_nic_where_none_is_printed(text):
+    assert _nic_bytes_per_s(text, 8) is None
+
+
+def test_layouts_lose_their_brackets():
+    assert expand_layout("Et*4|(tttt|)*2tmL") == "Et*4|t*4|t*4|tmL"
+    assert expand_layout("Et|(tt|)*3mL") == "Et|t*2|t*2|t*2|mL"
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        ("none", ("none", ("core_attn",))),
+        ("full (every layer)", ("full", ("core_attn",))),
+        ("selective(layernorm,moe_act)", ("selective", ("layernorm", "moe_act"))),
+        ("selective(default:core_attn)", ("selective", ("core_attn",))),
+        ("selective (per-op SAC)", ("selective", ("layernorm",))),
+        ("full(block,num_layers=5)", ("none", ("core_attn",))),
+    ],
+)
+def test_recompute_in_the_words_of_sources(runs, printed, expected):
+    model = scenario_from_row(row(runs, "mbridge-25.11-llama3_8b-h100-fp8_cs-8"))[0].model
+    assert _recompute(Row({"recompute": printed, "pp": "1"}), model) == expected
+
+
+def test_blanks_are_blank_however_they_were_read(runs):
+    published = row(runs, PAPER)
+    numbers = {k: (float("nan") if v == "" else float(v) if v.isdigit() else v) for k, v in published.items()}
+    assert scenario_from_row(numbers) == scenario_from_row(published)
+
+
+def test_a_tuning_knob_that_is_not_printed_is_assumed_by_name(runs):
+    scenario, assumptions = scenario_from_row(row(runs, PAPER) | {"mbs": "", "zero_stage": "", "etp": ""})
+    assert (scenario.plan.micro_batch, scenario.plan.zero, scenario.plan.etp) == (1, 1, 1)
+    assert {"micro-batch not printed: 1", "ZeRO stage not printed: 1", "expert tensor parallelism not printed: 1"} <= set(assumptions)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"gpu": "TPU v4"}, "no accelerator profile: TPU v4"),
+        ({"gpu": ""}, "no accelerator profile: not printed"),
+        ({"gpus": ""}, "not printed: gpus"),
+        ({"model": "Nemotron-H 56B (hybrid Mamba-2/attention)"}, "non-standard architecture"),
+        ({"dp": "32"}, "degrees do not multiply to the accelerators"),
+        ({"pp_schedule": "DualPipe"}, "pipeline schedule not modelled: DualPipe"),
+        ({"overlap_notes": "pp_layout=Et|(tt|)*30mL"}, "printed layout contradicts the model or the stages"),
+        ({"hidden": "wide"}, "hidden is not a whole number"),
+        ({"topk": "300"}, "top_k = 300 exceeds 256 experts"),
+    ],
+)
+def test_rows_out_of_reach_say_why(runs, changes, reason):
+    with pytest.raises(ProfileError, match=reason.replace("(", r"\(")):
+        scenario_from_row(row(runs, PAPER) | changes)
+
+
+@pytest.mark.parametrize(
+    ("cells", "seconds"),
+    [
+        ({"step_time_s_derived": "2.5", "metric": "mfu", "value": "0.5"}, 2.5),
+        ({"metric": "step_time_s", "value": "3"}, 3.0),
+        ({"metric": "tokens_per_s_per_gpu", "value": "1000", "gbs": "32", "seq_len": "2000", "gpus": "8"}, 8.0),
+    ],
+)
+def test_measured_step(cells, seconds):
+    assert measured_step_s(cells) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "cells", [{"metric": "mfu", "value": "0.4"}, {"metric": "step_time_s", "value": "fast"}, {"metric": "step_time_s", "value": "-1"}]
+)
+def test_no_measured_step(cells):
+    with pytest.raises(ProfileError):
+        measured_step_s(cells)
+
+
+def test_derived_steps_agree_with_the_printed_throughput(runs):
+    printed = runs[(runs["metric"] == "tokens_per_s_per_gpu") & (runs["complete"] == "yes")]
+    for published in printed.to_dict("records"):
+        again = measured_step_s(published | {"step_time_s_derived": ""})
+        assert measured_step_s(published) == pytest.approx(again, rel=0.005), published["id"]
+
+
+def test_bad_rows_never_stop_the_run(runs):
+    some = runs[runs["id"].isin([PAPER, "korth-530b-full", "bloom-738", "tt-70b-256-2d"])].copy()
+    some.loc[some["id"] == "bloom-738", "gpu"] = "abacus"
+    calls: list[tuple[int, int]] = []
+
+    def predict(scenario):
+        if scenario.model.arch == "moe":
+            raise PlanError([Problem("memory", "needs 90 GB of 80 GB", "raise tp")])
+        if scenario.plan.zero == 3:
+            return 1 / 0
+        return 98.1
+
+    table = validate(predict, some, progress=lambda done, total: calls.append((done, total)))
+    by_id = table.set_index("id")
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert by_id["skipped"][PAPER] == "memory: needs 90 GB of 80 GB; raise tp"
+    assert by_id["skipped"]["bloom-738"] == "no accelerator profile: abacus"
+    assert by_id["skipped"]["tt-70b-256-2d"].startswith("ZeroDivisionError")
+    assert by_id["skipped"]["korth-530b-full"] == ""
+    assert by_id["relative_error"]["korth-530b-full"] == pytest.approx(98.1 / 49.05 - 1)
+    assert math.isnan(by_id["relative_error"][PAPER])
+    assert by_id["accelerator"]["bloom-738"] == "abacus"
+    assert validate(lambda s: math.inf, some)["skipped"].ne("").all()
+
+
+def test_summary_arithmetic():
+    def line(source, model, error, skipped=""):
+        return {"source": source, "model": model, "accelerator": "h100", "arch": "dense", "relative_error": error, "skipped": skipped}
+
+    table = pd.DataFrame(
+        [
+            line("A", "small", 0.1),
+            line("A", "small", -0.3),
+            line("A", "large", 0.2),
+            line("B", "large", -0.4),
+            line("B", "large", float("nan"), "no profile"),
+            line("C", "large", float("nan"), "no profile"),
+        ]
+    )
+    found = summary(table).set_index("source")
+    assert found.loc["A", ["rows", "skipped"]].tolist() == [3, 0]
+    assert found.loc["A", "mean_absolute_error"] == pytest.approx(0.2)
+    assert found.loc["A", "median_absolute_error"] == pytest.approx(0.2)
+    assert found.loc["A", "bias"] == pytest.approx(0.0)
+    assert found.loc["A", "worst"] == pytest.approx(-0.3)
+    assert found.loc["B", ["rows", "skipped"]].tolist() == [1, 1]
+    assert found.loc["C", ["rows", "skipped"]].tolist() == [0, 1]
+    macro = found.loc[MACRO]  # small: |0.1|, |-0.3|; large: |0.2|, |-0.4|
+    assert (macro["rows"], macro["skipped"]) == (4, 2)
+    assert macro["mean_absolute_error"] == pytest.approx((0.2 + 0.3) / 2)
+    assert macro["bias"] == pytest.approx((-0.1 - 0.1) / 2)
+    assert macro["worst"] == pytest.approx(-0.4)
+
+
+def test_summary_of_nothing_predicted():
+    table = validate(lambda scenario: 1.0, published_runs().head(1), complete_only=False)
+    found = summary(table)
+    assert found["source"].iloc[-1] == MACRO
+    assert found["rows"].tolist() == [0, 0]
+    assert found["skipped"].tolist() == [1, 1]
