@@ -37,7 +37,8 @@ def _degrees(s: Scenario) -> Iterator[Problem]:
         yield Problem(
             "etp * ep divides dp * cp * tp",
             f"etp {p.etp} * ep {p.ep} = {p.etp * p.ep} does not divide dp * cp * tp = {inner}",
-            f"use etp * ep of {_divisors(inner)}; such a plan needs at least pp * lcm(tp * cp, etp * ep) = {int(p.minimum_world)} accelerators",
+            f"use etp * ep of {_divisors(inner)}; "
+            f"this one needs at least pp * lcm(tp * cp, etp * ep) = {minimum_accelerators(p)} accelerators",
         )
     elif p.dp_replicate > 1 and (p.dp_shard * p.cp * p.tp) % (p.etp * p.ep):
         yield Problem(
@@ -67,7 +68,9 @@ def _model(s: Scenario) -> Iterator[Problem]:
     if e.count % p.ep:
         yield Problem("experts divide by ep", f"ep = {p.ep} does not divide {e.count} experts", f"use {_divisors(e.count)}")
     if e.ffn % p.etp:
-        yield Problem("expert width divides by etp", f"etp = {p.etp} does not divide the expert width {e.ffn}", f"use {_divisors(e.ffn, 64)}")
+        yield Problem(
+            "expert width divides by etp", f"etp = {p.etp} does not divide the expert width {e.ffn}", f"use {_divisors(e.ffn, 64)}"
+        )
     if p.tp > 1 and not p.sequence_parallel:
         yield Problem(
             "experts with tp need sequence parallelism",
@@ -91,7 +94,8 @@ def _batch(s: Scenario) -> Iterator[Problem]:
     if j.sequence_length % parts:
         yield Problem(
             "sequence divides by cp and tp",
-            f"sequence_length = {j.sequence_length} does not divide into {parts} parts (2 cp * tp, for balanced ring attention and sequence parallelism)",
+            f"sequence_length = {j.sequence_length} does not divide into {parts} parts "
+            "(2 cp * tp: balanced ring attention and sequence parallelism)",
             f"use {_multiples(parts, j.sequence_length)}",
         )
 

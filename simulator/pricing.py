@@ -55,8 +55,10 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: float = 1.0) 
     if op.kind == "all_to_all":
         assert model.experts is not None
         out, fan = copies(model.experts, plan.dispatcher, members.size, *collectives.crossings(members, cluster))
-        return collectives.expert_all_to_all_s(op.bytes, members, cluster, out, fan)
-    return _COLLECTIVES[op.kind](op.bytes, members, cluster)
+        seconds = collectives.expert_all_to_all_s(op.bytes, members, cluster, out, fan)
+    else:
+        seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster)
+    return np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: no collective is called
 
 
 def _loaded(op: Op, load: float) -> Op:

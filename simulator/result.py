@@ -168,7 +168,8 @@ def facts(scenario: Scenario) -> pd.DataFrame:
     model = scenario.model
     dimensions = [(k, v) for k, v in model.model_dump().items() if isinstance(v, int) and not isinstance(v, bool) and v]
     rows += [
-        {"profile": model.name, "fact": k, "value": float(v), "grade": "published", "source": model.source, "date": None} for k, v in dimensions
+        {"profile": model.name, "fact": k, "value": float(v), "grade": "published", "source": model.source, "date": None}
+        for k, v in dimensions
     ]
     reserve = scenario.plan.reserve
     rows += [
@@ -180,7 +181,9 @@ def facts(scenario: Scenario) -> pd.DataFrame:
     ]  # fmt: skip
     if scenario.job.routing == "natural":
         text = "heaviest expert rank over the mean; published forced and natural routing differ by 8 to 20 % of the step"
-        rows.append({"profile": "job", "fact": "expert_load", "value": scenario.job.expert_load, "grade": "assumed", "source": text, "date": None})
+        rows.append(
+            {"profile": "job", "fact": "expert_load", "value": scenario.job.expert_load, "grade": "assumed", "source": text, "date": None}
+        )
     return pd.DataFrame(rows)
 
 

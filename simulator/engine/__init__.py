@@ -1,0 +1,1 @@
+"""Run a step program: events in SimPy, or a max-plus replay for many plans. No physics."""

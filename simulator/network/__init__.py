@@ -1,0 +1,1 @@
+"""How bytes move: collectives over the hierarchy of links."""

@@ -1,0 +1,1 @@
+"""Decide: go through plans and pick."""

@@ -67,7 +67,11 @@ def legal_plans(scenario: Scenario) -> Iterator[PlanColumns]:
     model, job, n, like = scenario.model, scenario.job, scenario.cluster.accelerators, scenario.plan
     layers = model.layers + model.mtp_layers
     domain = scenario.cluster.host.scale_up_domain
-    tp = [t for t in _divisors(n) if t <= domain and model.heads % t == 0 and (model.kv_heads % t == 0 or t % model.kv_heads == 0) and model.ffn % t == 0]
+    tp = [
+        t
+        for t in _divisors(n)
+        if t <= domain and model.heads % t == 0 and (model.kv_heads % t == 0 or t % model.kv_heads == 0) and model.ffn % t == 0
+    ]
     cp = [c for c in (1, 2, 4, 8, 16, 32) if c == 1 or job.sequence_length > 8192]
     pp = [p for p in _divisors(n) if p <= layers]
     ep = _divisors(model.experts.count) if model.experts else np.array([1])
@@ -205,7 +209,7 @@ def search(scenario: Scenario, top: int = 10, progress: Progress | None = None) 
     A plan is passed over without an estimate only when its lower bound exceeds the estimate of `top` others.
     """
     tell = progress or (lambda stage, done, total: None)
-    kinds = [k for k in legal_plans(scenario)]
+    kinds = list(legal_plans(scenario))
     legal = sum(map(len, kinds))
     if not legal:
         raise PlanError([_nothing_legal(scenario)])

@@ -139,7 +139,8 @@ class Host(Facts):
             found = ", ".join(f"{c} = {readable(r, 'bytes_per_s')}" for c, r in beyond.items())
             raise ValueError(
                 f"bus_bytes_per_s {found} is beyond the link's "
-                f"scale_up_bytes_per_s = {readable(self.scale_up_bytes_per_s, 'bytes_per_s')}, one direction (all-reduce in the network: twice that)"
+                f"scale_up_bytes_per_s = {readable(self.scale_up_bytes_per_s, 'bytes_per_s')}, one direction "
+                "(all-reduce in the network: twice that)"
             )
         if self.scale_up_domain % self.accelerators and self.scale_up_domain > self.accelerators:
             raise ValueError(f"scale_up_domain = {self.scale_up_domain} is not a multiple of the host's {self.accelerators} accelerators")

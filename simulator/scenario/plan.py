@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
-
 from pydantic import Field, model_validator
 
 from simulator.scenario.facts import Fraction, Frozen

@@ -28,7 +28,8 @@ def profile_root() -> Path:
     return next((p for p in (package / "hardware_profiles", package.parent / "hardware_profiles") if p.is_dir()), package)
 
 
-def _text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """Return the text of a file; a ProfileError says that it is missing, empty or binary."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -63,7 +64,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     ProfileError
         When the file is missing, empty, binary, not YAML or not a mapping.
     """
-    text = _text(path)
+    text = read_text(path)
     try:
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError) as error:
@@ -174,7 +175,10 @@ class Catalogue:
 
 def _merged(base: dict, changes: dict) -> dict:
     """Return `base` with `changes`, tables merged key by key; a profile given by name replaces the table."""
-    both = {k: _merged(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) and "base" not in v else v for k, v in changes.items()}
+    both = {
+        k: _merged(base[k], v) if isinstance(base.get(k), dict) and isinstance(v, dict) and "base" not in v else v
+        for k, v in changes.items()
+    }
     return base | both
 
 
@@ -207,7 +211,7 @@ def _read(catalogue: Catalogue, path: Path) -> Any:
         raise ProfileError(f"unknown {catalogue.kind} {str(path)!r}; {remedy}")
     if path.suffix == ".json":
         try:
-            data = json.loads(_text(path))
+            data = json.loads(read_text(path))
         except json.JSONDecodeError as error:
             raise ProfileError(f"{path} is not JSON: {error}") from None
     else:

@@ -1,0 +1,1 @@
+"""Confront predictions with published and measured runs."""

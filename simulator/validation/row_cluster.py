@@ -84,13 +84,16 @@ def cluster_of(row: Row) -> Cluster:
     accelerator = _accelerator(row, printed, ACCELERATORS.load(accelerator_name))
     host = _host(row, HOSTS.load(host_name), count)
     fabric = _fabric(row, fabric_name, host, count)
-    sources = (
-        Source(grade="published", source=row.text("provenance") or row.text("source") or "the row", facts=("accelerators",)),
-        Source(grade="assumed", source="not used here: validation compares times", facts=("price_usd_per_accelerator_hour",)),
+    counted = Source(grade="published", source=row.text("provenance") or row.text("source") or "the row", facts=("accelerators",))
+    priced = Source(
+        grade="assumed",
+        source="not used here: validation compares times",
+        facts=("price_usd_per_accelerator_hour",),
+        date=str(row.whole("year") or "not dated"),
     )
     return Cluster(
         name=f"{count} x {accelerator.name}",
-        sources=sources,
+        sources=(counted, priced),
         accelerator=accelerator,
         host=host,
         fabric=fabric,

@@ -1,0 +1,1 @@
+"""What one step does: FLOP, bytes, order. Never seconds, never hardware."""

@@ -68,7 +68,9 @@ def _builder(plan: Plan) -> BlockBuilder:
     return BlockBuilder(gemm, ELEMENT_BYTES[gemm], plan.recompute, plan.recomputed)
 
 
-def _norm(b: BlockBuilder, name: str, tokens: Number, width: int, model: Model, saved: Number, modules: tuple[str, ...] = ("layernorm",)) -> None:
+def _norm(
+    b: BlockBuilder, name: str, tokens: Number, width: int, model: Model, saved: Number, modules: tuple[str, ...] = ("layernorm",)
+) -> None:
     """Read and write the row forward; read it, its gradient, write the input's gradient backward."""
     b.memory(name, 2 * tokens * width * BF16, 3 * tokens * width * BF16, saved, modules)
     b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
@@ -114,7 +116,9 @@ def _core_attention(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim
     flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
     traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
     there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim)
-    back = Op("attn.core", "attention", flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, m=x.tokens, k=qk_dim, n=v_dim, grad="input")
+    back = Op(
+        "attn.core", "attention", flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, m=x.tokens, k=qk_dim, n=v_dim, grad="input"
+    )
     ring = x.tokens * x.cp * kv_width * BF16
     forward = (there, Op("attn.ring", "all_gather", bytes=ring, axis="cp"))
     backward = (back, Op("attn.ring", "all_gather", bytes=2 * ring, axis="cp", grad="input"))
@@ -204,10 +208,21 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     b.memory("moe.permute", (x.split_tokens * h + copies) * BF16, (x.split_tokens * h + copies) * BF16, modules=moe)
     out, back = (x.split_tokens * h * ELEMENT_BYTES[p] for p in (precision.dispatch, precision.combine))
     b.exchange("moe.dispatch", out, back, moe)
-    gather, scatter = (Op("moe.etp", kind, bytes=copies * x.etp * BF16, axis="etp", routed=True) for kind in ("all_gather", "reduce_scatter"))
+    gather, scatter = (
+        Op("moe.etp", kind, bytes=copies * x.etp * BF16, axis="etp", routed=True) for kind in ("all_gather", "reduce_scatter")
+    )
     b.collective(gather, scatter, moe)
     per_expert = rows / local
-    b.linear("moe.up", per_expert, h, mats * ffn, saved=copies * x.etp * b.element + rows * mats * ffn * BF16, modules=moe, groups=local, routed=True)
+    b.linear(
+        "moe.up",
+        per_expert,
+        h,
+        mats * ffn,
+        saved=copies * x.etp * b.element + rows * mats * ffn * BF16,
+        modules=moe,
+        groups=local,
+        routed=True,
+    )
     size = rows * ffn * BF16
     b.memory("moe.activation", (mats + 1) * size, (2 * mats + 1) * size, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True)

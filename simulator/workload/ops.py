@@ -155,7 +155,9 @@ class BlockBuilder:
         """Append a piece: its forward and backward segments, the activations it saves and the modules it belongs to."""
         self._entries.append(_Entry(tuple(forward), tuple(backward), saved, frozenset(modules)))
 
-    def memory(self, name: str, forward: Number, backward: Number, saved: Number = 0.0, modules: Iterable[str] = (), routed: bool = False) -> None:
+    def memory(
+        self, name: str, forward: Number, backward: Number, saved: Number = 0.0, modules: Iterable[str] = (), routed: bool = False
+    ) -> None:
         """Append a bandwidth-bound kernel that moves `forward` and `backward` bytes."""
         there = Op(name, "memory", bytes=forward, routed=routed)
         back = Op(name, "memory", bytes=backward, grad="input", routed=routed)

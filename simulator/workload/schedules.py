@@ -53,7 +53,9 @@ def _interleaved(pp: int, vpp: int, m: int) -> Table:
     rounds = max(1, m // pp)
     if m % rounds:
         numbers = f"interleaved schedule: {m} micro-batches do not divide into {rounds} rounds of pp = {pp}"
-        raise PlanError([Problem("micro-batches divide into rounds", numbers, f"use {m // pp * pp or pp} micro-batches, or schedule: 1f1b")])
+        raise PlanError(
+            [Problem("micro-batches divide into rounds", numbers, f"use {m // pp * pp or pp} micro-batches, or schedule: 1f1b")]
+        )
     group, rows = m // rounds, []
     for rank in range(pp):
 

@@ -62,7 +62,9 @@ def _written(layout: str, model: Model, stages: int) -> tuple[StageBlocks, ...]:
     expected = {"E": 1, "t": model.layers, "m": model.mtp_layers, "L": 1}
     wrong = [f"{count[c]} {c} instead of {n}" for c, n in expected.items() if count[c] != n]
     if wrong:
-        raise _problem(f"layout {layout!r} has {', '.join(wrong)}", f"{model.name} has {model.layers} layers and {model.mtp_layers} MTP layers")
+        raise _problem(
+            f"layout {layout!r} has {', '.join(wrong)}", f"{model.name} has {model.layers} layers and {model.mtp_layers} MTP layers"
+        )
     if len(rows) != stages:
         raise _problem(f"layout {layout!r} has {len(rows)} stages", f"pp * vpp = {stages}")
     order = "".join(rows)
@@ -112,7 +114,7 @@ def _balanced(model: Model, sequence_length: int, stages: int) -> tuple[StageBlo
     weight[0] += flop[first]
     weight[-1] += flop[last]
     reach = np.concatenate([[0.0], np.cumsum(weight)])
-    between = np.where(np.tri(len(reach), k=0).T > np.eye(len(reach)), reach[None, :] - reach[:, None], np.inf)
+    between = np.where(np.tri(len(reach), k=-1).T > 0, reach[None, :] - reach[:, None], np.inf)
     heaviest = [np.where(np.arange(len(reach)) == 0, 0.0, np.inf)]
     for _ in range(stages):
         heaviest.append(np.maximum(heaviest[-1][:, None], between).min(axis=0))

@@ -119,7 +119,9 @@ def gradient_ops(block: Block, plan: Plan) -> tuple[Op, ...]:
     ops = []
     for axis, parameters, shard in (("dp", block.dense_parameters, plan.shard), ("edp", block.expert_parameters, plan.expert_shard)):
         ops.append(Op(f"gradients.{axis}", kind, bytes=parameters * element, axis=axis))
-        ops.append(Op(f"gradients.{axis}.replicas", "all_reduce", bytes=parameters * element / (shard if plan.zero else 1), axis="dp_replicate"))
+        ops.append(
+            Op(f"gradients.{axis}.replicas", "all_reduce", bytes=parameters * element / (shard if plan.zero else 1), axis="dp_replicate")
+        )
     return tuple(ops)
 
 
@@ -177,6 +179,7 @@ class _Chain:
     last: tuple[int, ...] = ()
     earlier: tuple[int, ...] = ()
     counts: dict[tuple, int] = field(default_factory=dict)
+    held: list[tuple[tuple[Task, ...], tuple[int, ...], Action | None]] = field(default_factory=list)
 
     def emit(self, task: Task, needs: tuple[int, ...], label: Action | None) -> int:
         p, node = self.program, len(self.program)
@@ -209,6 +212,12 @@ class _Chain:
         """Emit tasks on their own streams beside the chain; the last of each stream is returned."""
         return tuple(self.emit(task, needs, label) for task in tasks)
 
+    def release(self) -> None:
+        """Emit the held tasks: reductions that let the gather of the next block go first."""
+        for tasks, needs, label in self.held:
+            self.aside(tasks, needs, label)
+        self.held.clear()
+
 
 @dataclass(frozen=True)
 class _Pieces:
@@ -226,7 +235,9 @@ def _tasks(ops: Iterable[Op], plan: Plan) -> tuple[Task, ...]:
 
 def _pieces(all_blocks: Mapping[str, Block], plan: Plan) -> dict[str, _Pieces]:
     return {
-        name: _Pieces(fused(b.forward, plan), fused(b.backward, plan), _tasks(parameter_ops(b, plan), plan), _tasks(gradient_ops(b, plan), plan))
+        name: _Pieces(
+            fused(b.forward, plan), fused(b.backward, plan), _tasks(parameter_ops(b, plan), plan), _tasks(gradient_ops(b, plan), plan)
+        )
         for name, b in all_blocks.items()
     }
 
@@ -265,7 +276,9 @@ def _own(stages: tuple, plan: Plan, rank: int) -> list[str]:
     return [name for chunk in range(plan.vpp) for name in stages[chunk * plan.pp + rank]]
 
 
-def _gather_ahead(chain: _Chain, pieces: Mapping[str, _Pieces], stages: tuple, plan: Plan, rank: int) -> dict[tuple[int, int], tuple[int, ...]]:
+def _gather_ahead(
+    chain: _Chain, pieces: Mapping[str, _Pieces], stages: tuple, plan: Plan, rank: int
+) -> dict[tuple[int, int], tuple[int, ...]]:
     """Gather the parameters that the last optimizer step sharded, ahead of the first forward; by (chunk, position)."""
     if plan.zero not in (1, 2) or not plan.overlap.param_gather:
         return {}
@@ -277,7 +290,14 @@ def _gather_ahead(chain: _Chain, pieces: Mapping[str, _Pieces], stages: tuple, p
 
 
 def _run_action(
-    chain: _Chain, action: Action, pieces: Mapping[str, _Pieces], stages: tuple, plan: Plan, micro_batches: int, gathered: dict, messages: tuple
+    chain: _Chain,
+    action: Action,
+    pieces: Mapping[str, _Pieces],
+    stages: tuple,
+    plan: Plan,
+    micro_batches: int,
+    gathered: dict,
+    messages: tuple,
 ) -> None:
     """Append a forward or backward of one chunk: wait for its message, run its blocks, send the result on."""
     send, sent, waiting = messages
@@ -292,10 +312,11 @@ def _run_action(
             also = chain.aside(piece.gather, chain.earlier, action)
         elif forward and action.micro_batch == 0:
             also = gathered.get((action.chunk, i), ())
+        chain.release()
         chain.run(piece.forward if forward else piece.backward, action, also)
         final = action.micro_batch == micro_batches - 1
         if not forward and (plan.zero >= 2 or (final and plan.overlap.grad_reduce)):
-            chain.aside(piece.reduce, chain.last, action)
+            chain.held.append((piece.reduce, chain.last, action))
     if stage != first:
         neighbour = classes.before if forward else classes.after
         key = (int(neighbour[chain.rank]), action.kind, stage + (-1 if forward else 1), action.micro_batch)
@@ -308,10 +329,18 @@ def _run_action(
 
 
 def _finish(
-    chain: _Chain, pieces: Mapping[str, _Pieces], all_blocks: Mapping[str, Block], stages: tuple, model: Model, plan: Plan, job: Job, rank: int
+    chain: _Chain,
+    pieces: Mapping[str, _Pieces],
+    all_blocks: Mapping[str, Block],
+    stages: tuple,
+    model: Model,
+    plan: Plan,
+    job: Job,
+    rank: int,
 ) -> None:
     """Append the end of the step: what is left of the gradient reduction, the global norm, the optimizer, the gather."""
     own = _own(stages, plan, rank)
+    chain.release()
     if plan.zero < 2 and not plan.overlap.grad_reduce:
         for name in reversed(own):
             for task in pieces[name].reduce:

@@ -1,0 +1,346 @@
+"""The command line: one verb per function of the API."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from simulator.errors import PlanError, ProfileError, SimulatorError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from simulator.result import StepResult
+    from simulator.scenario.scenario import Scenario
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Plan a ten-thousand-GPU training cluster before it exists.",
+)
+out, err = Console(), Console(stderr=True)
+
+ScenarioFile = Annotated[Path | None, typer.Argument(help="Scenario in YAML; may be left out when --set gives model, cluster and job.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one entry, e.g. plan.pp=8 or cluster=gb200-nvl72-10368; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+OutDir = Annotated[Path | None, typer.Option("--out", help="Folder for tables, pictures, the trace and the scenario.")]
+
+
+def _say(text: str, console: Console = out) -> None:
+    """Print a line of text, left to the terminal to wrap."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _load(path: Path | None, sets: list[str] | None, megatron: Path | None = None) -> Scenario:
+    from simulator.scenario.profiles import read_text, read_yaml, validated
+    from simulator.scenario.scenario import Scenario
+
+    data = read_yaml(path) if path else {}
+    for entry in sets or []:
+        key, equals, value = entry.partition("=")
+        if not equals or not key:
+            raise ProfileError(f"--set {entry!r}: write KEY=VALUE, e.g. --set plan.pp=8")
+        *parents, last = key.split(".")
+        place = data
+        for parent in parents:
+            inner = place.setdefault(parent, {})
+            if isinstance(inner, str):  # a name: keep it as the base and change one thing
+                inner = place[parent] = {"base": inner}
+            if not isinstance(inner, dict):
+                raise ProfileError(f"--set {entry!r}: {parent} is {inner!r}, not a table")
+            place = inner
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            place[last] = value
+    if megatron:
+        from simulator.scenario.megatron import plan_from_megatron
+
+        run = plan_from_megatron(read_text(megatron))
+        for warning in run.warnings:
+            _say(f"[yellow]note:[/] {escape(warning)}", err)
+        data["plan"] = run.plan.model_dump(mode="json") | data.get("plan", {})
+        data["job"] = run.job | data.get("job", {})
+    return validated(Scenario, data, str(path or "scenario"))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on the error stream, gone when the work is done; silent when that is not a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def _records(table: pd.DataFrame) -> list[dict]:
+    return json.loads(table.to_json(orient="records"))
+
+
+#: column -> (heading, text of a value)
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "step_time_s": ("step s", lambda v: f"{v:.3f}"),
+    "estimate_s": ("estimate s", lambda v: f"{v:.3f}"),
+    "bound_s": ("bound s", lambda v: f"{v:.3f}"),
+    "mfu_causal": ("MFU causal", lambda v: f"{v:.1%}"),
+    "peak_memory_bytes": ("memory GB", lambda v: f"{v / 1e9:.1f}"),
+    "training_days": ("days", lambda v: f"{v:.1f}"),
+    "cost_usd": ("cost M$", lambda v: f"{v / 1e6:.2f}"),
+    "seconds": ("seconds", lambda v: f"{v:.3f}"),
+    "hidden_s": ("hidden beside compute s", lambda v: f"{v:.3f}" if v else ""),
+    "share": ("share", lambda v: f"{v:.1%}"),
+    "micro_batch": ("mbs", str),
+    "nic_bytes_per_s": ("NIC GB/s", lambda v: f"{v / 1e9:g}"),
+    "price_usd_per_accelerator_hour": ("$/accelerator-h", lambda v: f"{v:.2f}"),
+    "mean_absolute_error": ("mean |error|", lambda v: f"{v:.1%}"),
+    "median_absolute_error": ("median |error|", lambda v: f"{v:.1%}"),
+    "bias": ("bias", lambda v: f"{v:+.1%}"),
+    "worst": ("worst", lambda v: f"{v:+.1%}"),
+}
+
+
+def _show(table: pd.DataFrame, title: str | None = None) -> None:
+    view = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), header_style="bold")
+    for name in table.columns:
+        numeric = table[name].dtype.kind in "if"
+        view.add_column(_COLUMNS.get(name, (name, str))[0], justify="right" if numeric else "left", overflow="fold")
+    for row in table.itertuples(index=False):
+        cells = zip(table.columns, row, strict=True)
+        view.add_row(*(_COLUMNS.get(name, ("", lambda v: f"{v:g}" if isinstance(v, float) else str(v)))[1](value) for name, value in cells))
+    out.print(view)
+
+
+def _headline(result: StepResult) -> None:
+    from simulator.result import facts_by_grade
+    from simulator.units import readable
+
+    s = result.scenario
+    price = next(r for r in s.cluster.provenance() if r["fact"] == "price_usd_per_accelerator_hour")
+    _say(f"[bold]{s.model.name}[/] on {s.cluster.accelerators:,} {s.cluster.accelerator.name} ({s.cluster.name}): {s.plan}")
+    _say(
+        f"step {result.step_time_s:.3f} s, {result.tokens_per_s_per_accelerator:,.0f} tokens/s/accelerator, "
+        f"MFU {result.mfu_causal:.1%} causal, {result.mfu_noncausal:.1%} non-causal, {result.mfu_6n:.1%} by 6N (of the dense bf16 peak)"
+    )
+    _say(
+        f"memory {readable(result.peak_memory_bytes, 'bytes')} of {readable(s.cluster.accelerator.hbm_bytes, 'bytes')} "
+        "on the fullest stage, "
+        f"{result.training_days:.1f} days, {result.accelerator_hours:,.0f} accelerator-hours, "
+        f"{result.cost_usd / 1e6:,.2f} M$ at {price['value']:.2f} $/h ({price['source']}, {price['date']})"
+    )
+    _show(result.breakdown(), "Where the step goes (mean over ranks)")
+    _say(f"Rests on {facts_by_grade(result.sources())} (myriad sources).")
+    _say("Not modelled: " + "; ".join(result.summary()["not_modelled"]) + ".")
+
+
+def _write(result: StepResult, folder: Path) -> list[Path]:
+    """Write everything about one step below `folder`; return the files."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib.figure import Figure
+
+    from simulator import plots
+    from simulator.files import write_atomically
+
+    files = [folder / "summary.json", folder / "scenario.yaml", result.timeline.save_trace(folder / "trace.json.gz")]
+    write_atomically(files[0], lambda f: json.dump(result.summary(), f, indent=2))
+    result.scenario.save(files[1])
+    for name, table in {"breakdown": result.breakdown(), "memory": result.memory(), "sources": result.sources()}.items():
+        files.append(folder / f"{name}.csv")
+        write_atomically(files[-1], lambda f, t=table: t.to_csv(f, index=False))
+    for name, draw in {"timeline": plots.plot_timeline, "memory": plots.plot_memory, "breakdown": plots.plot_breakdown}.items():
+        figure = Figure(figsize=(11, 5), layout="constrained")
+        draw(result, ax=figure.subplots())
+        files.append(folder / f"{name}.png")
+        write_atomically(files[-1], lambda f, g=figure: g.savefig(f, format="png", dpi=130), "wb")
+    return files
+
+
+def _report_files(files: list[Path]) -> None:
+    _say("Files: " + ", ".join(str(f) for f in files))
+    if any(f.name == "trace.json.gz" for f in files):
+        _say("Open trace.json.gz at https://ui.perfetto.dev: a process per stage, a thread per stream.")
+
+
+@app.command()
+def plan(
+    scenario: ScenarioFile = None,
+    sets: Sets = None,
+    top: Annotated[int, typer.Option(min=1, help="Plans to simulate and show.")] = 10,
+    folder: OutDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the fastest plans: bound every legal one, estimate the promising, simulate the best."""
+    from simulator.files import write_atomically
+    from simulator.planning.search import search
+
+    question = _load(scenario, sets)
+    with _progress() as tell:
+        found = search(question, top=top, progress=tell)
+    files = []
+    if folder:
+        files = [folder / "plans.csv", *_write(found.best, folder)]
+        write_atomically(files[0], lambda f: found.table.to_csv(f, index=False))
+    if as_json:
+        counts = {"legal": found.legal, "fitting": found.fitting, "estimated": found.estimated, "simulated": len(found.results)}
+        _print_json(found.best.summary() | {"plans": _records(found.table), "searched": counts, "files": [str(f) for f in files]})
+        return
+    _show(found.table.drop(columns=["estimate_s", "bound_s"]), f"The {len(found.table)} fastest plans")
+    _say(f"{found.legal:,} legal plans, {found.fitting:,} fit in memory, {found.estimated:,} estimated, {len(found.results)} simulated.\n")
+    _headline(found.best)
+    if files:
+        _report_files(files)
+
+
+@app.command()
+def simulate(
+    scenario: ScenarioFile = None,
+    sets: Sets = None,
+    megatron: Annotated[Path | None, typer.Option(help="File with a Megatron-LM launch line to take the plan and batch from.")] = None,
+    ranks: Annotated[str, typer.Option(help="'classes' simulates one rank of each kind, 'all' every rank.")] = "classes",
+    folder: OutDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate one optimizer step of a plan, event by event."""
+    from simulator.estimate import bound, estimate
+    from simulator.simulate import simulate_step
+
+    if ranks not in ("classes", "all"):
+        raise ProfileError(f"--ranks {ranks}: choose classes or all")
+    question = _load(scenario, sets, megatron)
+    result = simulate_step(question, ranks=ranks)  # type: ignore[arg-type]
+    files = _write(result, folder) if folder else []
+    if as_json:
+        extra = {"bound_s": bound(question), "estimate_s": estimate(question), "breakdown": _records(result.breakdown())}
+        _print_json(result.summary() | extra | {"files": [str(f) for f in files]})
+        return
+    _headline(result)
+    if files:
+        _report_files(files)
+
+
+@app.command()
+def validate(
+    every: Annotated[bool, typer.Option("--all", help="Also rows whose source leaves something out.")] = False,
+    folder: OutDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare predictions with published training runs: an error table, nothing fitted."""
+    from simulator.estimate import estimate
+    from simulator.files import write_atomically
+    from simulator.validation import published
+
+    with _progress() as tell:
+        table = published.validate(estimate, complete_only=not every, progress=lambda done, total: tell("predict", done, total))
+    summary = published.summary(table)
+    if folder:
+        write_atomically(folder / "validation.csv", lambda f: table.to_csv(f, index=False))
+    if as_json:
+        _print_json({"summary": _records(summary), "rows": _records(table)})
+        return
+    _show(summary, "Predicted against measured step time, nothing fitted")
+    skipped = table.loc[table["skipped"] != "", "skipped"].value_counts()
+    for reason, rows in skipped.items():
+        _say(f"skipped {rows}: {reason}")
+    if folder:
+        _report_files([folder / "validation.csv"])
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="A shipped name or the path of a config.json.")] = None, as_json: AsJson = False
+) -> None:
+    """List the shipped models, or count the parameters and FLOP of one."""
+    from simulator.scenario.catalogue import models as shipped
+    from simulator.scenario.profiles import MODELS
+    from simulator.workload.flop import count
+
+    if name is None:
+        table = shipped()
+        _print_json(_records(table)) if as_json else _show(table.drop(columns="source"))
+        return
+    model = MODELS.load(name)
+    counted = {f: getattr(count(model, 4096), f) for f in count(model, 4096).__dataclass_fields__}
+    if as_json:
+        _print_json(model.model_dump(mode="json") | counted)
+        return
+    _say(f"[bold]{model.name}[/] ({model.source})")
+    for key, value in (model.model_dump(exclude={"name", "source", "moe_layers", "windows"}) | counted).items():
+        text = f"{value / 1e9:.3f} G" if key in counted else str(value)
+        _say(f"  {key}: {text}" + (" at 4,096 tokens per sequence" if "causal" in key else ""))
+
+
+@app.command()
+def clusters(as_json: AsJson = False) -> None:
+    """List the shipped clusters."""
+    from simulator.scenario.catalogue import clusters as shipped
+
+    table = shipped()
+    _print_json(_records(table)) if as_json else _show(table)
+
+
+@app.command()
+def sources(
+    scenario: Annotated[str, typer.Argument(help="A scenario file or the name of a shipped cluster.")], as_json: AsJson = False
+) -> None:
+    """Show every fact that an answer rests on, with its grade and source."""
+    import pandas as pd
+
+    from simulator.result import facts, facts_by_grade
+    from simulator.scenario.profiles import CLUSTERS
+
+    shipped = scenario in CLUSTERS.names()
+    table = pd.DataFrame(CLUSTERS.load(scenario).provenance()) if shipped else facts(_load(Path(scenario), None))
+    if as_json:
+        _print_json(_records(table))
+        return
+    for (grade, source, date), part in table.fillna({"date": ""}).groupby(["grade", "source", "date"], sort=False):
+        _say(f"[bold]{grade}[/] {source} {date}")
+        for row in part.itertuples():
+            _say(f"    {row.profile}: {row.fact} = {row.value:g}")
+    _say(facts_by_grade(table))
+
+
+def main() -> None:
+    """Run the command line; every expected error is one message and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except PlanError as error:
+        if "--json" in sys.argv:
+            problems = [{"rule": p.rule, "numbers": p.numbers, "remedy": p.remedy} for p in error.problems]
+            _print_json({"problems": problems})
+        for problem in error.problems:
+            _say(f"[red]cannot run[/] {escape(f'{problem.rule}: {problem.numbers}')}\n  remedy: {escape(problem.remedy)}", err)
+        sys.exit(2)
+    except SimulatorError as error:
+        _say(f"[red]error[/] {escape(str(error))}", err)
+        sys.exit(2)
+    except OSError as error:
+        _say(f"[red]error[/] {error.filename or ''}: {error.strerror or error}", err)
+        sys.exit(2)

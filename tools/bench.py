@@ -1,0 +1,80 @@
+"""Measure the speeds that the documentation quotes: median of five, one core, machine named.
+
+Run with ``make bench``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import simulator as sim
+from simulator.planning.search import Priced, legal_plans
+from simulator.scenario.plan import PlanColumns
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "kimi-k2-10240-h100.yaml"
+RUNS = 5
+
+
+def machine() -> str:
+    """Name the processor, the cores and the Python."""
+    cpu = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{cpu}, {os.cpu_count()} cores, one used; Python {platform.python_version()}, numpy {np.__version__}"
+
+
+def median_s(work: Callable[[], object]) -> float:
+    """Return the median seconds of `RUNS` runs after one to warm up."""
+    work()
+    seconds = []
+    for _ in range(RUNS):
+        begin = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def table_of(scenario: sim.Scenario, plans: int) -> PlanColumns:
+    """Return legal plans of `scenario`, repeated or cut to `plans` of them."""
+    one = next(iter(legal_plans(scenario)))
+    return one.take(np.arange(plans) % len(one))
+
+
+def main() -> None:
+    """Print every figure with its command."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    print(f"machine: {machine()}; median of {RUNS}")
+    scenario = sim.Scenario.load(EXAMPLE)
+    best = sim.search(scenario, top=1).best.scenario
+    step = median_s(lambda: sim.simulate_step(best))
+    spans = len(sim.simulate_step(best).timeline)
+    print(f"event simulation of the 10,240-accelerator step: {step:.3f} s ({spans:,} spans)")
+    for count in (100_000, 1_000_000):
+        plans = table_of(scenario, count)
+        seconds = median_s(lambda plans=plans: Priced.of(scenario, plans).bounds())
+        print(f"bound over {count:,} plans: {seconds:.3f} s = {count / seconds:,.0f} plans/s")
+    plans = table_of(scenario, 100_000)
+    few = plans.take(np.flatnonzero(scenario.job.global_batch // (plans.dp * plans.micro_batch) <= 64))
+    seconds = median_s(lambda: Priced.of(scenario, few).estimates())
+    print(f"estimate over {len(few):,} plans of at most 64 micro-batches: {seconds:.3f} s = {len(few) / seconds:,.0f} plans/s")
+    question = median_s(lambda: sim.search(scenario, top=10))
+    print(f"search, ten plans simulated: {question:.3f} s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"peak memory of this process: {peak / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
