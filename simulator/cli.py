@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 import yaml
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from simulator.errors import PlanError, ProfileError, SimulatorError
+from simulator.errors import PlanError, Problem, ProfileError, SimulatorError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Plan a ten-thousand-GPU training cluster before it exists.",
 )
-out, err = Console(), Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 110)
+err = Console(stderr=True)
 
 ScenarioFile = Annotated[Path | None, typer.Argument(help="Scenario in YAML; may be left out when --set gives model, cluster and job.")]
 Sets = Annotated[
@@ -37,7 +40,10 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one entry, e.g. plan.pp=8 or cluster=gb200-nvl72-10368; repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-OutDir = Annotated[Path | None, typer.Option("--out", help="Folder for tables, pictures, the trace and the scenario.")]
+OutDir = Annotated[
+    Path | None,
+    typer.Option("--out", file_okay=False, writable=True, help="Folder for tables, pictures, the trace and the scenario."),
+]
 
 
 def _say(text: str, console: Console = out) -> None:
@@ -50,32 +56,48 @@ def _load(path: Path | None, sets: list[str] | None, megatron: Path | None = Non
     from simulator.scenario.scenario import Scenario
 
     data = read_yaml(path) if path else {}
-    for entry in sets or []:
-        key, equals, value = entry.partition("=")
-        if not equals or not key:
-            raise ProfileError(f"--set {entry!r}: write KEY=VALUE, e.g. --set plan.pp=8")
-        *parents, last = key.split(".")
-        place = data
-        for parent in parents:
-            inner = place.setdefault(parent, {})
-            if isinstance(inner, str):  # a name: keep it as the base and change one thing
-                inner = place[parent] = {"base": inner}
-            if not isinstance(inner, dict):
-                raise ProfileError(f"--set {entry!r}: {parent} is {inner!r}, not a table")
-            place = inner
-        try:
-            place[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            place[last] = value
+    processes = None
     if megatron:
         from simulator.scenario.megatron import plan_from_megatron
 
         run = plan_from_megatron(read_text(megatron))
         for warning in run.warnings:
-            _say(f"[yellow]note:[/] {escape(warning)}", err)
-        data["plan"] = run.plan.model_dump(mode="json") | data.get("plan", {})
-        data["job"] = run.job | data.get("job", {})
-    return validated(Scenario, data, str(path or "scenario"))
+            _note(warning)
+        processes = run.accelerators
+        said = run.plan.model_dump(mode="json", exclude_unset=True) | {"dp_shard": None}
+        for key, table in {"plan": said, "job": run.job}.items():  # the line has the last word but for --set
+            data[key] = (data[key] if isinstance(data.get(key), dict) else {}) | table
+    for entry in sets or []:
+        _set(data, entry)
+    question = validated(Scenario, data, str(path or "scenario"))
+    accelerators = question.cluster.accelerators
+    if processes not in (None, accelerators):
+        _note(f"the line starts {processes:,} processes, the cluster has {accelerators:,} accelerators: dp fills the cluster")
+    return question
+
+
+def _set(data: dict[str, Any], entry: str) -> None:
+    """Change one entry of a scenario's table as ``KEY=VALUE`` says."""
+    key, equals, value = entry.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not all([*parents, last]):
+        raise ProfileError(f"--set {entry!r}: write KEY=VALUE, e.g. --set plan.pp=8")
+    place = data
+    for parent in parents:
+        inner = place.get(parent)
+        if inner is None or isinstance(inner, str):  # a name: keep it as the base and change one thing
+            inner = place[parent] = {"base": inner} if inner else {}
+        if not isinstance(inner, dict):
+            raise ProfileError(f"--set {entry!r}: {parent} is {inner!r}, not a table")
+        place = inner
+    try:
+        place[last] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        place[last] = value
+
+
+def _note(text: str) -> None:
+    _say(f"[yellow]note:[/] {escape(text)}", err)
 
 
 @contextmanager
@@ -142,7 +164,8 @@ def _headline(result: StepResult) -> None:
 
     s = result.scenario
     price = next(r for r in s.cluster.provenance() if r["fact"] == "price_usd_per_accelerator_hour")
-    _say(f"[bold]{s.model.name}[/] on {s.cluster.accelerators:,} {s.cluster.accelerator.name} ({s.cluster.name}): {s.plan}")
+    machine = f"{s.cluster.accelerators:,} {s.cluster.accelerator.name} ({s.cluster.name})"
+    _say(f"[bold]{escape(s.model.name)}[/] on {escape(machine)}: {s.plan}")
     _say(
         f"step {result.step_time_s:.3f} s, {result.tokens_per_s_per_accelerator:,.0f} tokens/s/accelerator, "
         f"MFU {result.mfu_causal:.1%} causal, {result.mfu_noncausal:.1%} non-causal, {result.mfu_6n:.1%} by 6N (of the dense bf16 peak)"
@@ -151,39 +174,50 @@ def _headline(result: StepResult) -> None:
         f"memory {readable(result.peak_memory_bytes, 'bytes')} of {readable(s.cluster.accelerator.hbm_bytes, 'bytes')} "
         "on the fullest stage, "
         f"{result.training_days:.1f} days, {result.accelerator_hours:,.0f} accelerator-hours, "
-        f"{result.cost_usd / 1e6:,.2f} M$ at {price['value']:.2f} $/h ({price['source']}, {price['date']})"
+        f"{result.cost_usd / 1e6:,.2f} M$ at {price['value']:.2f} $/h ({escape(price['source'])}, {price['date']})"
     )
     _show(result.breakdown(), "Where the step goes (mean over ranks)")
     _say(f"Rests on {facts_by_grade(result.sources())} (myriad sources).")
     _say("Not modelled: " + "; ".join(result.summary()["not_modelled"]) + ".")
 
 
-def _write(result: StepResult, folder: Path) -> list[Path]:
-    """Write everything about one step below `folder`; return the files."""
+@contextmanager
+def _all_at_once(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder whose files move to `folder` at the end, all of them; after an error none does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as hidden:
+        yield Path(hidden)
+        for file in Path(hidden).iterdir():
+            file.replace(folder / file.name)
+
+
+def _write(result: StepResult, folder: Path, tables: dict[str, pd.DataFrame]) -> list[Path]:
+    """Write `tables` and everything about one step below `folder`; return the files."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib.figure import Figure
 
     from simulator import plots
-    from simulator.files import write_atomically
 
-    files = [folder / "summary.json", folder / "scenario.yaml", result.timeline.save_trace(folder / "trace.json.gz")]
-    write_atomically(files[0], lambda f: json.dump(result.summary(), f, indent=2))
-    result.scenario.save(files[1])
-    for name, table in {"breakdown": result.breakdown(), "memory": result.memory(), "sources": result.sources()}.items():
-        files.append(folder / f"{name}.csv")
-        write_atomically(files[-1], lambda f, t=table: t.to_csv(f, index=False))
-    for name, draw in {"timeline": plots.plot_timeline, "memory": plots.plot_memory, "breakdown": plots.plot_breakdown}.items():
-        figure = Figure(figsize=(11, 5), layout="constrained")
-        draw(result, ax=figure.subplots())
-        files.append(folder / f"{name}.png")
-        write_atomically(files[-1], lambda f, g=figure: g.savefig(f, format="png", dpi=130), "wb")
-    return files
+    tables = tables | {"breakdown": result.breakdown(), "memory": result.memory(), "sources": result.sources()}
+    pictures = {"timeline": plots.plot_timeline, "memory": plots.plot_memory, "breakdown": plots.plot_breakdown}
+    with _all_at_once(folder) as place:
+        (place / "summary.json").write_text(json.dumps(result.summary(), indent=2) + "\n", encoding="utf-8")
+        result.scenario.save(place / "scenario.yaml")
+        result.timeline.save_trace(place / "trace.json.gz")
+        for name, table in tables.items():
+            table.to_csv(place / f"{name}.csv", index=False)
+        for name, draw in pictures.items():
+            figure = Figure(figsize=(11, 5), layout="constrained")
+            draw(result, ax=figure.subplots())
+            figure.savefig(place / f"{name}.png", dpi=130)
+    names = ("summary.json", "scenario.yaml", "trace.json.gz", *(f"{t}.csv" for t in tables), *(f"{p}.png" for p in pictures))
+    return [folder / name for name in names]
 
 
 def _report_files(files: list[Path]) -> None:
-    _say("Files: " + ", ".join(str(f) for f in files))
+    _say("Files: " + ", ".join(escape(str(f)) for f in files))
     if any(f.name == "trace.json.gz" for f in files):
         _say("Open trace.json.gz at https://ui.perfetto.dev: a process per stage, a thread per stream.")
 
@@ -197,21 +231,19 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Find the fastest plans: bound every legal one, estimate the promising, simulate the best."""
-    from simulator.files import write_atomically
     from simulator.planning.search import search
 
     question = _load(scenario, sets)
     with _progress() as tell:
         found = search(question, top=top, progress=tell)
-    files = []
-    if folder:
-        files = [folder / "plans.csv", *_write(found.best, folder)]
-        write_atomically(files[0], lambda f: found.table.to_csv(f, index=False))
+    files = _write(found.best, folder, {"plans": found.table}) if folder else []
     if as_json:
         counts = {"legal": found.legal, "fitting": found.fitting, "estimated": found.estimated, "simulated": len(found.results)}
         _print_json(found.best.summary() | {"plans": _records(found.table), "searched": counts, "files": [str(f) for f in files]})
         return
-    _show(found.table.drop(columns=["estimate_s", "bound_s"]), f"The {len(found.table)} fastest plans")
+    degrees = [str(r.scenario.plan) for r in found.results]
+    figures = found.table[["step_time_s", "mfu_causal", "peak_memory_bytes", "training_days", "cost_usd"]]
+    _show(figures.assign(plan=degrees)[["plan", *figures.columns]], f"The {len(found.table)} fastest plans")
     _say(f"{found.legal:,} legal plans, {found.fitting:,} fit in memory, {found.estimated:,} estimated, {len(found.results)} simulated.\n")
     _headline(found.best)
     if files:
@@ -223,7 +255,7 @@ def simulate(
     scenario: ScenarioFile = None,
     sets: Sets = None,
     megatron: Annotated[Path | None, typer.Option(help="File with a Megatron-LM launch line to take the plan and batch from.")] = None,
-    ranks: Annotated[str, typer.Option(help="'classes' simulates one rank of each kind, 'all' every rank.")] = "classes",
+    ranks: Annotated[Literal["classes", "all"], typer.Option(help="Simulate one rank of each kind, or every rank.")] = "classes",
     folder: OutDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -231,11 +263,9 @@ def simulate(
     from simulator.estimate import bound, estimate
     from simulator.simulate import simulate_step
 
-    if ranks not in ("classes", "all"):
-        raise ProfileError(f"--ranks {ranks}: choose classes or all")
     question = _load(scenario, sets, megatron)
-    result = simulate_step(question, ranks=ranks)  # type: ignore[arg-type]
-    files = _write(result, folder) if folder else []
+    result = simulate_step(question, ranks=ranks)
+    files = _write(result, folder, {}) if folder else []
     if as_json:
         extra = {"bound_s": bound(question), "estimate_s": estimate(question), "breakdown": _records(result.breakdown())}
         _print_json(result.summary() | extra | {"files": [str(f) for f in files]})
@@ -290,7 +320,7 @@ def models(
     if as_json:
         _print_json(model.model_dump(mode="json") | counted)
         return
-    _say(f"[bold]{model.name}[/] ({model.source})")
+    _say(f"[bold]{escape(model.name)}[/] ({escape(model.source)})")
     for key, value in (model.model_dump(exclude={"name", "source", "moe_layers", "windows"}) | counted).items():
         text = f"{value / 1e9:.3f} G" if key in counted else str(value)
         _say(f"  {key}: {text}" + (" at 4,096 tokens per sequence" if "causal" in key else ""))
@@ -315,32 +345,37 @@ def sources(
     from simulator.result import facts, facts_by_grade
     from simulator.scenario.profiles import CLUSTERS
 
-    shipped = scenario in CLUSTERS.names()
+    shipped = scenario in CLUSTERS.names() or not Path(scenario).exists()  # no such file: the nearest names are told
     table = pd.DataFrame(CLUSTERS.load(scenario).provenance()) if shipped else facts(_load(Path(scenario), None))
     if as_json:
         _print_json(_records(table))
         return
     for (grade, source, date), part in table.fillna({"date": ""}).groupby(["grade", "source", "date"], sort=False):
-        _say(f"[bold]{grade}[/] {source} {date}")
+        _say(f"[bold]{grade}[/] {escape(source)} {date}")
         for row in part.itertuples():
-            _say(f"    {row.profile}: {row.fact} = {row.value:g}")
+            _say(escape(f"    {row.profile}: {row.fact} = {row.value:g}"))
     _say(facts_by_grade(table))
 
 
+def _refuse(problems: list[Problem]) -> NoReturn:
+    """End with exit code 2, having told people on the error stream and, with --json, machines on the other."""
+    for problem in problems:
+        remedy = f"\n  remedy: {escape(problem.remedy)}" if problem.remedy else ""
+        _say(f"[red]{escape(problem.rule)}:[/] {escape(problem.numbers)}{remedy}", err)
+    if "--json" in sys.argv:
+        _print_json({"problems": [asdict(problem) for problem in problems]})
+    sys.exit(2)
+
+
 def main() -> None:
-    """Run the command line; every expected error is one message and exit code 2."""
+    """Run the command line; what the user can mend is told without a traceback and ends with exit code 2."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
     except PlanError as error:
-        if "--json" in sys.argv:
-            problems = [{"rule": p.rule, "numbers": p.numbers, "remedy": p.remedy} for p in error.problems]
-            _print_json({"problems": problems})
-        for problem in error.problems:
-            _say(f"[red]cannot run[/] {escape(f'{problem.rule}: {problem.numbers}')}\n  remedy: {escape(problem.remedy)}", err)
-        sys.exit(2)
+        _refuse(error.problems)
     except SimulatorError as error:
-        _say(f"[red]error[/] {escape(str(error))}", err)
-        sys.exit(2)
+        _refuse([Problem("error", str(error), "")])
     except OSError as error:
-        _say(f"[red]error[/] {error.filename or ''}: {error.strerror or error}", err)
-        sys.exit(2)
+        _refuse([Problem("error", f"{error.filename or 'file'}: {error.strerror or error}", "")])
+    except typer.TyperException as error:
+        _refuse([Problem("error", error.format_message(), "see myriad --help")])

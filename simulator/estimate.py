@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from simulator.engine.replay import replay
+from simulator.engine.replay import replay, replay_sharded
 from simulator.pricing import op_s, segments_s
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.job import Job
@@ -60,27 +60,26 @@ class PipelineTimes:
     ----------
     forward_s, backward_s, gather_s, reduce_s : ndarray (..., stages)
         One micro-batch, and the data-parallel collectives of one pass.
-    first_gather_s, last_reduce_s : ndarray (..., pp)
-        What no compute can hide: the gather of the first block, the reduction of the last one.
-    last_forward_s, late_reduce_s : ndarray (..., stages)
-        Forward of the last block; what remains of the reduction after the last backward when it runs beside it.
+    late_reduce_s : ndarray (..., stages)
+        What remains of the reductions after a backward when they run beside it.
     optimizer_s : ndarray (..., pp)
         Optimizer kernels.
-    hop_s, norm_s : ndarray (...)
-        A message between stages, the all-reduce of the gradient norm.
+    hop_s, norm_s, first_gather_s : ndarray (...)
+        A message between stages, the all-reduce of the gradient norm, the gather of the first block, which nothing can hide.
+    stage_blocks : tuple
+        Prices of the blocks of each virtual stage, in order.
     """
 
     forward_s: Number
     backward_s: Number
     gather_s: Number
     reduce_s: Number
-    first_gather_s: Number
-    last_reduce_s: Number
-    last_forward_s: Number
     late_reduce_s: Number
     optimizer_s: Number
     hop_s: Number
     norm_s: Number
+    first_gather_s: Number
+    stage_blocks: tuple[tuple[BlockPrice, ...], ...]
 
 
 def pipeline_times(
@@ -112,20 +111,18 @@ def pipeline_times(
         )
         return segments_s(((op,) for op in optimizer_ops(dense, expert, model, plan, job)), model, plan, cluster)
 
-    first = [stages[rank] for rank in range(pp)]
     own = [tuple(name for s in range(rank, len(stages), pp) for name in stages[s]) for rank in range(pp)]
     return PipelineTimes(
         forward_s=over_stages("forward_s"),
         backward_s=over_stages("backward_s"),
         gather_s=over_stages("gather_s"),
         reduce_s=over_stages("reduce_s"),
-        first_gather_s=over_ranks(lambda names: prices[names[0]].gather_s, first),
-        last_reduce_s=over_ranks(lambda names: prices[names[0]].reduce_s, first),
-        last_forward_s=over_ranks(lambda names: prices[names[-1]].forward_s, list(stages)),
         late_reduce_s=over_ranks(lambda names: _late([prices[n] for n in reversed(names)]), list(stages)),
         optimizer_s=over_ranks(optimizer, own),
         hop_s=op_s(send_op(plan, model, job), model, plan, cluster) if pp > 1 else np.zeros(()),
         norm_s=op_s(NORM_OP, model, plan, cluster),
+        first_gather_s=prices[stages[0][0]].gather_s if stages[0] else np.zeros(()),
+        stage_blocks=tuple(tuple(prices[name] for name in stage) for stage in stages),
     )
 
 
@@ -137,6 +134,16 @@ def _late(prices: list[BlockPrice]) -> Number:
         passed = passed + p.backward_s
         reduced = np.maximum(reduced, passed) + p.reduce_s
     return np.maximum(reduced - passed, 0.0)
+
+
+def _gathering(prices: tuple[BlockPrice, ...]) -> Number:
+    """Return the end of a forward whose blocks each wait for their gather; gathers follow one another from the start."""
+    passed: Number = 0.0
+    gathered: Number = 0.0
+    for p in prices:
+        gathered = gathered + p.gather_s
+        passed = np.where(np.asarray(p.gather_s) > 0, np.maximum(passed, gathered), passed) + p.forward_s
+    return passed
 
 
 def _ahead(plan: Plan | PlanColumns) -> bool:
@@ -172,13 +179,13 @@ def bound_s(plan: Plan | PlanColumns, t: PipelineTimes, micro_batches: Number) -
     fill = np.cumsum(f[..., :pp], axis=-1) - f[..., :pp] + hop * ranks
     drain = np.cumsum(b[..., :pp], axis=-1) - b[..., :pp] + hop * ranks
     exposed = plan.zero < 2 and not plan.overlap.grad_reduce
-    reduce = _per_rank(t.reduce_s, pp) if exposed else t.last_reduce_s
+    reduce = _per_rank(t.reduce_s, pp) if exposed else t.late_reduce_s[..., :pp]
     ends = fill + m * _per_rank(f + b, pp)
     alone = (f + b).sum(axis=-1) + 2 * np.asarray(t.hop_s) * (f.shape[-1] - 1)
     last = np.maximum((ends + drain).max(axis=-1), alone)
     reduced = np.maximum((ends + reduce).max(axis=-1), last + reduce[..., 0])
     if _ahead(plan) or plan.zero >= 3:
-        reduced = reduced + t.first_gather_s[..., 0]
+        reduced = reduced + t.first_gather_s
     if plan.zero >= 2:
         repeated = t.reduce_s + (2 * t.gather_s if plan.zero >= 3 else 0.0)
         reduced = np.maximum(reduced, (m * _per_rank(repeated, pp)).max(axis=-1))
@@ -196,27 +203,33 @@ def estimate_s(plan: Plan | PlanColumns, t: PipelineTimes, micro_batches: int, n
     Notes
     -----
     The schedule is replayed action by action with the same prices. Long steps are replayed for six and eight rounds of
-    pp micro-batches and continued at that pace. ZeRO-3 gathers and ZeRO-2 reductions stretch an action that is shorter than
-    them.
+    pp micro-batches and continued at that pace. Where ZeRO-2 reduces and ZeRO-3 gathers for every micro-batch, the blocks of
+    an action and the data-parallel stream beside them are replayed too.
     """
     pp, vpp = single(plan.pp), single(plan.vpp)
-    f, b, ready = t.forward_s, t.backward_s, None
-    if plan.zero >= 3:
-        f, b = np.maximum(f, t.gather_s), np.maximum(b, t.gather_s + t.reduce_s)
-    elif plan.zero == 2:
-        b = np.maximum(b, t.reduce_s)
+    ready, busy = None, 0.0
     if _ahead(plan):
-        chunks = t.gather_s.reshape(*t.gather_s.shape[:-1], vpp, pp)
-        ready = np.cumsum(chunks, axis=-2).reshape(t.gather_s.shape) + t.last_forward_s
+        gathers = t.gather_s.reshape(*t.gather_s.shape[:-1], vpp, pp)
+        first = np.stack([np.broadcast_to(_gathering(stage), t.gather_s.shape[:-1]) for stage in t.stage_blocks], axis=-1)
+        ready = (np.cumsum(gathers, axis=-2) - gathers).reshape(t.gather_s.shape) + first
+        busy = gathers.sum(axis=-2)
+    every = 1.0 if plan.zero >= 3 else 0.0  # whether parameters are gathered for every pass
+
+    def ends(n: int) -> Number:
+        order = _order(name, pp, vpp, n)
+        if plan.zero < 2:
+            return replay(order, t.forward_s, t.backward_s, t.hop_s, pp, ready)
+        prices = [[(p.forward_s, p.backward_s, every * p.gather_s, p.reduce_s) for p in stage] or [(0.0,) * 4] for stage in t.stage_blocks]
+        return replay_sharded(order, prices, t.hop_s, pp, ready, busy)
+
     long, short = 8 * pp, 6 * pp
     if name == "gpipe" or micro_batches <= long or (name == "interleaved" and micro_batches % pp):
-        ends = replay(_order(name, pp, vpp, micro_batches), f, b, t.hop_s, pp, ready)
+        done = ends(micro_batches)
     else:
-        early, late = (replay(_order(name, pp, vpp, n), f, b, t.hop_s, pp, ready) for n in (short, long))
-        ends = late + (late - early) * ((micro_batches - long) / (long - short))
-    if plan.zero >= 3:
-        ends = ends + t.first_gather_s[..., :1]
-    return _reduced(plan, t, ends, pp, vpp) + t.norm_s + _after(plan, t, pp).max(axis=-1)
+        early, late = ends(short), ends(long)
+        done = late + (late - early) * ((micro_batches - long) / (long - short))
+    reduced = done.max(axis=-1) if plan.zero >= 2 else _reduced(plan, t, done, pp, vpp)
+    return reduced + t.norm_s + _after(plan, t, pp).max(axis=-1)
 
 
 def _reduced(plan: Plan | PlanColumns, t: PipelineTimes, ends: Number, pp: int, vpp: int) -> Number:
@@ -227,7 +240,7 @@ def _reduced(plan: Plan | PlanColumns, t: PipelineTimes, ends: Number, pp: int, 
     for chunk in range(vpp - 1, -1, -1):
         here = slice(chunk * pp, (chunk + 1) * pp)
         ready = ends[..., here]
-        done = np.maximum(np.maximum(done + (t.reduce_s[..., here] if plan.zero < 2 else 0.0), ready + t.late_reduce_s[..., here]), ready)
+        done = np.maximum(done + t.reduce_s[..., here], ready + t.late_reduce_s[..., here])
     return done.max(axis=-1)
 
 

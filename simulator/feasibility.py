@@ -11,65 +11,105 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 from simulator.units import readable
 from simulator.workload.memory import PARTS, memory_per_stage
-from simulator.workload.schedules import schedule
 from simulator.workload.stages import blocks, stage_blocks
 
 
-def _divisors(n: int, at_most: int = 4096) -> str:
-    return ", ".join(str(d) for d in range(1, min(n, at_most) + 1) if n % d == 0)
+def _divisors(n: int, at_most: int = 4096) -> list[int]:
+    return [d for d in range(1, min(n, at_most) + 1) if n % d == 0]
+
+
+def _any_of(choices: list[int]) -> str:
+    return ", ".join(map(str, choices))
 
 
 def _multiples(n: int, near: int) -> str:
+    """Return the multiples of `n` on both sides of `near`."""
     low = near // n * n
     return " or ".join(str(x) for x in (low, low + n) if x > 0)
 
 
+def _fixed(p: Plan) -> int:
+    """Return the ranks that one shard of data parallelism spans."""
+    return p.tp * p.cp * p.pp * p.dp_replicate
+
+
+def _open(s: Scenario) -> bool:
+    """Return whether dp is only what is left of a cluster that the other degrees do not divide: then it breaks no rule of its own."""
+    return s.plan.world != s.cluster.accelerators and s.plan.dp_shard == max(1, s.cluster.accelerators // _fixed(s.plan))
+
+
 def _degrees(s: Scenario) -> Iterator[Problem]:
-    p, n = s.plan, s.cluster.accelerators
-    if p.world != n:
-        yield Problem(
-            "degrees multiply to the accelerators",
-            f"tp {p.tp} * cp {p.cp} * pp {p.pp} * dp {p.dp} = {p.world}, the cluster has {n}",
-            f"leave dp out, or make tp * cp * pp * dp_replicate divide {n}",
-        )
-    inner = p.dp * p.cp * p.tp
-    if inner % (p.etp * p.ep):
+    p, n, fixed = s.plan, s.cluster.accelerators, _fixed(s.plan)
+    if p.world == n:
+        return
+    if n % fixed == 0:
+        remedy = f"use dp_shard: {n // fixed}, or leave it out"
+    else:
+        divisors, whole = _divisors(n, 2**20), math.lcm(fixed, s.cluster.host.accelerators)
+        near = sorted({max(d for d in divisors if d <= fixed), min((d for d in divisors if d > fixed), default=n)})
+        remedy = f"make tp * cp * pp * dp_replicate = {fixed} a divisor of {n}, such as {' or '.join(map(str, near))}"
+        remedy += f", or use {n // whole * whole} accelerators" if n >= whole else ""
+    numbers = f"tp {p.tp} * cp {p.cp} * pp {p.pp} * dp {p.dp} = {p.world}, the cluster has {n}"
+    yield Problem("degrees multiply to the accelerators", numbers, remedy)
+
+
+def _expert_degrees(s: Scenario) -> list[int]:
+    """Return the ep that divide the experts and, where the plan lets one, the ranks of a pipeline stage."""
+    p, own = s.plan, _divisors(s.model.experts.count)
+    return [e for e in own if p.dp_shard * p.cp * p.tp % (p.etp * e) == 0] or own
+
+
+def _expert_mesh(s: Scenario) -> Iterator[Problem]:
+    p = s.plan
+    inner, mesh = p.dp * p.cp * p.tp, p.etp * p.ep
+    if s.model.experts is None or _open(s):
+        return
+    if inner % mesh:
+        remedy = f"use ep of {_any_of(_expert_degrees(s))}" if inner % p.etp == 0 else f"use etp of {_any_of(_divisors(inner, p.tp))}"
+        least = math.lcm(minimum_accelerators(p), s.cluster.host.accelerators)
         yield Problem(
             "etp * ep divides dp * cp * tp",
-            f"etp {p.etp} * ep {p.ep} = {p.etp * p.ep} does not divide dp * cp * tp = {inner}",
-            f"use etp * ep of {_divisors(inner)}; "
-            f"this one needs at least pp * lcm(tp * cp, etp * ep) = {minimum_accelerators(p)} accelerators",
+            f"etp {p.etp} * ep {p.ep} = {mesh} does not divide dp * cp * tp = {inner}",
+            f"{remedy}, or a multiple of {least} accelerators",
         )
-    elif p.dp_replicate > 1 and (p.dp_shard * p.cp * p.tp) % (p.etp * p.ep):
+    elif (p.dp_shard * p.cp * p.tp) % mesh:
+        replicas = [r for r in _divisors(p.dp) if p.dp // r * p.cp * p.tp % mesh == 0]
         yield Problem(
             "etp * ep divides one replica",
-            f"etp * ep = {p.etp * p.ep} does not divide dp_shard * cp * tp = {p.dp_shard * p.cp * p.tp}",
-            "use a larger dp_shard and a smaller dp_replicate",
+            f"etp * ep = {mesh} does not divide dp_shard * cp * tp = {p.dp_shard * p.cp * p.tp}",
+            f"use dp_replicate of {_any_of(replicas)} and leave dp_shard out",
         )
+
+
+def _tensor_degrees(s: Scenario) -> list[int]:
+    """Return the tp that divide the model's widths and, where one does, the accelerators."""
+    p, m = s.plan, s.model
+    dense = not all(k.moe for k in m.kinds)
+    own = [t for t in _divisors(m.heads) if (m.kv_heads % t == 0 or t % m.kv_heads == 0) and not (dense and m.ffn % t)]
+    return [t for t in own if s.cluster.accelerators % (t * p.cp * p.pp * p.dp_replicate) == 0] or own
 
 
 def _model(s: Scenario) -> Iterator[Problem]:
     p, m = s.plan, s.model
+    use_tp = f"use tp of {_any_of(_tensor_degrees(s))}"
     if m.heads % p.tp:
-        yield Problem("heads divide by tp", f"{m.heads} heads do not divide by tp = {p.tp}", f"use tp of {_divisors(m.heads)}")
+        yield Problem("heads divide by tp", f"{m.heads} heads do not divide by tp = {p.tp}", use_tp)
     elif m.kv_heads % p.tp and p.tp % m.kv_heads:
-        yield Problem(
-            "key-value heads divide by tp, or tp by them",
-            f"{m.kv_heads} key-value heads and tp = {p.tp}",
-            f"use tp of {_divisors(m.kv_heads)} or a multiple of {m.kv_heads}",
-        )
+        yield Problem("key-value heads divide by tp, or tp by them", f"{m.kv_heads} key-value heads and tp = {p.tp}", use_tp)
     if not all(k.moe for k in m.kinds) and m.ffn % p.tp:
-        yield Problem("MLP width divides by tp", f"ffn = {m.ffn} does not divide by tp = {p.tp}", f"use tp of {_divisors(m.ffn, 64)}")
+        yield Problem("MLP width divides by tp", f"ffn = {m.ffn} does not divide by tp = {p.tp}", use_tp)
     if m.experts is None:
         if p.ep > 1 or p.etp > 1:
             yield Problem("expert axes need experts", f"{m.name} is dense, the plan has ep = {p.ep}, etp = {p.etp}", "use ep: 1 and etp: 1")
         return
     e = m.experts
     if e.count % p.ep:
-        yield Problem("experts divide by ep", f"ep = {p.ep} does not divide {e.count} experts", f"use {_divisors(e.count)}")
+        yield Problem("experts divide by ep", f"ep = {p.ep} does not divide {e.count} experts", f"use ep of {_any_of(_expert_degrees(s))}")
     if e.ffn % p.etp:
         yield Problem(
-            "expert width divides by etp", f"etp = {p.etp} does not divide the expert width {e.ffn}", f"use {_divisors(e.ffn, 64)}"
+            "expert width divides by etp",
+            f"etp = {p.etp} does not divide the expert width {e.ffn}",
+            f"use etp of {_any_of(_divisors(e.ffn, p.tp))}",
         )
     if p.tp > 1 and not p.sequence_parallel:
         yield Problem(
@@ -78,17 +118,18 @@ def _model(s: Scenario) -> Iterator[Problem]:
             "use sequence_parallel: true",
         )
     if s.job.routing == "natural" and s.job.expert_load > p.ep > 1:
-        yield Problem("expert load is at most ep", f"expert_load = {s.job.expert_load}, ep = {p.ep}", f"use at most {p.ep}")
+        yield Problem("expert load is at most ep", f"expert_load = {s.job.expert_load}, ep = {p.ep}", f"use expert_load of at most {p.ep}")
 
 
 def _batch(s: Scenario) -> Iterator[Problem]:
     p, j = s.plan, s.job
     per_round = p.dp * p.micro_batch
-    if j.global_batch % per_round:
+    if j.global_batch % per_round and not _open(s):
+        step = per_round * (p.pp if p.schedule == "interleaved" else 1)
         yield Problem(
             "batch divides by dp * micro-batch",
             f"global_batch = {j.global_batch} does not divide by dp {p.dp} * micro_batch {p.micro_batch} = {per_round}",
-            f"use a global_batch of {_multiples(per_round, j.global_batch)}, or another dp",
+            f"use a global_batch of {_multiples(step, j.global_batch)}, or another dp",
         )
     parts = p.cp * (2 if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)
     if j.sequence_length % parts:
@@ -96,7 +137,7 @@ def _batch(s: Scenario) -> Iterator[Problem]:
             "sequence divides by cp and tp",
             f"sequence_length = {j.sequence_length} does not divide into {parts} parts "
             "(2 cp * tp: balanced ring attention and sequence parallelism)",
-            f"use {_multiples(parts, j.sequence_length)}",
+            f"use a sequence_length of {_multiples(parts, j.sequence_length)}",
         )
 
 
@@ -106,12 +147,15 @@ def _pipeline(s: Scenario) -> Iterator[Problem]:
         stage_blocks(s.model, p, s.job)
     except PlanError as error:
         yield from error.problems
-    micro_batches = s.job.global_batch // (p.dp * p.micro_batch)
-    if micro_batches:
-        try:
-            schedule(p.schedule, p.pp, p.vpp, micro_batches)
-        except PlanError as error:
-            yield from error.problems
+    per_round = p.dp * p.micro_batch
+    micro_batches = s.job.global_batch // per_round
+    rounds = max(1, micro_batches // p.pp)
+    if p.schedule == "interleaved" and micro_batches % rounds and not _open(s):
+        yield Problem(
+            "micro-batches divide into rounds",
+            f"interleaved schedule: {micro_batches} micro-batches do not divide into {rounds} rounds of pp = {p.pp}",
+            f"use a global_batch of {_multiples(p.pp * per_round, s.job.global_batch)}, or schedule: 1f1b with vpp: 1",
+        )
 
 
 def _precision(s: Scenario) -> Iterator[Problem]:
@@ -126,7 +170,7 @@ def _precision(s: Scenario) -> Iterator[Problem]:
 
 def structure(scenario: Scenario) -> list[Problem]:
     """Return every broken rule about degrees, shapes, batch, layout and datatype; memory is not looked at."""
-    rules = (_degrees, _model, _batch, _pipeline, _precision)
+    rules = (_degrees, _expert_mesh, _model, _batch, _pipeline, _precision)
     return [problem for rule in rules for problem in rule(scenario)]
 
 
@@ -137,33 +181,34 @@ def memory(scenario: Scenario) -> dict[str, Any]:
     return memory_per_stage(model, plan, job, stage_blocks(model, plan, job), blocks(model, plan, job), micro_batches)
 
 
+def _usual_remedies(p: Plan) -> list[dict[str, Any]]:
+    """Return the changes of `p` that may save memory, gentle ones first."""
+    selective = {"recompute": "selective", "recompute_modules": ("core_attn", "layernorm", "moe_act", "mla_up_proj")}
+    deeper = {"pp": 2 * p.pp, "layout": "balanced"}
+    single = [selective, {"recompute": "full"}, {"micro_batch": 1}, deeper, {"tp": 2 * p.tp}, {"ep": 2 * p.ep}]
+    single += [{"zero": stage} for stage in range(p.zero + 1, 4)]
+    return [*single, deeper | {"recompute": "full"}, {"zero": 3, "recompute": "full"}]
+
+
+def _words(p: Plan, changes: dict[str, Any]) -> str:
+    """Return what of `changes` is new to `p`, as one writes it in a scenario file."""
+    new = {key: value for key, value in changes.items() if getattr(p, key) != value}
+    return ", ".join(f"{key}: [{', '.join(value)}]" if isinstance(value, tuple) else f"{key}: {value}" for key, value in new.items())
+
+
 def _remedies(s: Scenario) -> str:
     """Try the usual remedies one at a time and tell which of them fit."""
-    p = s.plan
-    tries: dict[str, dict[str, Any]] = {
-        "recompute: selective of every module": {
-            "recompute": "selective", "recompute_modules": ("core_attn", "layernorm", "moe_act", "mla_up_proj"),
-        },
-        "recompute: full": {"recompute": "full"},
-        "micro_batch: 1": {"micro_batch": 1},
-        f"pp: {2 * p.pp}": {"pp": 2 * p.pp, "layout": "balanced"},
-        f"tp: {2 * p.tp}": {"tp": 2 * p.tp},
-        f"ep: {2 * p.ep}": {"ep": 2 * p.ep},
-        **{f"zero: {z}": {"zero": z} for z in range(p.zero + 1, 4)},
-        f"pp: {2 * p.pp} with recompute: full": {"pp": 2 * p.pp, "layout": "balanced", "recompute": "full"},
-        "zero: 3 with recompute: full": {"zero": 3, "recompute": "full"},
-    }  # fmt: skip
     capacity, fits, nearest = s.cluster.accelerator.hbm_bytes, [], (math.inf, "")
-    for words, changes in tries.items():
-        other = s.with_plan(**changes)
-        if other.plan == p or structure(other):
+    for changes in _usual_remedies(s.plan):
+        other, words = s.with_plan(**changes), _words(s.plan, changes)
+        if not words or structure(other):
             continue
         need = float(memory(other)["total"].max())
         if need <= capacity:
             fits.append(f"{words} ({readable(need, 'bytes')})")
         nearest = min(nearest, (need, words))
     if fits:
-        return "fits with " + ", ".join(fits[:4])
+        return "fits with " + "; or ".join(fits[:4])
     if nearest[1]:
         return f"no single change fits; {nearest[1]} comes nearest with {readable(nearest[0], 'bytes')}: use more accelerators per replica"
     return "use more accelerators per replica"
@@ -193,4 +238,4 @@ def check(scenario: Scenario) -> list[Problem]:
 
 def minimum_accelerators(plan: Plan) -> int:
     """Return the fewest accelerators that hold one replica of `plan`: ``pp * max(tp * cp, etp * ep)`` when one divides the other."""
-    return int(plan.minimum_world)
+    return plan.pp * math.lcm(plan.tp * plan.cp, plan.etp * plan.ep)

@@ -50,7 +50,7 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: float = 1.0) 
     if op.kind == "memory":
         return compute.memory_s(op.bytes, cluster.accelerator)
     if op.kind == "send":
-        return collectives.send_s(op.bytes, group(plan, "pp").stride, cluster)
+        return collectives.send_s(op.bytes, group(plan, "pp"), cluster)
     members = group(plan, op.axis)
     if op.kind == "all_to_all":
         assert model.experts is not None

@@ -20,7 +20,7 @@ from simulator.workload.stages import stage_blocks
 #: mechanisms that a real step has and this one does not
 NOT_MODELLED = (
     "failures, restarts and checkpoints (training days are of uninterrupted steps)",
-    "overlap of expert all-to-all and of tensor-parallel collectives with compute",
+    "overlap of expert all-to-all with compute, and of tensor-parallel collectives with anything but gradients",
     "contention between different collectives on one link",
     "jitter and clock or power limits",
     "input pipeline and logging",
@@ -103,7 +103,8 @@ class StepResult:
             exposed, hidden = (float((spent[f"{stream}_{how}_s"] * weight).sum()) for how in ("exposed", "hidden"))
             if exposed or hidden:
                 rows.append((f"exposed: {stream}", exposed, hidden))
-        rows.append(("idle", self.step_time_s - kernels - sum(r[1] for r in rows[len(self.compute_parts_s) :]), 0.0))
+        idle = self.step_time_s - kernels - sum(r[1] for r in rows[len(self.compute_parts_s) :])
+        rows.append(("idle", max(idle, 0.0), 0.0))  # rounding can leave -1e-16
         table = pd.DataFrame(rows, columns=["part", "seconds", "hidden_s"])
         table.insert(2, "share", table["seconds"] / self.step_time_s)
         return table

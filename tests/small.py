@@ -1,11 +1,11 @@
-"""Small models and clusters that the tests share: every fact is that of a shipped profile, only the counts are smaller."""
+"""Small models, clusters and random scenarios that tests share: every fact is a shipped profile's, only the counts are small."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
-from simulator.feasibility import structure
+from hypothesis import strategies as st
+
 from simulator.scenario.cluster import Cluster, Host
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
@@ -13,6 +13,7 @@ from simulator.scenario.plan import Overlap, Plan
 from simulator.scenario.profiles import CLUSTERS
 from simulator.scenario.scenario import Scenario
 
+SELECTIVE = ("core_attn", "layernorm", "moe_act")
 H100 = CLUSTERS.load("h100-rail-10240")
 
 
@@ -23,17 +24,89 @@ def cluster(accelerators: int, host: int = 4, slow_hosts: dict[int, float] | Non
 
 
 def dense(layers: int = 8, hidden: int = 256, **changes: Any) -> Model:
-    """Return a dense model; wide enough that no kernel is as short as a launch only when `hidden` is large."""
-    sizes = {"vocab": 1024, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 4 * hidden, "gated": True}
-    return Model(name="dense", source="made up", layers=layers, hidden=hidden, **(sizes | changes))
+    sizes = {"vocab": 1024, "heads": 8, "kv_heads": 4, "head_dim": hidden // 8, "ffn": 4 * hidden, "name": "dense", "source": "made up"}
+    return Model(layers=layers, hidden=hidden, **(sizes | changes))
 
 
 def moe(layers: int = 8, hidden: int = 256, leading: int = 1, **changes: Any) -> Model:
-    """Return a model of 8 experts per layer behind `leading` dense layers, top 2, one shared expert."""
+    """Return a model of 8 experts per layer behind `leading` dense layers, top 2, and a shared expert."""
     experts = Experts(count=8, top_k=2, ffn=hidden, shared_ffn=hidden)
-    sizes = {"experts": experts, "moe_layers": (False,) * leading + (True,) * (layers - leading)}
-    return dense(layers, hidden, **(sizes | changes)).model_copy(update={"name": "moe"})
+    kinds = (False,) * leading + (True,) * (layers - leading)
+    return dense(layers, hidden, **({"name": "moe", "experts": experts, "moe_layers": kinds} | changes))
 
 
 def job(global_batch: int = 16, sequence_length: int = 512, **changes: Any) -> Job:
     return Job(tokens=10 * global_batch * sequence_length, global_batch=global_batch, sequence_length=sequence_length, **changes)
+
+
+class Small(Scenario):
+    """A scenario that a failing test can print."""
+
+    def __repr__(self) -> str:
+        m, p, c = self.model, self.plan, self.cluster
+        size = f"{m.name} {m.layers}+{m.mtp_layers} layers of {m.hidden}, {c.accelerators} in hosts of {c.host.accelerators} {c.slow_hosts}"
+        more = f"cp{p.cp} replicas {p.dp_replicate} layout {p.layout} sp {p.sequence_parallel} {p.dispatcher} {p.overlap}"
+        return f"<{size}; {p} {more}; {self.job}>"
+
+
+def scenario(model: Model, accelerators: int, plan: Plan, micro_batches: int, host: int = 4, **changes: Any) -> Scenario:
+    """Return a scenario with as many sequences as `micro_batches` need."""
+    plan = plan.on(accelerators)
+    slow = changes.pop("slow_hosts", None)
+    batch = micro_batches * plan.dp * plan.micro_batch
+    return Small(model=model, cluster=cluster(accelerators, host, slow), plan=plan, job=job(batch, **changes))
+
+
+@st.composite
+def scenarios(
+    draw: st.DrawFn,
+    worlds: tuple[int, ...] = (8, 16, 32),
+    hidden: tuple[int, ...] = (256, 2048),
+    micro_batches: int = 9,
+    slow: bool = False,
+    natural: bool = False,
+    uneven: bool = True,
+) -> Scenario:
+    """Draw a legal scenario: dense or MoE, any degrees, ZeRO stage, schedule, layout, recompute and overlap."""
+
+    def one(*choices: Any) -> Any:
+        return draw(st.sampled_from(choices))
+
+    def divisor(n: int, at_most: int) -> int:
+        return one(*(d for d in range(1, min(n, at_most) + 1) if n % d == 0))
+
+    world = one(*worlds)
+    pp = divisor(world, 4)
+    tp = divisor(world // pp, 4)
+    cp = divisor(world // (pp * tp), 2)
+    dp = world // (pp * tp * cp)
+    replicas = divisor(dp, 2)
+    sparse = natural or one(False, True)
+    inner = dp // replicas * cp * tp
+    ep = divisor(inner, 8) if sparse else 1
+    etp = divisor(inner // ep, 2) if sparse else 1
+    schedule = one("gpipe", "1f1b", "interleaved")
+    vpp = one(2, 3) if schedule == "interleaved" else 1
+    per_stage = one(1, 2)
+    layers, layout = pp * vpp * per_stage, None
+    if uneven:
+        layers += one(0, 0, 1, 3)
+        layout = "balanced" if layers % (pp * vpp) else one(None, "balanced")
+    legal = [m for m in range(1, micro_batches + 1) if schedule != "interleaved" or m % max(1, m // pp) == 0]
+    plan = Plan(
+        tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp_replicate=replicas, zero=one(0, 1, 2, 3), micro_batch=one(1, 2),
+        schedule=schedule, layout=layout, recompute=one("none", "selective", "full"), recompute_modules=SELECTIVE,
+        sequence_parallel=sparse or one(True, False), dispatcher=one("alltoall", "deepep"),
+        overlap=Overlap(grad_reduce=one(True, False), param_gather=one(True, False), tp=one(True, False)),
+    )  # fmt: skip
+    size = one(*hidden)
+    extra = {"mtp_layers": one(0, 1) if uneven else 0}
+    model = moe(layers, size, leading=one(0, 1) if uneven and layers > 1 else 0, **extra) if sparse else dense(layers, size, **extra)
+    host = one(2, 4, 8)
+    changes: dict[str, Any] = {"sequence_length": one(512, 1024)}
+    if natural:
+        changes |= {"routing": "natural", "expert_load": min(float(ep), one(1.1, 1.7))}
+    if slow:
+        hosts = world // host
+        changes["slow_hosts"] = draw(st.dictionaries(st.integers(0, hosts - 1), st.sampled_from((1.1, 1.5)), min_size=1, max_size=2))
+    return scenario(model, world, plan, one(*legal), host, **changes)

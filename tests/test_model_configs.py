@@ -376,7 +376,7 @@ def test_missing_dimensions_of_experts_and_latent_attention_are_in_the_same_list
         ({"hidden_size": 64.5}, "m: hidden_size = 64.5 must be one whole number"),
         ({"moe_topk": [1, 2], "num_experts_per_tok": None}, "m: moe_topk = [1, 2] must be one whole number"),
         ({"decoder_sparse_step": 1, "mlp_only_layers": "0"}, "m: mlp_only_layers = '0' must be a list of layer numbers"),
-        ({"num_attention_heads": 0}, "m: heads: Input should be greater than 0; kv_heads: Input should be greater than 0"),
+        ({"num_attention_heads": 0}, "m: heads: must be greater than 0; found 0; kv_heads: must be greater than 0; found 0"),
         ({"num_key_value_heads": 3}, "m: 3 kv_heads do not divide 4 heads"),
         ({"num_experts_per_tok": 17}, "m: top_k = 17 exceeds 16 experts"),
         ({"n_group": 3}, "m: 3 groups do not divide 16 experts"),

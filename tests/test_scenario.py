@@ -262,9 +262,9 @@ def test_a_bare_number_or_a_wrong_dimension_is_refused_with_the_form_expected(fi
 @pytest.mark.parametrize(
     ("part", "value", "text"),
     [
-        ("plan", {"tp": 0}, "plan.tp: Input should be greater than 0; found 0"),
-        ("plan", {"tp": "two"}, "plan.tp: Input should be a valid integer, unable to parse string as an integer; found 'two'"),
-        ("plan", {"zero": 4}, "plan.zero: Input should be 0, 1, 2 or 3; found 4"),
+        ("plan", {"tp": 0}, "plan.tp: must be greater than 0; found 0"),
+        ("plan", {"tp": "two"}, "plan.tp: must be a whole number; found 'two'"),
+        ("plan", {"zero": 4}, "plan.zero: must be 0, 1, 2 or 3; found 4"),
         (
             "plan",
             {"vpp": 2},
@@ -302,7 +302,7 @@ def test_values_that_cannot_be(file, part, value, text):
 def test_clusters_that_contradict_themselves(file):
     data = table()
     data["cluster"]["accelerators"] = 60
-    assert refusal(file, data) == "cluster: cluster: accelerators = 60 is not a multiple of the host's 8; use 56"
+    assert refusal(file, data) == "cluster: accelerators = 60 is not a multiple of the host's 8; use 56"
     del data["cluster"]["fabric"]["tiers"][1:]
     for source in data["cluster"]["fabric"]["sources"]:
         source["facts"] = [f for f in source["facts"] if "spine" not in f and "core" not in f]
@@ -318,7 +318,7 @@ def test_clusters_that_contradict_themselves(file):
 def test_a_number_without_a_source_is_refused(file, fact):
     data = table()
     without_source(data["cluster"], fact)
-    assert refusal(file, data) == f"cluster: cluster: no source for {fact}; list them under sources[].facts"
+    assert refusal(file, data) == f"cluster: no source for {fact}; list them under sources[].facts"
 
 
 # --- files that are no scenarios ---

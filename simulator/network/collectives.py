@@ -4,7 +4,9 @@ Notes
 -----
 Bandwidth: a group with g members in each scale-up domain enters and leaves a domain through g NICs, so the ring's bus
 bandwidth between domains is ``g * NIC``, and never above the scale-up links'. A tier that is oversubscribed r to 1
-carries, of every group at once, the traffic that leaves its blocks; for a ring that is one member's in each block.
+carries, of every group at once, the traffic that leaves its blocks: of a ring its bus bandwidth, the NICs of one domain
+in each block; of an all-to-all the share of the NICs' traffic that is for members outside the block; of a pipeline the
+last `stride` ranks of the block, who send to the next one.
 
 Latency: NCCL's tuning model, the cheapest of its protocols: LL (half the bandwidth), LL128 (120/128) and Simple.
 
@@ -15,6 +17,8 @@ Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operation
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy as np
 
@@ -29,16 +33,20 @@ def crossings(group: Group, cluster: Cluster) -> tuple[Number, Number]:
     return inside, np.ceil(group.size / inside)
 
 
-def _tier_rate(group: Group, cluster: Cluster, ring: bool) -> Number:
+def _tier_rate(group: Group, cluster: Cluster, traffic: Literal["ring", "all_to_all", "neighbours"]) -> Number:
     """Return the NIC rate that one member keeps when every group of this kind communicates at once, bytes/s."""
     rate = cluster.host.nic_bytes_per_s * cluster.fabric.efficiency * np.ones_like(np.asarray(group.size, dtype=float))
-    line, down = rate, 1.0
+    line, down, inside = rate, 1.0, group.within(cluster.host.scale_up_domain)
     for tier in cluster.fabric.tiers[:-1]:
         down = down * tier.oversubscription
         if down == 1.0:
             continue
         block = group.within(tier.accelerators)
-        leaving = 1.0 / block if ring else 1.0 - block / group.size
+        leaving = {
+            "ring": inside / block,
+            "all_to_all": (group.size - block) / np.maximum(group.size - inside, 1),
+            "neighbours": np.minimum(group.stride / tier.accelerators, 1.0),
+        }[traffic]
         crosses = group.size > block
         rate = np.where(crosses, np.minimum(rate, line / np.maximum(down * leaving, 1e-12)), rate)
     return rate
@@ -59,7 +67,7 @@ def _ring(steps_factor: int, collective: str, size: Number, group: Group, cluste
     n = np.asarray(group.size, dtype=float)
     inside, domains = crossings(group, cluster)
     bus = np.asarray(cluster.host.bus_bytes_per_s[collective])
-    bus = np.where(domains > 1, np.minimum(bus, inside * _tier_rate(group, cluster, ring=True)), bus)
+    bus = np.where(domains > 1, np.minimum(bus, inside * _tier_rate(group, cluster, "ring")), bus)
     moved = steps_factor * (n - 1) / n * size
     inter = steps_factor * (domains - 1)
     intra = steps_factor * (n - 1) - inter
@@ -75,7 +83,7 @@ def _tree(size: Number, group: Group, cluster: Cluster) -> Number:
     n = np.asarray(group.size, dtype=float)
     inside, domains = crossings(group, cluster)
     bus = np.asarray(cluster.host.bus_bytes_per_s["all_reduce"])
-    bus = np.where(domains > 1, np.minimum(bus, inside * _tier_rate(group, cluster, ring=True)), bus) * cluster.host.tree_share
+    bus = np.where(domains > 1, np.minimum(bus, inside * _tier_rate(group, cluster, "ring")), bus) * cluster.host.tree_share
     moved = 2 * (n - 1) / n * size
     best = np.full(np.broadcast(moved, n).shape, np.inf)
     for protocol, share in cluster.host.protocol_share.items():
@@ -129,18 +137,17 @@ def expert_all_to_all_s(size: Number, group: Group, cluster: Cluster, out: Numbe
     what it sends.
     """
     _, domains = crossings(group, cluster)
-    nic = _tier_rate(group, cluster, ring=False)
+    nic = _tier_rate(group, cluster, "all_to_all")
     hop = np.where(domains > 1, cluster.fabric.hop_latency_s.ll + latency_s(group, cluster), cluster.host.hop_latency_s.ll)
     seconds = cluster.host.base_latency_s.ll + hop + np.maximum(size * out / nic, size * fan / cluster.host.bus_bytes_per_s["all_to_all"])
     return _for_many(group, seconds)
 
 
-def send_s(size: Number, distance: Number, cluster: Cluster) -> Number:
-    """Return seconds of a point-to-point message between ranks `distance` apart."""
-    pair = Group(2, distance)
-    _, domains = crossings(pair, cluster)
-    rate = np.where(domains > 1, _tier_rate(pair, cluster, ring=True), cluster.host.bus_bytes_per_s["send"])
-    return latency_s(pair, cluster) + size / rate
+def send_s(size: Number, pipeline: Group, cluster: Cluster) -> Number:
+    """Return seconds of a message between neighbours of a pipeline, over the slowest of its hops."""
+    _, domains = crossings(pipeline, cluster)
+    rate = np.where(domains > 1, _tier_rate(pipeline, cluster, "neighbours"), cluster.host.bus_bytes_per_s["send"])
+    return latency_s(pipeline, cluster) + size / rate
 
 
 def _for_many(group: Group, seconds: Number) -> Number:

@@ -2,18 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from simulator.errors import ProfileError, nearest
 
 Grade = Literal["datasheet", "published", "measured", "fitted", "assumed"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
-class Frozen(BaseModel):
-    """A user-facing description: immutable, unknown keys refused."""
+#: kind of pydantic error -> what the value must be; the other kinds say it themselves
+_MUST_BE = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "model_type": "a table of 'key: value'",
+    "dict_type": "a table of 'key: value'",
+    "tuple_type": "a list",
+}
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+class Frozen(BaseModel):
+    """A user-facing description: immutable, unknown keys refused; one ProfileError lists every key that does not fit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    def __init__(self, /, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _refusal(type(self), error) from None
+
+    __init__.__pydantic_base_init__ = True  # the parts of a whole are validated with it, so that keys are named in full
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Return the description in a mapping, as calling the class does."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise _refusal(cls, error) from None
+
+
+def _refusal(cls: type[BaseModel], error: ValidationError) -> ProfileError:
+    """Return the ProfileError that says ``key: what; found; remedy`` of every key that does not fit."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(map(str, item["loc"]))
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(cls, item["loc"][:-1])
+            text = f"unknown key; {nearest(str(item['loc'][-1]), known)}" if known else "unknown key"
+        elif item["type"] == "missing":
+            text = "missing"
+        elif item["type"] == "value_error":  # from a validator of ours
+            text = item["msg"].removeprefix("Value error, ")
+        else:
+            must = _MUST_BE.get(item["type"])
+            text = f"must be {must}" if must else item["msg"].replace("Input should be", "must be", 1)
+            found = repr(item["input"])
+            text += f"; found {found if len(found) <= 80 else found[:77] + '...'}"
+        lines.append(f"{key}: {text}" if key else text)
+    return ProfileError("; ".join(lines))
+
+
+def _fields_at(cls: type[BaseModel], location: tuple) -> list[str]:
+    for part in location:
+        field = cls.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        cls = field.annotation
+    return list(cls.model_fields)
 
 
 class Source(Frozen):

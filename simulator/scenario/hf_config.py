@@ -6,11 +6,10 @@ The field names were read from the configuration classes of the model families; 
 from __future__ import annotations
 
 import re
-
-from pydantic import ValidationError
+import sys
 
 from simulator.errors import ProfileError
-from simulator.scenario.model import Experts, LatentAttention, Model
+from simulator.scenario.model import MOST_LAYERS, Experts, LatentAttention, Model
 
 _ALIASES: dict[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "num_layers", "n_layers", "n_layer"),
@@ -68,6 +67,13 @@ def _layer_numbers(config: dict, key: str) -> list[int]:
     return pattern
 
 
+def _kinds(config: dict, key: str) -> list[str]:
+    kinds = config.get(key) or []
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ProfileError(f"{key} = {kinds!r} must be a list of layer kinds")
+    return kinds
+
+
 def _whole(config: dict, key: str, default: int | None = None) -> int | None:
     """Return the whole number under `key`; a list with one entry per layer counts when all entries agree."""
     value = config.get(key)
@@ -88,7 +94,7 @@ def _read(config: dict, field: str) -> int | None:
 def _moe_layers(config: dict, layers: int) -> tuple[bool, ...]:
     """Return which layers are MoE, from whichever of the nine notations the file uses."""
     if "mlp_layer_types" in config:
-        return tuple(t in ("sparse", "moe") for t in config["mlp_layer_types"])
+        return tuple(t in ("sparse", "moe") for t in _kinds(config, "mlp_layer_types"))
     if isinstance(config.get("moe_layer_freq"), list):
         return tuple(bool(flag) for flag in config["moe_layer_freq"])
     if config.get("moe_layers") is not None:
@@ -113,10 +119,10 @@ def _moe_layers(config: dict, layers: int) -> tuple[bool, ...]:
 
 
 def _windows(config: dict, layers: int) -> tuple[int | None, ...]:
-    window, kinds, every = _whole(config, "sliding_window"), config.get("layer_types"), _whole(config, "global_attn_every_n_layers")
-    if any("linear" in kind for kind in kinds or ()):
+    window, kinds, every = _whole(config, "sliding_window"), _kinds(config, "layer_types"), _whole(config, "global_attn_every_n_layers")
+    if any("linear" in kind for kind in kinds):
         raise ProfileError("layer_types names linear attention, which is not modelled; write full_attention to price it as full attention")
-    if not window or config.get("use_sliding_window") is False or window >= config.get("max_position_embeddings", float("inf")):
+    if not window or config.get("use_sliding_window") is False or window >= _whole(config, "max_position_embeddings", sys.maxsize):
         return ()
     if not kinds and every:
         kinds = ["full" if (i + 1) % every == 0 else "sliding" for i in range(layers)]
@@ -154,10 +160,17 @@ def _experts(config: dict) -> Experts:
 
 def _flat(config: dict) -> dict:
     """Return the language model's part of a multimodal file, and DBRX's nested tables, as one table."""
-    flat = dict(config.get("text_config") or config)
+    flat = dict(_table(config, "text_config") or config)
     for nested in ("ffn_config", "attn_config"):
-        flat = (flat.pop(nested, None) or {}) | flat  # the file's own keys win over the defaults that such tables repeat
+        flat = _table(flat, nested) | {k: v for k, v in flat.items() if k != nested}  # the file's own keys win over such tables' defaults
     return flat
+
+
+def _table(config: dict, key: str) -> dict:
+    value = config.get(key) or {}
+    if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
+        raise ProfileError(f"{key} must be a table of 'key: value'; found {value!r}")
+    return value
 
 
 def _refuse_unknown(config: dict, name: str) -> None:
@@ -216,13 +229,10 @@ def model_from_hf(config: dict, name: str, source: str) -> Model:
         return _model(config, name, source)
     except ProfileError as error:
         raise ProfileError(f"{name}: {error}") from None
-    except ValidationError as error:
-        lines = (": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors())
-        raise ProfileError(f"{name}: " + "; ".join(lines)) from None
 
 
 def _details(config: dict) -> dict[str, bool]:
-    details = dict(_CLASSES.get(config.get("model_type", ""), {}))
+    details = dict(_CLASSES.get(str(config.get("model_type")), {}))
     if config.get("attention_bias"):
         details["attention_bias"] = details["output_bias"] = True
     if config.get("mlp_bias"):
@@ -234,6 +244,8 @@ def _details(config: dict) -> dict[str, bool]:
 
 def _model(config: dict, name: str, source: str) -> Model:
     layers, hidden, heads = _read(config, "layers"), _read(config, "hidden"), _read(config, "heads")
+    if layers > MOST_LAYERS:
+        raise ProfileError(f"{layers} layers; at most {MOST_LAYERS} can be described")
     experts = _experts(config) if (_read(config, "experts") or 0) > 1 else None
     latent = None
     if config.get("kv_lora_rank"):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from simulator.scenario.facts import Frozen
+
+#: a layer is an entry of a tuple: more of them are a mistake, not a model
+MOST_LAYERS = 10_000
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+SizeOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class LatentAttention(Frozen):
@@ -22,11 +27,11 @@ class LatentAttention(Frozen):
         Per head: key width without and with rotary position, value width.
     """
 
-    q_rank: int | None
-    kv_rank: int
-    nope_dim: int
-    rope_dim: int
-    v_dim: int
+    q_rank: Size | None
+    kv_rank: Size
+    nope_dim: SizeOrZero
+    rope_dim: SizeOrZero
+    v_dim: Size
 
 
 class Experts(Frozen):
@@ -46,13 +51,13 @@ class Experts(Frozen):
         Group-limited routing: the top-k come from the best `top_groups` of `groups`; 1 and 1 for none.
     """
 
-    count: int = Field(gt=0)
-    top_k: int = Field(gt=0)
-    ffn: int = Field(gt=0)
-    shared_ffn: int = 0
+    count: Size
+    top_k: Size
+    ffn: Size
+    shared_ffn: SizeOrZero = 0
     shared_gate: bool = False
-    groups: int = 1
-    top_groups: int = 1
+    groups: Size = 1
+    top_groups: Size = 1
 
     @model_validator(mode="after")
     def _groups_fit(self) -> Experts:
@@ -114,19 +119,19 @@ class Model(Frozen):
 
     name: str
     source: str
-    layers: int = Field(gt=0)
-    hidden: int = Field(gt=0)
-    vocab: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    ffn: int = Field(ge=0)
+    layers: int = Field(gt=0, le=MOST_LAYERS)
+    hidden: Size
+    vocab: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    ffn: SizeOrZero
     gated: bool = True
     experts: Experts | None = None
     moe_layers: tuple[bool, ...] = ()
-    windows: tuple[int | None, ...] = ()
+    windows: tuple[Size | None, ...] = ()
     latent: LatentAttention | None = None
-    mtp_layers: int = Field(default=0, ge=0)
+    mtp_layers: int = Field(default=0, ge=0, le=MOST_LAYERS)
     tied_embeddings: bool = False
     attention_bias: bool = False
     output_bias: bool = False
@@ -134,7 +139,7 @@ class Model(Frozen):
     qk_norm: bool = False
     sinks: bool = False
     layer_norm: bool = False
-    positions: int = 0
+    positions: SizeOrZero = 0
 
     @model_validator(mode="after")
     def _dimensions_agree(self) -> Model:

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from simulator.scenario.facts import Fraction, Frozen
+from simulator.scenario.facts import Frozen
 from simulator.units import Bytes
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
 Schedule = Literal["gpipe", "1f1b", "interleaved"]
 Recompute = Literal["none", "selective", "full"]
-#: parts of a layer whose activations selective recompute may drop, in Megatron's words
-Module = Literal["core_attn", "layernorm", "moe_act", "mla_up_proj", "mlp", "moe"]
+#: parts of a layer whose activations selective recompute may drop, in Megatron's words; mlp_act is moe_act for a dense MLP
+Module = Literal["core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj", "mlp", "moe"]
 
 #: bytes of one element; fp8 and fp4 carry one scale per 128 and per 16 elements
 ELEMENT_BYTES: dict[str, float] = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4 / 128, "fp4": 0.5 + 1 / 16}
@@ -31,7 +31,7 @@ class Precision(Frozen):
     gemm : str
         Linear layers; attention stays in bf16.
     dispatch, combine : str
-        Expert all-to-all, forward; the backward runs the reverse way in ``combine`` precision.
+        Expert all-to-all to the experts (activations forward, gradients backward) and back from them.
     gradient_reduce : str
         Gradient reduce-scatter or all-reduce.
     """
@@ -61,7 +61,7 @@ class Reserve(Frozen):
 
     context: Bytes = "1 GB"
     communication: Bytes = "2 GB"
-    fragmentation: Fraction | Literal[0] = 0.03
+    fragmentation: float = Field(default=0.03, ge=0, lt=1)
 
 
 class Overlap(Frozen):
@@ -73,10 +73,14 @@ class Overlap(Frozen):
         Reduce a layer's gradients behind the last backward (Megatron ``--overlap-grad-reduce``).
     param_gather : bool
         Gather a layer's parameters ahead of the first forward (Megatron ``--overlap-param-gather``).
+    tp : bool
+        Gather a linear layer's input again beside its input gradient, and reduce-scatter that beside its weight gradient:
+        what Megatron and Transformer Engine always do, and PyTorch's own tensor parallelism does not.
     """
 
     grad_reduce: bool = True
     param_gather: bool = True
+    tp: bool = True
 
 
 class _Degrees:
@@ -139,7 +143,7 @@ class Plan(Frozen, _Degrees):
         ``gpipe``, ``1f1b`` or ``interleaved`` (needs vpp > 1).
     layout : str or None
         None divides the layers evenly; ``balanced`` evens out their FLOP; else stages in Megatron's letters, ``|``
-        between: E embedding, t layer, m MTP layer, L head, e.g. ``Et*3|t*4|t*4|tmL``.
+        between: E embedding, t layer, m MTP layer, L head, e.g. ``Et*3|t*4|t*4|tmL`` or ``Et*3|(t*4|)*2tmL``.
     recompute : str
         ``none``, ``selective`` (the `recompute_modules`) or ``full``.
     sequence_parallel : bool
@@ -186,7 +190,9 @@ class Plan(Frozen, _Degrees):
     def __str__(self) -> str:
         axes = ("tp", "cp", "pp", "vpp", "ep", "etp", "dp")
         parts = [f"{a}{getattr(self, a)}" for a in axes if getattr(self, a) > 1 or a in ("tp", "pp", "dp")]
-        return " ".join([*parts, f"zero{self.zero}", f"mbs{self.micro_batch}", self.schedule, f"recompute-{self.recompute}"])
+        parts += [f"zero{self.zero}", f"mbs{self.micro_batch}"]
+        parts += [] if self.schedule in ("1f1b", "interleaved") else [self.schedule]  # vpp tells these two apart
+        return " ".join(parts + ([] if self.recompute == "none" else [self.recompute]))
 
 
 @dataclass(frozen=True)

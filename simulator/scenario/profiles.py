@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
 from simulator.errors import ProfileError, nearest
 from simulator.files import write_atomically
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
-from simulator.scenario.facts import Facts, Source
+from simulator.scenario.facts import Facts, Frozen, Source
 from simulator.scenario.hf_config import model_from_hf
 from simulator.scenario.model import Model
 
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T", bound=Frozen)
 
 
 def profile_root() -> Path:
@@ -31,11 +30,11 @@ def profile_root() -> Path:
 def read_text(path: str | Path) -> str:
     """Return the text of a file; a ProfileError says that it is missing, empty or binary."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ProfileError(f"{path} is not a text file; expected YAML or JSON in UTF-8") from None
-    except OSError as error:
-        raise ProfileError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise ProfileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not text.strip():
         raise ProfileError(f"{path} is empty")
     return text
@@ -56,8 +55,31 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+#: keys whose value may be the path of a profile
+_MAY_BE_PATH = ("model", "cluster", "accelerator", "host", "fabric", "base")
+
+
+def _beside(data: Any, folder: Path) -> Any:
+    """Return `data` with the paths of profiles taken from `folder`, where a file stands there."""
+    if not isinstance(data, dict):
+        return data
+    found = {}
+    for key, value in data.items():
+        named = key in _MAY_BE_PATH and isinstance(value, str) and value.endswith((".yaml", ".yml", ".json"))
+        found[key] = str(folder / value) if named and _is_file(folder / value) else _beside(value, folder)
+    return found
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether `path` is a file; a text that cannot be a path is not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+    """Return the mapping in a YAML file; a path of a profile in it is looked for beside the file first.
 
     Raises
     ------
@@ -67,11 +89,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ProfileError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ProfileError(f"{path} must hold 'key: value' lines; found {type(data).__name__}")
-    return data
+    return _beside(data, Path(path).parent)
 
 
 def save_yaml(data: dict[str, Any], path: str | Path) -> None:
@@ -80,35 +102,11 @@ def save_yaml(data: dict[str, Any], path: str | Path) -> None:
 
 
 def validated(cls: type[T], data: Any, where: str) -> T:
-    """Return ``cls`` made from `data`, or one ProfileError that lists every key that does not fit."""
+    """Return ``cls`` made from `data`, or one ProfileError that starts with `where` and lists every key that does not fit."""
     try:
         return cls.model_validate(data)
-    except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"]) or cls.__name__.lower()
-            if item["type"] == "extra_forbidden":
-                known = _fields_at(cls, item["loc"][:-1])
-                text = f"unknown key; {nearest(str(item['loc'][-1]), known)}" if known else "unknown key"
-            elif item["type"] == "missing":
-                text = "missing"
-            else:
-                text = item["msg"].removeprefix("Value error, ")
-                if item["type"] not in ("value_error",):
-                    text += f"; found {item['input']!r}"
-            lines.append(f"{key}: {text}")
-        raise ProfileError(f"{where}: " + "; ".join(lines)) from None
-    except ProfileError as error:  # from a name or path inside `data`
+    except ProfileError as error:
         raise ProfileError(f"{where}: {error}") from None
-
-
-def _fields_at(cls: type[BaseModel], location: tuple) -> list[str]:
-    for part in location:
-        field = cls.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        cls = field.annotation
-    return list(cls.model_fields)
 
 
 @dataclass(frozen=True)
@@ -157,6 +155,9 @@ class Catalogue:
             return self.load(value)
         if not isinstance(value, dict):
             raise ProfileError(f"{self.kind}: give a name, a path or a table; found {value!r}")
+        strange = [key for key in value if not isinstance(key, str)]
+        if strange:
+            raise ProfileError(f"{self.kind}: keys must be text; found {strange[0]!r}")
         if "base" not in value:
             return self.build(value, str(value.get("name", self.kind)), self.kind)
         changes = {k: v for k, v in value.items() if k != "base"}
@@ -205,14 +206,14 @@ def _load(catalogue: Catalogue, name: str) -> Any:
 
 
 def _read(catalogue: Catalogue, path: Path) -> Any:
-    if not path.is_file():
+    if not _is_file(path):
         looks_like_path = len(path.parts) > 1 or path.suffix in (".json", ".yaml", ".yml")
         remedy = "no such file" if looks_like_path else nearest(str(path), catalogue.names())
         raise ProfileError(f"unknown {catalogue.kind} {str(path)!r}; {remedy}")
     if path.suffix == ".json":
         try:
             data = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ProfileError(f"{path} is not JSON: {error}") from None
     else:
         data = read_yaml(path)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import ValidationError
 
 from simulator.errors import ProfileError, SimulatorError
 from simulator.scenario.scenario import Scenario
@@ -62,13 +61,9 @@ def scenario_from_row(row: Mapping[str, Any]) -> tuple[Scenario, tuple[str, ...]
         When the run is out of reach, with a short reason that rows can be counted by.
     """
     cells = Row(row)
-    try:
-        cluster = cluster_of(cells)
-        model = model_of(cells)
-        scenario = Scenario(model=model, cluster=cluster, plan=plan_of(cells, model), job=job_of(cells))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ProfileError(f"{'.'.join(map(str, first['loc'])) or error.title}: {first['msg'].removeprefix('Value error, ')}") from None
+    cluster = cluster_of(cells)
+    model = model_of(cells)
+    scenario = Scenario(model=model, cluster=cluster, plan=plan_of(cells, model), job=job_of(cells))
     return scenario, tuple(cells.assumptions)
 
 

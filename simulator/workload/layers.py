@@ -65,7 +65,7 @@ def attended(sequence: Number, window: int | None, causal: bool = True) -> Numbe
 
 def _builder(plan: Plan) -> BlockBuilder:
     gemm = plan.precision.gemm
-    return BlockBuilder(gemm, ELEMENT_BYTES[gemm], plan.recompute, plan.recomputed)
+    return BlockBuilder(gemm, ELEMENT_BYTES[gemm], plan.recompute, plan.recomputed, plan.overlap.tp)
 
 
 def _norm(
@@ -180,7 +180,7 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     beside = _enter_tp(b, name, x, h, modules)
     b.linear(f"{name}.up", x.tokens, h, mats * local, saved=x.tokens * mats * local * BF16, modules=modules, beside=beside)
     size = x.tokens * local * BF16
-    b.memory(f"{name}.activation", (mats + 1) * size, (2 * mats + 1) * size, x.tokens * local * b.element, modules)
+    b.memory(f"{name}.activation", (mats + 1) * size, (2 * mats + 1) * size, x.tokens * local * b.element, (*modules, f"{name}_act"))
     b.linear(f"{name}.down", x.tokens, local, h, modules=modules)
     _leave_tp(b, name, x, h, modules)
     bias = (mats * local + h) if model.mlp_bias else 0
@@ -227,7 +227,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     b.memory("moe.activation", (mats + 1) * size, (2 * mats + 1) * size, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True)
     b.collective(scatter, gather, moe)
-    b.exchange("moe.combine", back, back, moe)
+    b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
     b.memory("moe.unpermute", (x.split_tokens * h + copies) * BF16, (x.split_tokens * h + copies) * BF16, modules=moe)
     expert = (mats + 1) * h * ffn + ((mats * ffn + h) if model.mlp_bias else 0)
     b.expert_parameters = b.expert_parameters + local * expert
@@ -270,7 +270,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     -----
     The logits live once in bf16 and once in fp32; the loss reads them for the maximum, the sum and the gradient.
     """
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16)
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp)
     vocab = model.vocab / x.tp
     _norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = _enter_tp(b, "head", x, model.hidden)

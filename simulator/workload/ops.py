@@ -141,12 +141,15 @@ class BlockBuilder:
         ``none``, ``selective`` or ``full``.
     recomputed : frozenset of str
         Modules that selective recompute drops.
+    overlap : bool
+        Whether collectives of a linear layer's backward run beside its gradients.
     """
 
     dtype: str
     element: float
     recompute: str = "none"
     recomputed: frozenset[str] = frozenset()
+    overlap: bool = True
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     _entries: list[_Entry] = field(default_factory=list)
@@ -187,7 +190,10 @@ class BlockBuilder:
         dgrad = gemm(name, m, n, k, d, e, grad="input", **more)
         wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
         forward: list[Segment] = [(there,)]
-        backward: list[Segment] = [(dgrad, beside[0]) if beside[0] else (dgrad,), (wgrad, beside[1]) if beside[1] else (wgrad,)]
+        backward: list[Segment] = []
+        for grad, other in zip((dgrad, wgrad), beside, strict=True):
+            ops = (grad, other) if other else (grad,)
+            backward += [ops] if self.overlap else [(op,) for op in ops]
         if e < BF16:
             forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * k * (BF16 + e), routed=routed),))
             backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * n * (BF16 + 2 * e), grad="input", routed=routed),))

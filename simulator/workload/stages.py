@@ -17,7 +17,8 @@ from simulator.workload.ops import Block, total
 
 #: Megatron's letters: embedding, transformer layer, MTP layer, head with the loss
 _LETTERS = "EtmL"
-_TOKEN = re.compile(r"([EtmL])(?:\*(\d+))?|\(([EtmL]+)\)(?:\*(\d+))?")
+_TOKEN = re.compile(r"([EtmL])(?:\*(\d{1,3}))?")
+_REPEATED = re.compile(r"\(([^()]*)\)(?:\*(\d{1,3}))?")
 
 #: kind of block -> how many of them
 StageBlocks = tuple[str, ...]
@@ -48,13 +49,14 @@ def sequence(model: Model) -> list[str]:
 def _written(layout: str, model: Model, stages: int) -> tuple[StageBlocks, ...]:
     """Return the stages of a layout in Megatron's letters."""
     rows = []
-    for part in layout.replace(" ", "").replace(",", "").split("|"):
+    flat = _REPEATED.sub(lambda group: group[1] * int(group[2] or 1), layout.replace(" ", "").replace(",", ""))
+    for part in flat.split("|"):
         letters, end = "", 0
         for token in _TOKEN.finditer(part):
             if token.start() != end:
                 break
             end = token.end()
-            letters += (token[1] or token[3]) * int(token[2] or token[4] or 1)
+            letters += token[1] * int(token[2] or 1)
         if end != len(part):
             raise _problem(f"layout {layout!r}: {part[end:]!r} is not understood", f"use the letters {_LETTERS}, e.g. Et*3|t*4|tmL")
         rows.append(letters)
@@ -63,10 +65,13 @@ def _written(layout: str, model: Model, stages: int) -> tuple[StageBlocks, ...]:
     wrong = [f"{count[c]} {c} instead of {n}" for c, n in expected.items() if count[c] != n]
     if wrong:
         raise _problem(
-            f"layout {layout!r} has {', '.join(wrong)}", f"{model.name} has {model.layers} layers and {model.mtp_layers} MTP layers"
+            f"layout {layout!r} has {', '.join(wrong)}",
+            f"{model.name} has {model.layers} layers and {model.mtp_layers} MTP layers: write as many t and m, one E and one L",
         )
     if len(rows) != stages:
-        raise _problem(f"layout {layout!r} has {len(rows)} stages", f"pp * vpp = {stages}")
+        raise _problem(
+            f"layout {layout!r} has {len(rows)} stages for pp * vpp = {stages}", f"write {stages} stages, or use pp * vpp = {len(rows)}"
+        )
     order = "".join(rows)
     if not re.fullmatch(r"Et*m*L", order):
         raise _problem(f"layout {layout!r} is out of order", "write E first, then t, then m, then L")
@@ -105,9 +110,6 @@ def _balanced(model: Model, sequence_length: int, stages: int) -> tuple[StageBlo
     splits the last stages take as much as they may, because the first ones hold the most activations.
     """
     first, *middle, last = sequence(model)
-    if len(middle) < stages:
-        numbers = f"{len(middle)} layers cannot fill pp * vpp = {stages} stages"
-        raise PlanError([Problem("layers fill pp * vpp", numbers, f"use pp * vpp of at most {len(middle)}")])
     job = Job(tokens=sequence_length, global_batch=1, sequence_length=sequence_length)
     flop = {k: float(total(b.forward, lambda op: op.flop)) for k, b in blocks(model, Plan(dp_shard=1), job).items()}
     weight = np.array([flop[name] for name in middle])
@@ -145,8 +147,10 @@ def stage_blocks(model: Model, plan: Plan, job: Job) -> tuple[StageBlocks, ...]:
 @lru_cache(maxsize=1024)
 def stages_of(model: Model, layout: str | None, stages: int, sequence_length: int) -> tuple[StageBlocks, ...]:
     """Return the blocks of each of `stages` stages under `layout`."""
-    if layout is None:
-        return _even(model, stages)
-    if layout == "balanced":
-        return _balanced(model, sequence_length, stages)
-    return _written(layout, model, stages)
+    if layout not in (None, "balanced"):
+        return _written(layout, model, stages)
+    most = model.layers + model.mtp_layers
+    if stages > most:
+        numbers = f"{most} layers cannot fill pp * vpp = {stages} stages"
+        raise PlanError([Problem("layers fill pp * vpp", numbers, f"use pp * vpp of at most {most}")])
+    return _even(model, stages) if layout is None else _balanced(model, sequence_length, stages)

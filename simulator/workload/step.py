@@ -165,6 +165,9 @@ def send_op(plan: Plan, model: Model, job: Job) -> Op:
     return Op("send", "send", bytes=tokens / split * model.hidden * BF16, axis="pp")
 
 
+#: what a stage without blocks does with a micro-batch: it waits for the message and hands it on
+_EMPTY: Body = ((Task("empty", "compute", "", ()),),)
+
 NORM_OP = Op("optimizer.norm", "all_reduce", bytes=4.0, axis="world")
 
 
@@ -304,6 +307,7 @@ def _run_action(
     classes, forward = chain.program.classes, action.kind == "F"
     stage = action.chunk * plan.pp + int(classes.stage[chain.rank])
     first, last = (0, len(stages) - 1) if forward else (len(stages) - 1, 0)
+    alone = plan.pp == 1  # chunks of one rank hand over without a message
     names = list(enumerate(stages[stage]))
     start = len(chain.program)
     for i, name in names if forward else reversed(names):
@@ -317,13 +321,15 @@ def _run_action(
         final = action.micro_batch == micro_batches - 1
         if not forward and (plan.zero >= 2 or (final and plan.overlap.grad_reduce)):
             chain.held.append((piece.reduce, chain.last, action))
-    if stage != first:
+    if not names:
+        chain.release()
+        chain.run(_EMPTY, action)
+    if stage != first and not alone:
         neighbour = classes.before if forward else classes.after
         key = (int(neighbour[chain.rank]), action.kind, stage + (-1 if forward else 1), action.micro_batch)
-        body = next((n for n in range(start, len(chain.program)) if chain.program.tasks[chain.program.task[n]].stream not in ("dp",)), None)
-        if body is not None:
-            waiting.append((body, key))
-    if stage != last:
+        body = next(n for n in range(start, len(chain.program)) if chain.program.tasks[chain.program.task[n]].stream != "dp")
+        waiting.append((body, key))
+    if stage != last and not alone:
         node = chain.emit(send, chain.last, action)
         sent[(chain.rank, action.kind, stage, action.micro_batch)] = node
 

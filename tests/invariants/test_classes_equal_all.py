@@ -1,0 +1,68 @@
+"""One rank of each class gives the same step as all ranks simulated one by one, span by span."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from small import scenarios
+
+from simulator.feasibility import check
+from simulator.scenario.scenario import Scenario
+from simulator.simulate import classify, simulate_step
+from simulator.timeline import Timeline
+
+TOLERANCE = 1e-9
+
+
+def classes_of(s: Scenario):
+    return classify(s.plan, s.cluster, s.job.expert_load if s.job.routing == "natural" else 1.0, every_rank=False)
+
+
+def by_rank(timeline: Timeline) -> dict[int, np.ndarray]:
+    """Return the nodes of each class in the order in which they were emitted."""
+    order = np.argsort(timeline.rank_class, kind="stable")
+    return dict(enumerate(np.split(order, np.flatnonzero(np.diff(timeline.rank_class[order])) + 1)))
+
+
+def assert_same(s: Scenario) -> int:
+    """Compare the two simulations of `s` on every rank; return the number of classes."""
+    few, every = simulate_step(s), simulate_step(s, ranks="all")
+    classes = classes_of(s)
+    slack = TOLERANCE * every.step_time_s
+    assert few.step_time_s == pytest.approx(every.step_time_s, rel=TOLERANCE)
+    mine, theirs = by_rank(few.timeline), by_rank(every.timeline)
+    assert len(theirs) == s.plan.world
+    for rank, nodes in theirs.items():
+        like = mine[int(classes.labels[rank])]
+        for what in ("stream", "name", "action", "stage"):
+            assert (getattr(few.timeline, what)[like] == getattr(every.timeline, what)[nodes]).all(), (rank, what)
+        for what in ("start_s", "end_s"):
+            assert np.abs(getattr(few.timeline, what)[like] - getattr(every.timeline, what)[nodes]).max() <= slack, (rank, what)
+    assert sum(few.timeline.ranks) == s.plan.world
+    return len(mine)
+
+
+@settings(max_examples=40, deadline=None)
+@given(scenarios(hidden=(256,), micro_batches=5))
+def test_uniform_ranks_need_one_class_per_stage(s):
+    assert check(s) == []
+    assert assert_same(s) == s.plan.pp
+
+
+@settings(max_examples=30, deadline=None)
+@given(scenarios(hidden=(256,), micro_batches=5, slow=True))
+def test_slow_hosts(s):
+    assert assert_same(s) >= s.plan.pp
+
+
+@settings(max_examples=30, deadline=None)
+@given(scenarios(hidden=(256,), micro_batches=5, natural=True))
+def test_natural_routing(s):
+    assert assert_same(s) >= s.plan.pp
+
+
+@settings(max_examples=30, deadline=None)
+@given(scenarios(hidden=(256,), micro_batches=5, slow=True, natural=True))
+def test_slow_hosts_and_natural_routing(s):
+    assert_same(s)

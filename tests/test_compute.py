@@ -1,0 +1,170 @@
+"""Oracle: kernel times on round numbers, worked out by hand, and what must hold for all numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simulator.compute import attention_s, gemm_s, gemm_shape_efficiency, memory_s, peak_flop_per_s
+from simulator.scenario.profiles import ACCELERATORS
+
+#: 1 PFLOP/s bf16 of which half is reached, 1 TB/s of which half; 4 processors of 128 x 256 tiles; nothing shorter than 1 us
+ROUND = ACCELERATORS.load("h100-sxm5-80").model_copy(
+    update={
+        "peak_flop_per_s": {"fp32": 1e14, "bf16": 1e15, "fp8": 2e15},
+        "gemm_efficiency": {"fp32": 1.0, "bf16": 0.5, "fp8": 0.25},
+        "grouped_gemm_efficiency": 0.8,
+        "attention_efficiency": {"forward": 0.5, "backward": 0.4},
+        "hbm_bytes_per_s": 1e12,
+        "hbm_efficiency": 0.5,
+        "launch_s": 1e-6,
+        "multiprocessors": 4,
+        "tile_m": 128,
+        "tile_n": 256,
+        "k_ramp": 100,
+        "last_wave_recovered": 0.5,
+        "head_ramp": 32,
+    }
+)
+NO_RAMP = ROUND.model_copy(update={"k_ramp": 0})
+H100 = ACCELERATORS.load("h100-sxm5-80")
+
+
+# --- which peak ---
+
+
+@pytest.mark.parametrize(("dtype", "peak"), [("fp4", 2e15), ("fp8", 2e15), ("bf16", 1e15), ("fp16", 1e14), ("fp32", 1e14)])
+def test_a_missing_datatype_runs_in_the_next_wider_one(dtype, peak):
+    assert peak_flop_per_s(ROUND, dtype) == peak
+
+
+# --- shape ---
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "groups", "share"),
+    [
+        (256, 512, 1, 1.0),  # 4 tiles on 4 processors
+        (128, 512, 1, 0.5 / 0.75),  # 2 tiles: half a wave, of whose idle half a half is won back
+        (192, 512, 1, 0.75),  # 1.5 rows of tiles are computed as 2
+        (256, 640, 1, 640 / 768 * 1.5 / 1.75),  # 3 columns of tiles for 2.5, and 6 tiles are a wave and a half
+        (128, 256 * 5, 1, 1.25 / 1.625),  # 5 tiles: a second wave for one, three processors half idle
+        (128, 256, 4, 1.0),  # four small products fill the processors that one does not
+        (128, 256, 1, 0.25 / 0.625),
+        (1, 256, 4, 1 / 128),  # one row of a tile
+        (1, 1, 1, 1 / 128 / 256 * 0.25 / 0.625),
+    ],
+)
+def test_tiles_and_waves(m, n, groups, share):
+    assert gemm_shape_efficiency(m, n, 512, groups, NO_RAMP) == pytest.approx(share, rel=1e-14)
+
+
+@pytest.mark.parametrize(("k", "share"), [(100, 0.5), (300, 0.75), (900, 0.9)])
+def test_depth(k, share):
+    assert gemm_shape_efficiency(256, 512, k, 1, ROUND) == pytest.approx(share, rel=1e-14)
+
+
+# --- times ---
+
+
+def test_gemm_bound_by_compute():
+    """1e12 FLOP at 1e15 * 0.5 * 0.9 FLOP/s."""
+    assert gemm_s(1e12, 1e6, 256, 512, 900, 1, "bf16", False, ROUND) == pytest.approx(1e12 / 4.5e14, rel=1e-14)
+
+
+def test_gemm_in_low_precision():
+    """Twice the peak, at half the efficiency."""
+    assert gemm_s(1e12, 1e6, 256, 512, 900, 1, "fp8", False, ROUND) == pytest.approx(1e12 / 4.5e14, rel=1e-14)
+
+
+def test_gemm_bound_by_memory():
+    assert gemm_s(1e9, 1e9, 256, 512, 900, 1, "bf16", False, ROUND) == pytest.approx(1e9 / 5e11, rel=1e-14)
+
+
+def test_grouped_gemm_is_slower_by_its_efficiency():
+    one, grouped = (gemm_s(1e12, 1e6, 256, 512, 900, 4, "bf16", kind, ROUND) for kind in (False, True))
+    assert grouped == pytest.approx(one / 0.8, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("width", "backward", "rate"),
+    [
+        (128, False, 5e14),
+        (128, True, 4e14),
+        (64, False, 5e14 * (64 / 96) / (128 / 160)),
+        (192, False, 5e14),  # no faster than at 128, for which the efficiency holds
+    ],
+)
+def test_attention(width, backward, rate):
+    assert attention_s(1e12, 1e6, width, backward, ROUND) == pytest.approx(1e12 / rate, rel=1e-14)
+
+
+def test_attention_bound_by_memory():
+    assert attention_s(1e9, 1e9, 128, False, ROUND) == pytest.approx(1e9 / 5e11, rel=1e-14)
+
+
+def test_memory():
+    assert memory_s(1e9, ROUND) == pytest.approx(2e-3, rel=1e-14)
+
+
+def test_no_kernel_is_shorter_than_a_launch_and_no_work_takes_no_time():
+    assert memory_s(1.0, ROUND) == 1e-6
+    assert gemm_s(1.0, 1.0, 1, 1, 1, 1, "bf16", False, ROUND) == pytest.approx(1e-6)
+    assert attention_s(1.0, 1.0, 128, False, ROUND) == 1e-6
+    assert memory_s(0.0, ROUND) == gemm_s(0.0, 0.0, 0, 512, 512, 1, "bf16", False, ROUND) == attention_s(0.0, 0.0, 128, True, ROUND) == 0.0
+
+
+def test_a_published_gemm():
+    """H100, bf16, 8192^3: 0.76 of 989 TFLOP/s less the losses of the shape, between the 717 and 786 TFLOP/s that were measured, or near."""
+    n = 8192
+    seconds = gemm_s(2 * n**3, 6 * n**2, n, n, n, 1, "bf16", False, H100)
+    assert 2 * n**3 / seconds / 1e12 == pytest.approx(717, rel=0.05)
+
+
+# --- for all numbers ---
+
+SIZES = st.integers(1, 20000)
+WORK = st.floats(1, 1e15)
+
+
+@given(m=SIZES, n=SIZES, k=SIZES, groups=st.integers(1, 64))
+def test_a_share_is_a_share(m, n, k, groups):
+    assert 0 < gemm_shape_efficiency(m, n, k, groups, H100) <= 1
+
+
+@given(m=SIZES, more=st.integers(0, 5000), n=SIZES, k=SIZES, groups=st.integers(1, 8), grouped=st.booleans())
+def test_more_rows_never_take_less_time(m, more, n, k, groups, grouped):
+    def seconds(rows):
+        return float(gemm_s(2.0 * groups * rows * n * k, 2.0 * groups * (rows * k + k * n + rows * n), rows, n, k, groups, "bf16", grouped, H100))
+
+    assert seconds(m) <= seconds(m + more) * (1 + 1e-12)
+
+
+@given(flop=WORK, size=WORK, more=st.floats(1, 10), m=SIZES, n=SIZES, k=SIZES)
+def test_more_flop_or_bytes_never_take_less_time(flop, size, more, m, n, k):
+    base = gemm_s(flop, size, m, n, k, 1, "bf16", False, H100)
+    assert gemm_s(flop * more, size, m, n, k, 1, "bf16", False, H100) >= base
+    assert gemm_s(flop, size * more, m, n, k, 1, "bf16", False, H100) >= base
+    assert attention_s(flop * more, size * more, 128, False, H100) >= attention_s(flop, size, 128, False, H100)
+    assert memory_s(size * more, H100) >= memory_s(size, H100)
+
+
+@given(flop=WORK, size=WORK, more=st.floats(1, 10), m=SIZES, n=SIZES, k=SIZES)
+def test_faster_hardware_is_never_slower(flop, size, more, m, n, k):
+    peaks = {dtype: peak * more for dtype, peak in H100.peak_flop_per_s.items()}
+    for better in (H100.model_copy(update={"peak_flop_per_s": peaks}), H100.model_copy(update={"hbm_bytes_per_s": more * H100.hbm_bytes_per_s})):
+        assert gemm_s(flop, size, m, n, k, 1, "fp8", True, better) <= gemm_s(flop, size, m, n, k, 1, "fp8", True, H100)
+        assert attention_s(flop, size, 96, True, better) <= attention_s(flop, size, 96, True, H100)
+        assert memory_s(size, better) <= memory_s(size, H100)
+
+
+@given(rows=st.lists(st.tuples(WORK, WORK, SIZES, SIZES, SIZES, st.integers(1, 8)), min_size=1, max_size=6))
+def test_columns_are_priced_as_rows(rows):
+    columns = [np.array(c, dtype=float) for c in zip(*rows, strict=True)]
+    together = gemm_s(*columns, "bf16", True, H100)
+    assert together.tolist() == [float(gemm_s(*row, "bf16", True, H100)) for row in rows]
+    flop, size, width = columns[:3]
+    assert attention_s(flop, size, width, True, H100).tolist() == [float(attention_s(f, b, w, True, H100)) for f, b, w, *_ in rows]
+    assert memory_s(size, H100).tolist() == [float(memory_s(b, H100)) for b in size]

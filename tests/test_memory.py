@@ -1,0 +1,379 @@
+"""Oracle: bytes counted by hand for a model small enough to count, and the mistakes that memory estimators are known for.
+
+The model: hidden 8, 4 heads and 2 key-value heads of width 2, gated MLP of 16, vocabulary 32, sequences of 16 tokens.
+Everything is bf16 (2 bytes) but gradients, master weights, moments, log-sum-exp and scores, which are fp32 (4 bytes).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small import cluster
+
+from simulator.feasibility import check, memory, minimum_accelerators
+from simulator.scenario.job import Job
+from simulator.scenario.model import Experts, Model
+from simulator.scenario.plan import Overlap, Plan, Precision, Reserve
+from simulator.scenario.scenario import Scenario
+from simulator.simulate import classify, node_seconds, simulate_step
+from simulator.workload.memory import memory_per_stage
+from simulator.workload.schedules import in_flight, schedule
+from simulator.workload.stages import blocks, stage_blocks
+from simulator.workload.step import build_step
+
+NOTHING = Reserve(context="0 GB", communication="0 GB", fragmentation=0)
+SIZES = {"hidden": 8, "vocab": 32, "heads": 4, "kv_heads": 2, "head_dim": 2, "ffn": 16, "source": "made up"}
+DENSE = Model(name="dense", layers=4, **SIZES)
+EXPERTS = Experts(count=4, top_k=2, ffn=8, shared_ffn=8)
+MOE = Model(name="moe", layers=4, experts=EXPERTS, moe_layers=(False, True, True, True), **SIZES)
+
+# --- by hand ---
+
+#: q, k, v 8 x (4 + 2 + 2) * 2; output 8 x 8; gate, up, down 3 * 8 * 16; two norms of 8
+ATTENTION, MLP, NORMS = 8 * 16 + 8 * 8, 3 * 8 * 16, 2 * 8
+LAYER = ATTENTION + MLP + NORMS
+EMBEDDING, HEAD = 32 * 8, 32 * 8 + 8
+EXPERT, ROUTER, SHARED = 3 * 8 * 8, 4 * 8, 3 * 8 * 8
+
+#: saved per token of a layer: inputs and outputs of two norms; q, k, v; log-sum-exp of 4 heads; attention's output; gate and up; product
+TOKEN = 2 * 16 + 2 * 16 + 16 * 2 + 4 * 4 + 8 * 2 + 2 * 16 * 2 + 16 * 2
+#: saved per token of the head: input and output of its norm, logits in bf16 and fp32
+HEAD_TOKEN = 2 * 16 + 32 * (2 + 4)
+
+
+def plan(**changes) -> Plan:
+    return Plan(**({"dp_shard": 1, "reserve": NOTHING} | changes))
+
+
+def measured(model: Model, p: Plan, micro_batches: int = 8, optimizer: str = "adam") -> dict[str, np.ndarray]:
+    """Return bytes per stage, part by part."""
+    batch = micro_batches * p.dp * p.micro_batch
+    job = Job(tokens=16 * batch, global_batch=batch, sequence_length=16, optimizer=optimizer)
+    return memory_per_stage(model, p, job, stage_blocks(model, p, job), blocks(model, p, job), micro_batches)
+
+
+def only(parts: dict[str, np.ndarray], name: str) -> float:
+    (value,) = parts[name]
+    return float(value)
+
+
+# --- weights, gradients, optimizer ---
+
+WHOLE = 4 * LAYER + EMBEDDING + HEAD
+
+
+@pytest.mark.parametrize(
+    ("zero", "weights", "gradients", "optimizer", "buffers"),
+    [
+        (0, 2 * WHOLE, 4 * WHOLE, 12 * WHOLE, 0),
+        (1, 2 * WHOLE, 4 * WHOLE, 12 * WHOLE / 4, 0),
+        (2, 2 * WHOLE, 4 * WHOLE / 4, 12 * WHOLE / 4, 2 * 4 * LAYER),  # whole gradients of two layers in turn
+        (3, 2 * WHOLE / 4, 4 * WHOLE / 4, 12 * WHOLE / 4, 2 * (4 + 2) * LAYER),  # and their whole weights
+    ],
+)
+def test_zero_stages(zero, weights, gradients, optimizer, buffers):
+    parts = measured(DENSE, plan(dp_shard=4, zero=zero))
+    found = [only(parts, name) for name in ("weights", "gradients", "optimizer", "buffers")]
+    assert found == [weights, gradients, optimizer, buffers]
+
+
+def test_state_of_context_parallel_ranks_is_one_group():
+    """Context-parallel ranks hold the same parameters, so cp * dp_shard of them share the optimizer state."""
+    assert only(measured(DENSE, plan(dp_shard=2, cp=2)), "optimizer") == 12 * WHOLE / 4
+
+
+def test_replicas_do_not_share_state():
+    assert only(measured(DENSE, plan(dp_shard=2, dp_replicate=4)), "optimizer") == 12 * WHOLE / 2
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_per_parameter"), [("adam", 12), ("muon", 8), ("sgd", 4)])
+def test_optimizers(optimizer, bytes_per_parameter):
+    assert only(measured(DENSE, plan(), optimizer=optimizer), "optimizer") == bytes_per_parameter * WHOLE
+
+
+def test_precision_of_the_state():
+    precision = Precision(gradients="bf16", master=None, moments="bf16", parameters="fp32")
+    parts = measured(DENSE, plan(precision=precision))
+    assert [only(parts, n) for n in ("weights", "gradients", "optimizer")] == [4 * WHOLE, 2 * WHOLE, 4 * WHOLE]
+
+
+def test_tensor_parallel_state_and_activations():
+    """Matrices and vocabulary are split, norms are not; with sequence parallelism every saved tensor is split, too."""
+    parts = measured(DENSE, plan(tp=2))
+    split = 4 * ((ATTENTION + MLP) / 2 + NORMS) + EMBEDDING / 2 + (32 * 8 / 2 + 8)
+    assert only(parts, "weights") == 2 * split
+    assert only(parts, "activations") == 16 * (4 * TOKEN + HEAD_TOKEN) / 2
+
+
+def test_without_sequence_parallel_norms_are_whole():
+    parts = measured(DENSE, plan(tp=2, sequence_parallel=False))
+    norms = 2 * 16 + 2 * 16  # inputs and outputs of the two norms
+    assert only(parts, "activations") == 16 * (4 * (norms + (TOKEN - norms) / 2) + 2 * 16 + 32 * 6 / 2)
+
+
+def test_fewer_key_value_heads_than_tensor_parallel_ranks():
+    """tp = 4 of 2 key-value heads: every rank keeps one whole head, so the two are held twice."""
+    parts = measured(DENSE, plan(tp=4))
+    layer = 8 * (1 + 1 + 1) * 2 + 8 * 8 / 4 + MLP / 4 + NORMS
+    assert only(parts, "weights") == 2 * (4 * layer + EMBEDDING / 4 + (32 * 8 / 4 + 8))
+
+
+@pytest.mark.parametrize("changes", [{"cp": 2}, {"micro_batch": 3}])
+def test_activations_follow_the_tokens(changes):
+    tokens = 16 * changes.get("micro_batch", 1) / changes.get("cp", 1)
+    assert only(measured(DENSE, plan(**changes)), "activations") == tokens * (4 * TOKEN + HEAD_TOKEN)
+
+
+def test_reserve():
+    reserve = Reserve(context="1 GB", communication="2 GB", fragmentation=0.2)
+    parts, bare = measured(DENSE, plan(reserve=reserve)), measured(DENSE, plan())
+    assert only(parts, "buffers") == 2e9
+    assert only(parts, "total") == pytest.approx((only(bare, "total") + 2e9) / 0.8 + 1e9, rel=1e-12)
+
+
+def test_tied_embedding_is_held_twice_by_a_pipeline():
+    tied = DENSE.model_copy(update={"tied_embeddings": True})
+    assert only(measured(tied, plan()), "weights") == 2 * (WHOLE - 32 * 8)
+    first, last = measured(tied, plan(pp=2))["weights"]
+    assert (first, last) == (2 * (2 * LAYER + EMBEDDING), 2 * (2 * LAYER + HEAD))
+
+
+# --- recompute ---
+
+
+def test_full_recompute_keeps_layer_inputs_and_rebuilds_one_layer():
+    parts = measured(DENSE, plan(recompute="full"))
+    assert only(parts, "activations") == 16 * (4 * 16 + HEAD_TOKEN) + 16 * (TOKEN - 16)
+
+
+@pytest.mark.parametrize(
+    ("modules", "dropped"),
+    [
+        (("core_attn",), 4 * 4),
+        (("layernorm",), 2 * 16),
+        (("mlp_act",), 16 * 2),
+        (("mlp",), 2 * 16 * 2 + 16 * 2),
+        (("core_attn", "layernorm", "mlp_act"), 4 * 4 + 2 * 16 + 16 * 2),
+    ],
+)
+def test_selective_recompute(modules, dropped):
+    parts = measured(DENSE, plan(recompute="selective", recompute_modules=modules))
+    assert only(parts, "activations") == 16 * (4 * (TOKEN - dropped) + HEAD_TOKEN) + 16 * dropped
+
+
+# --- schedules ---
+
+
+@given(pp=st.integers(1, 8), micro_batches=st.integers(1, 24))
+def test_1f1b_holds_what_is_behind_it_in_the_pipeline(pp, micro_batches):
+    held = in_flight("1f1b", pp, 1, micro_batches).sum(axis=2).max(axis=1)
+    assert held.tolist() == [min(pp - rank, micro_batches) for rank in range(pp)]
+
+
+@given(pp=st.integers(1, 8), micro_batches=st.integers(1, 24))
+def test_gpipe_holds_everything(pp, micro_batches):
+    assert in_flight("gpipe", pp, 1, micro_batches).max(axis=1).tolist() == [[micro_batches]] * pp
+
+
+@given(pp=st.integers(1, 6), vpp=st.integers(2, 5), rounds=st.integers(1, 6))
+def test_interleaved_holds_its_warm_up_and_one(pp, vpp, rounds):
+    """Narayanan et al., SC 2021: 2 (p - r - 1) + (v - 1) p chunks ahead, and the one that is computed."""
+    m = rounds * pp
+    held = in_flight("interleaved", pp, vpp, m).sum(axis=2).max(axis=1)
+    assert held.tolist() == [min(m * vpp, 2 * (pp - rank - 1) + (vpp - 1) * pp + 1) for rank in range(pp)]
+
+
+@given(name=st.sampled_from(["gpipe", "1f1b", "interleaved"]), pp=st.integers(1, 5), rounds=st.integers(1, 5), per=st.integers(1, 2))
+def test_in_flight_is_what_the_table_shows(name, pp, rounds, per):
+    """Brute force over the whole table, whatever the shortcut in `in_flight` leaves out."""
+    vpp = 1 + per if name == "interleaved" else 1
+    m = rounds * pp
+    size = np.arange(1, vpp + 1)  # chunks of different weight
+    found = (in_flight(name, pp, vpp, m) @ size).max(axis=1)
+    for rank, row in enumerate(schedule(name, pp, vpp, m)):
+        held, peak = 0, 0
+        for action in row:
+            held += size[action.chunk] if action.kind == "F" else -size[action.chunk]
+            peak = max(peak, held)
+        assert (found[rank], held) == (peak, 0)
+
+
+@pytest.mark.parametrize(("name", "vpp"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2)])
+def test_activations_of_a_pipeline(name, vpp):
+    m = 8
+    found = measured(DENSE, plan(pp=2, vpp=vpp, schedule=name), m)["activations"]
+    layer, head = 16 * TOKEN, 16 * HEAD_TOKEN
+    expected = {
+        "gpipe": [m * 2 * layer, m * (2 * layer + head)],
+        "1f1b": [2 * 2 * layer, 2 * layer + head],
+        # rank 0: 2 + 2 + 1 chunks of one layer; rank 1: 2 + 1, of which one or two carry the head
+        "interleaved": [5 * layer, None],
+    }[name]
+    assert found[0] == expected[0]
+    if expected[1] is not None:
+        assert found[1] == expected[1]
+    else:
+        counts = in_flight(name, 2, vpp, m)[1]
+        assert found[1] == max(c[0] * layer + c[1] * (layer + head) for c in counts)
+
+
+# --- known mistakes ---
+
+
+def expert_bytes(p: Plan, part: str) -> float:
+    """Return what the routed experts of one MoE layer add to `part`: with them less without them."""
+    parts, none = measured(MOE, p), measured(MOE.model_copy(update={"experts": EXPERTS.model_copy(update={"ffn": 4})}), p)
+    return 2 * (only(parts, part) - only(none, part)) / 3  # half the width is half the bytes; three layers
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "etp", "dp"),
+    [(1, 1, 1, 4), (1, 2, 1, 4), (4, 2, 1, 2), (4, 1, 4, 2), (2, 2, 2, 2), (4, 4, 2, 4), (2, 4, 1, 4)],
+)
+def test_mistake_experts_divided_by_tp(tp, ep, etp, dp):
+    """Routed experts are divided by etp * ep, whatever tp is."""
+    p = plan(tp=tp, ep=ep, etp=etp, dp_shard=dp)
+    assert expert_bytes(p, "weights") == 2 * 4 * EXPERT / (etp * ep)
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "ep", "etp", "dp"), [(1, 1, 1, 1, 4), (1, 1, 2, 1, 4), (4, 1, 2, 1, 2), (2, 1, 2, 2, 2), (2, 2, 4, 1, 4), (1, 2, 4, 1, 4)]
+)
+def test_mistake_expert_optimizer_state_over_dp(tp, cp, ep, etp, dp):
+    """It is sharded over edp = dp * cp * tp / (etp * ep)."""
+    p = plan(tp=tp, cp=cp, ep=ep, etp=etp, dp_shard=dp)
+    edp = dp * cp * tp // (etp * ep)
+    assert (p.edp, p.expert_shard) == (edp, edp)
+    assert expert_bytes(p, "optimizer") == 12 * 4 * EXPERT / (etp * ep) / edp
+
+
+def test_mistake_expert_optimizer_state_over_dp_with_replicas():
+    """A replica holds its own copy: the shards of an expert are those inside one replica."""
+    p = plan(ep=2, dp_shard=4, dp_replicate=2)
+    assert (p.edp, p.expert_shard) == (4, 2)
+    assert expert_bytes(p, "optimizer") == 12 * 4 * EXPERT / 2 / 2
+
+
+def test_mistake_every_layer_priced_dense():
+    """Stages: embedding and a dense layer, an MoE layer, an MoE layer, an MoE layer and head."""
+    p = plan(pp=4)
+    moe = ATTENTION + NORMS + ROUTER + 4 * EXPERT + SHARED
+    found = measured(MOE, p)
+    assert (found["weights"] / 2).tolist() == [EMBEDDING + LAYER, moe, moe, moe + HEAD]
+    #: saved per token: attention's part, router scores, the copies' rows, their gate and up, product, and the shared expert's
+    saved = TOKEN - 3 * 16 * 2 + 4 * 4 + 2 * (8 * 2 + 2 * 8 * 2 + 8 * 2) + (2 * 8 * 2 + 8 * 2)
+    in_warm_up = [4, 3, 2, 1]
+    expected = [4 * TOKEN, 3 * saved, 2 * saved, saved + HEAD_TOKEN]
+    assert in_flight("1f1b", 4, 1, 8).max(axis=(1, 2)).tolist() == in_warm_up
+    assert (found["activations"] / 16).tolist() == expected
+
+
+def test_mistake_every_layer_priced_dense_in_the_step():
+    """The dense stage of the program exchanges no tokens, the others do, twice per layer, micro-batch and direction."""
+    s = scenario(MOE, plan(pp=4, ep=2, dp_shard=2), micro_batches=4)
+    nodes = named(s)
+    exchanges = [sum(count for name, count in nodes[stage].items() if name in ("moe.dispatch", "moe.combine")) for stage in range(4)]
+    assert exchanges == [0, 16, 16, 16]
+
+
+def test_mistake_average_stage():
+    """The fullest stage decides: what fits on average does not fit."""
+    s = scenario(MOE, plan(pp=4), micro_batches=8)
+    total = memory(s)["total"]
+    assert total.max() > 1.1 * total.mean()
+    between = (total.max() + total.mean()) / 2
+    small = s.cluster.model_copy(update={"accelerator": s.cluster.accelerator.model_copy(update={"hbm_bytes": float(between)})})
+    (problem,) = check(s.model_copy(update={"cluster": small}))
+    assert problem.rule == "the model fits in memory"
+    assert problem.numbers.startswith(f"stage {int(total.argmax())} needs")
+    assert simulate_step(s).peak_memory_bytes == total.max()
+
+
+@given(
+    tp=st.integers(1, 8), cp=st.integers(1, 4), pp=st.integers(1, 16), ep=st.integers(1, 64), etp=st.integers(1, 8)
+)
+def test_mistake_minimum_accelerators_as_a_product(tp, cp, pp, ep, etp):
+    """Attention and expert mesh lie over the same ranks: pp * max(tp * cp, etp * ep) when one divides the other, else their lcm."""
+    dense, expert = tp * cp, etp * ep
+    found = minimum_accelerators(plan(tp=tp, cp=cp, pp=pp, ep=ep, etp=etp))
+    assert found >= pp * max(dense, expert)
+    assert found % (pp * dense) == found % (pp * expert) == 0
+    if dense % expert == 0 or expert % dense == 0:
+        assert found == pp * max(dense, expert)
+
+
+@pytest.mark.parametrize(("ep", "etp", "least"), [(64, 1, 16 * 64), (8, 1, 16 * 8), (64, 8, 16 * 512)])
+def test_mistake_minimum_accelerators_of_a_known_plan(ep, etp, least):
+    """TP8, PP16: DeepSeek-V3 with EP64 starts at 1,024 accelerators, not 8,192."""
+    assert minimum_accelerators(plan(tp=8, pp=16, ep=ep, etp=etp)) == least
+
+
+# --- ZeRO-2 and ZeRO-3 in a pipeline ---
+
+
+def scenario(model: Model, p: Plan, micro_batches: int) -> Scenario:
+    batch = micro_batches * p.dp * p.micro_batch
+    job = Job(tokens=16 * batch, global_batch=batch, sequence_length=16)
+    return Scenario(model=model, cluster=cluster(p.world), plan=p, job=job)
+
+
+def program(s: Scenario):
+    return build_step(s.model, s.plan, s.job, classify(s.plan, s.cluster, 1.0, every_rank=False))
+
+
+def named(s: Scenario) -> list[dict[str, int]]:
+    """Return, for each stage, how often each task name occurs on one of its ranks."""
+    made = program(s)
+    found: list[dict[str, int]] = [{} for _ in range(s.plan.pp)]
+    for task, rank in zip(made.task, made.rank_class, strict=True):
+        stage, name = int(made.classes.stage[rank]), made.tasks[task].name
+        found[stage][name] = found[stage].get(name, 0) + 1
+    assert len(made.classes.stage) == s.plan.pp  # one class per stage, so counts are those of one rank
+    return found
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize(("zero", "gathers", "reductions"), [(0, 0, 1), (1, 1, 1), (2, 1, 5), (3, 10, 5)])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_mistake_sharded_collectives_once_per_step(pp, zero, gathers, reductions, overlap):
+    """5 micro-batches: ZeRO-2 reduces after every backward, ZeRO-3 also gathers before every forward and backward."""
+    p = plan(pp=pp, zero=zero, dp_shard=4, ep=2, overlap=Overlap(grad_reduce=overlap, param_gather=overlap))
+    nodes = named(scenario(MOE, p, micro_batches=5))
+    per_stage = [[("embedding", "dense", "moe"), ("moe", "moe", "head")], [("embedding", "dense", "moe", "moe", "moe", "head")]][pp == 1]
+    for stage, blocks_here in enumerate(per_stage):
+        dense, moe = len(blocks_here), blocks_here.count("moe")
+        assert nodes[stage].get("parameters.dp", 0) == gathers * dense
+        assert nodes[stage].get("parameters.edp", 0) == gathers * moe
+        assert nodes[stage].get("gradients.dp", 0) == reductions * dense
+        assert nodes[stage].get("gradients.edp", 0) == reductions * moe
+
+
+@pytest.mark.parametrize(("zero", "times"), [(1, 1), (2, 5), (3, 5)])
+def test_mistake_sharded_collectives_priced_once_per_step(zero, times):
+    """Seconds on the data-parallel stream: every reduction of every micro-batch is priced, and as often as it runs."""
+    p = plan(pp=2, zero=zero, dp_shard=4)
+    s = scenario(DENSE, p, micro_batches=5)
+    made = program(s)
+    seconds = node_seconds(made, s)
+    names = np.array([made.tasks[t].name for t in made.task])
+    spent = {name: seconds[names == name] for name in ("gradients.dp", "parameters.dp")}
+    assert len(spent["gradients.dp"]) == times * (2 * 2 + 2)
+    assert (spent["gradients.dp"] > 0).all()
+    assert (spent["parameters.dp"] > 0).all()
+    once = scenario(DENSE, p, micro_batches=1)
+    single = node_seconds(program(once), once)
+    single_names = np.array([program(once).tasks[t].name for t in program(once).task])
+    factor = 1 if zero == 1 else 5
+    for name in spent:
+        gathered_ahead = name == "parameters.dp" and zero < 3
+        assert spent[name].sum() == pytest.approx((1 if gathered_ahead else factor) * single[single_names == name].sum(), rel=1e-12)
+
+
+def test_zero_3_costs_a_pipeline_time():
+    """Few tokens on wide layers: the data-parallel stream decides, once (ZeRO-1), or 8 times (ZeRO-2), or with gathers (ZeRO-3)."""
+    wide = DENSE.model_copy(update={"hidden": 2048, "heads": 16, "kv_heads": 16, "head_dim": 128, "ffn": 8192})
+    times = [simulate_step(scenario(wide, plan(pp=2, zero=zero, dp_shard=8), micro_batches=8)).step_time_s for zero in (1, 2, 3)]
+    assert times[1] > 2 * times[0]
+    assert times[2] > 1.5 * times[1]
