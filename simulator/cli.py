@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -40,9 +41,19 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one entry, e.g. plan.pp=8 or cluster=gb200-nvl72-10368; repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def _creatable(folder: Path | None) -> Path | None:
+    """Refuse an output folder that cannot be written before the work begins."""
+    there = next((place for place in (folder, *folder.parents) if place.exists()), folder) if folder else None
+    if there and not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ProfileError(f"--out {folder}: {there} is not a folder that can be written; choose another")
+    return folder
+
+
 OutDir = Annotated[
     Path | None,
-    typer.Option("--out", file_okay=False, writable=True, help="Folder for tables, pictures, the trace and the scenario."),
+    typer.Option("--out", callback=_creatable, help="Folder for tables, pictures, the trace and the scenario."),
 ]
 
 
@@ -374,8 +385,9 @@ def main() -> None:
     except PlanError as error:
         _refuse(error.problems)
     except SimulatorError as error:
-        _refuse([Problem("error", str(error), "")])
+        _refuse([Problem("input", str(error), "")])
     except OSError as error:
-        _refuse([Problem("error", f"{error.filename or 'file'}: {error.strerror or error}", "")])
-    except typer.TyperException as error:
-        _refuse([Problem("error", error.format_message(), "see myriad --help")])
+        _refuse([Problem("file", f"{error.filename or 'output'}: {error.strerror or error}", "")])
+    except typer.TyperException as error:  # the command line itself; without words when it was empty and the help was shown
+        words = error.format_message().replace("Value error, ", "").replace("Input should be", "must be")
+        _refuse([Problem("command", words, "see myriad --help")] if words else [])

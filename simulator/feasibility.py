@@ -183,7 +183,7 @@ def memory(scenario: Scenario) -> dict[str, Any]:
 
 def _usual_remedies(p: Plan) -> list[dict[str, Any]]:
     """Return the changes of `p` that may save memory, gentle ones first."""
-    selective = {"recompute": "selective", "recompute_modules": ("core_attn", "layernorm", "moe_act", "mla_up_proj")}
+    selective = {"recompute": "selective", "recompute_modules": ("core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj")}
     deeper = {"pp": 2 * p.pp, "layout": "balanced"}
     single = [selective, {"recompute": "full"}, {"micro_batch": 1}, deeper, {"tp": 2 * p.tp}, {"ep": 2 * p.ep}]
     single += [{"zero": stage} for stage in range(p.zero + 1, 4)]

@@ -24,7 +24,7 @@ _COLLECTIVES = {
 }
 
 
-def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: float = 1.0) -> Number:
+def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0) -> Number:
     """Return the seconds of one operation.
 
     Parameters
@@ -32,16 +32,16 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: float = 1.0) 
     op : Op
     model, plan, cluster
         What decides groups and rates; `plan` may be columns of plans.
-    load : float
-        Tokens routed to this rank over the mean; scales the routed operations.
+    load : Number
+        Tokens routed to this rank over the mean; scales the routed operations. Many loads at once for a single plan.
 
     Returns
     -------
     Number
-        Seconds, one per plan.
+        Seconds, one per plan or per load.
     """
-    if load != 1.0 and op.routed:
-        op = _loaded(op, load)
+    if op.routed and (np.ndim(load) > 0 or load != 1.0):
+        op = loaded(op, load)
     if op.kind in ("gemm", "grouped_gemm"):
         grouped = op.kind == "grouped_gemm"
         return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)
@@ -61,8 +61,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: float = 1.0) 
     return np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: no collective is called
 
 
-def _loaded(op: Op, load: float) -> Op:
-    """Return a routed operation for `load` times the tokens: more rows forward, a deeper product for the weights."""
+def loaded(op: Op, load: Number) -> Op:
+    """Return an operation for `load` times the tokens: more rows forward, a deeper product for the weights."""
     deeper = op.grad == "weight"
     return replace(op, flop=op.flop * load, bytes=op.bytes * load, m=op.m * (1.0 if deeper else load), k=op.k * (load if deeper else 1.0))
 

@@ -6,14 +6,20 @@ from typing import Literal
 
 import numpy as np
 
+from simulator.durations import RankDurations, spans, uneven
 from simulator.engine.events import run
-from simulator.errors import PlanError
+from simulator.engine.order import prepare
+from simulator.engine.ranks import replay_ranks
+from simulator.errors import PlanError, Problem, ProfileError
 from simulator.feasibility import check
 from simulator.pricing import op_s
+from simulator.ranks import RanksResult
 from simulator.result import StepResult
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.plan import Plan
+from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
+from simulator.scenario.variation import Variation
 from simulator.timeline import Timeline
 from simulator.workload.classes import RankClasses, rank_classes, rank_loads
 from simulator.workload.step import StepProgram, build_step
@@ -33,6 +39,8 @@ def simulate_step(scenario: Scenario, ranks: Literal["classes", "all"] = "classe
     PlanError
         When the scenario cannot run; carries every problem.
     """
+    if ranks not in ("classes", "all"):
+        raise ProfileError(f"ranks = {ranks!r}; choose 'classes' or 'all'")
     problems = check(scenario)
     if problems:
         raise PlanError(problems)
@@ -42,6 +50,52 @@ def simulate_step(scenario: Scenario, ranks: Literal["classes", "all"] = "classe
     seconds = node_seconds(program, scenario)
     start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
     return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario))
+
+
+def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routing: Routing | None = None, seeds: int = 1) -> RanksResult:
+    """Return the optimizer step of `scenario` with every operation of every rank at its own duration.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    variation : Variation, optional
+        Jitter, slow hosts, throttling, uneven sequences, and the first seed; those of `Variation()` by default.
+    routing : Routing, optional
+        How tokens spread over experts; what the job says by default.
+    seeds : int
+        How many seeds to simulate, counted up from that of `variation`.
+
+    Raises
+    ------
+    PlanError
+        When the scenario cannot run; carries every problem.
+
+    Notes
+    -----
+    `simulator.engine.ranks` replays the order of the program; overlap and sharing are in the durations beforehand.
+    """
+    problems = check(scenario)
+    if seeds < 1:
+        problems.append(Problem("at least one seed", f"seeds = {seeds}", "use 1 or more"))
+    if problems:
+        raise PlanError(problems)
+    plan, variation = scenario.plan, variation or Variation()
+    same = np.ones(plan.world)
+    program = build_step(scenario.model, plan, scenario.job, rank_classes(plan, same, same))
+    order = prepare(
+        program.streams(), program.needs, program.meet, spans(program, scenario), plan.world // plan.pp, lambda n: describe(program, n)
+    )
+    seconds = node_seconds(program, scenario)
+    times, first = np.empty(seeds), None
+    for i in range(seeds):
+        now = variation.model_copy(update={"seed": variation.seed + i})
+        what, dropped = uneven(scenario, now, routing)
+        durations = RankDurations(program, scenario, seconds, what, now)
+        replay = replay_ranks(order, durations)
+        times[i] = replay.end_s.max()
+        first = first or (dropped, program, order, durations, replay)
+    assert first is not None
+    return RanksResult(scenario, variation, routing, times, *first)
 
 
 def classify(plan: Plan, cluster: Cluster, heaviest: float, every_rank: bool) -> RankClasses:

@@ -127,8 +127,9 @@ class Timeline:
         for c, stream, name, action, start, end in zip(*columns, strict=True):
             if end > start:
                 label = f"{name} {action}".strip()
+                begin, until = round(start * 1e9), round(end * 1e9)  # both ends rounded, so that neighbours do not overlap
                 events.append(
                     {"ph": "X", "name": label, "cat": stream, "pid": c, "tid": STREAMS.index(stream),
-                     "ts": round(start * 1e6, 3), "dur": round((end - start) * 1e6, 3), "args": {"action": action}}
+                     "ts": begin / 1e3, "dur": (until - begin) / 1e3, "args": {"action": action}}
                 )  # fmt: skip
         return events

@@ -127,7 +127,7 @@ def parse_count(value: object) -> int:
     """Return an integer from ``15.5e12``, ``"15.5e12"`` (YAML 1.1 reads that as text) or ``20480``."""
     if isinstance(value, bool):
         raise ValueError(f"{value!r} is not a count")  # noqa: TRY004 - pydantic reports only ValueError
-    if isinstance(value, int) and abs(value) < 2**63:
+    if isinstance(value, int) and abs(value) < 10**40:
         return value  # exact beyond 2**53
     try:
         number = float(value)  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def parse_count(value: object) -> int:
         raise ValueError(f"{value!r} is not a count; write a whole number such as 20480 or 15.5e12") from None
     if not math.isfinite(number) or number != int(number):
         raise ValueError(f"{value!r} is not a whole number")
-    if abs(number) >= 2**63:
+    if abs(number) >= 10**40:
         raise ValueError(f"{value!r} is beyond every count")
     return int(number)
 

@@ -137,7 +137,9 @@ def test_a_share_is_a_share(m, n, k, groups):
 @given(m=SIZES, more=st.integers(0, 5000), n=SIZES, k=SIZES, groups=st.integers(1, 8), grouped=st.booleans())
 def test_more_rows_never_take_less_time(m, more, n, k, groups, grouped):
     def seconds(rows):
-        return float(gemm_s(2.0 * groups * rows * n * k, 2.0 * groups * (rows * k + k * n + rows * n), rows, n, k, groups, "bf16", grouped, H100))
+        return float(
+            gemm_s(2.0 * groups * rows * n * k, 2.0 * groups * (rows * k + k * n + rows * n), rows, n, k, groups, "bf16", grouped, H100)
+        )
 
     assert seconds(m) <= seconds(m + more) * (1 + 1e-12)
 
@@ -154,7 +156,10 @@ def test_more_flop_or_bytes_never_take_less_time(flop, size, more, m, n, k):
 @given(flop=WORK, size=WORK, more=st.floats(1, 10), m=SIZES, n=SIZES, k=SIZES)
 def test_faster_hardware_is_never_slower(flop, size, more, m, n, k):
     peaks = {dtype: peak * more for dtype, peak in H100.peak_flop_per_s.items()}
-    for better in (H100.model_copy(update={"peak_flop_per_s": peaks}), H100.model_copy(update={"hbm_bytes_per_s": more * H100.hbm_bytes_per_s})):
+    for better in (
+        H100.model_copy(update={"peak_flop_per_s": peaks}),
+        H100.model_copy(update={"hbm_bytes_per_s": more * H100.hbm_bytes_per_s}),
+    ):
         assert gemm_s(flop, size, m, n, k, 1, "fp8", True, better) <= gemm_s(flop, size, m, n, k, 1, "fp8", True, H100)
         assert attention_s(flop, size, 96, True, better) <= attention_s(flop, size, 96, True, H100)
         assert memory_s(size, better) <= memory_s(size, H100)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simulator.errors import PlanError, Problem
+from simulator.errors import PlanError, Problem, ProfileError
 from simulator.estimate import BlockPrice, bound_s, estimate_s, pipeline_times, price_blocks
 from simulator.result import StepResult
 from simulator.scenario.model import Model
@@ -62,15 +62,16 @@ def legal_plans(scenario: Scenario) -> Iterator[PlanColumns]:
     """Yield the legal plans of `scenario`, as columns per category (ZeRO stage, recompute).
 
     Degrees and micro-batch are free; datatypes, dispatcher, overlap and reserve are those of ``scenario.plan``. Stages
-    are balanced. Tensor parallelism stays inside the scale-up domain; context parallelism is tried above 8,192 tokens.
+    are balanced. Tensor parallelism stays inside the scale-up domain; context parallelism is tried above 8,192 tokens;
+    interleaved schedules have at least pp micro-batches.
     """
     model, job, n, like = scenario.model, scenario.job, scenario.cluster.accelerators, scenario.plan
     layers = model.layers + model.mtp_layers
-    domain = scenario.cluster.host.scale_up_domain
+    domain, sparse = scenario.cluster.host.scale_up_domain, all(kind.moe for kind in model.kinds)
     tp = [
         t
         for t in _divisors(n)
-        if t <= domain and model.heads % t == 0 and (model.kv_heads % t == 0 or t % model.kv_heads == 0) and model.ffn % t == 0
+        if t <= domain and model.heads % t == 0 and (model.kv_heads % t == 0 or t % model.kv_heads == 0) and (sparse or model.ffn % t == 0)
     ]
     cp = [c for c in (1, 2, 4, 8, 16, 32) if c == 1 or job.sequence_length > 8192]
     pp = [p for p in _divisors(n) if p <= layers]
@@ -98,6 +99,8 @@ def _divides(p: PlanColumns, scenario: Scenario) -> np.ndarray:
     legal &= p.etp <= p.tp
     if experts:
         legal &= experts.ffn % p.etp == 0
+        legal &= (p.tp == 1) | p.sequence_parallel
+        legal &= (p.ep == 1) | (job.routing == "balanced") | (job.expert_load <= p.ep)
     else:
         legal &= p.etp == 1
     legal &= job.global_batch % (p.dp * p.micro_batch) == 0
@@ -172,9 +175,9 @@ class Priced:
 
     def peak_memory(self) -> np.ndarray:
         """Return the bytes of every plan's fullest stage."""
-        found = np.empty(len(self.plans))
-        rounds = np.where(self.plans.vpp > 1, 3, 1) * self.plans.pp
-        for index in self.groups(np.minimum(self.micro_batches, rounds)):
+        found, p, m = np.empty(len(self.plans)), self.plans, self.micro_batches
+        repeats = np.where(p.vpp > 1, m % p.pp == 0, p.like.schedule != "gpipe")  # as `in_flight`
+        for index in self.groups(np.where(repeats, np.minimum(m, np.where(p.vpp > 1, 3, 1) * p.pp), m)):
             part, s = self.part(index), self.scenario
             plans = replace(part.plans, like=part.plans.row(0))
             stages = _stages(s.model, plans, s.job.sequence_length)
@@ -208,6 +211,8 @@ def search(scenario: Scenario, top: int = 10, progress: Progress | None = None) 
     -----
     A plan is passed over without an estimate only when its lower bound exceeds the estimate of `top` others.
     """
+    if top < 1:
+        raise ProfileError(f"top = {top}; simulate at least 1 plan")
     tell = progress or (lambda stage, done, total: None)
     kinds = list(legal_plans(scenario))
     legal = sum(map(len, kinds))

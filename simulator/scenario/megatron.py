@@ -304,7 +304,7 @@ def _layout(flags: _Flags, text: str, pp: int) -> tuple[str | None, int]:
     """Return the layout without its ``*n`` and ``( )*n``, and the model chunks per pipeline rank."""
     flag = "pipeline-model-parallel-layout"
     plain = text.replace(",", "")
-    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):  # Megatron's order: groups first, then single letters
+    for pattern in (r"\(([^)]+)\)\*(\d{1,3})", r"(.)\*(\d{1,3})"):  # Megatron's order: groups first, then single letters
         plain = re.sub(pattern, lambda m: m.group(1) * int(m.group(2)), plain)
     stages = plain.split("|")
     strange = sorted(set(plain) - set("EtmL|"))

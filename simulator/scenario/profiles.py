@@ -217,7 +217,7 @@ def _read(catalogue: Catalogue, path: Path) -> Any:
             raise ProfileError(f"{path} is not JSON: {error}") from None
     else:
         data = read_yaml(path)
-    default = path.parent.name if path.name == "config.json" else path.stem
+    default = path.absolute().parent.name if path.name == "config.json" else path.stem
     return catalogue.build(data, default, str(path))
 
 

@@ -41,21 +41,21 @@ def expected_destinations(experts: Experts, parts: Number) -> Number:
     Balanced routing, every expert equally likely. Group-limited routing picks `top_groups` of `groups` groups by the sum of
     their best ``top_k / top_groups`` scores, so a chosen group holds that many picks, not what a draw from the chosen
     groups would leave it with (which may be none): a token touches its groups' parts, or inside each group the parts
-    that its picks fall on. Against sampled scores, DeepSeek-V3's sizes: within 1.2 % up to 8 parts, 6 % at 16, 2 % at 64.
+    that its picks fall on. Against sampled scores, two or more picks per group: within 2 % where no group is split, else 7 %.
 
     References
     ----------
     DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, section 2.1.2 (node-limited routing).
     """
     parts = np.asarray(parts, dtype=float)
-    free = _distinct(parts, float(experts.count), experts.top_k)
+    most = np.minimum(parts, experts.top_k)
     if experts.groups == 1:
-        return free
+        return np.clip(_distinct(parts, float(experts.count), experts.top_k), 1.0, most)
     whole, odd = divmod(experts.top_k, experts.top_groups)
     inside, size = np.maximum(parts / experts.groups, 1.0), experts.count / experts.groups
     fine = (experts.top_groups - odd) * _distinct(inside, size, whole) + odd * _distinct(inside, size, whole + 1)
     coarse = _distinct(parts, float(experts.groups), experts.top_groups)
-    return np.clip(np.where(parts >= experts.groups, fine, coarse), 1.0, np.minimum(parts, experts.top_k))
+    return np.clip(np.where(parts >= experts.groups, fine, coarse), 1.0, most)
 
 
 def copies(experts: Experts, dispatcher: str, ranks: Number, inside: Number, domains: Number) -> tuple[Number, Number]:

@@ -66,7 +66,7 @@ def _written(layout: str, model: Model, stages: int) -> tuple[StageBlocks, ...]:
     if wrong:
         raise _problem(
             f"layout {layout!r} has {', '.join(wrong)}",
-            f"{model.name} has {model.layers} layers and {model.mtp_layers} MTP layers: write as many t and m, one E and one L",
+            f"write E once, t {model.layers} times, m {model.mtp_layers} times (mtp_layers of {model.name}), L once",
         )
     if len(rows) != stages:
         raise _problem(
@@ -91,7 +91,7 @@ def _even(model: Model, stages: int) -> tuple[StageBlocks, ...]:
                 Problem(
                     "layers divide by pp * vpp",
                     f"{model.layers} layers do not divide by pp * vpp = {stages}",
-                    f"use a product of {', '.join(map(str, legal))}, or layout: balanced",
+                    f"use pp * vpp of {', '.join(map(str, legal))}, or layout: balanced",
                 )
             ]
         )

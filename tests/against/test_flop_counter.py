@@ -108,7 +108,9 @@ def ours(segments: tuple[Segment, ...], backward: bool) -> float:
     return float(total(segments, lambda op: op.flop * (scale if op.kind == "attention" else 1.0)))
 
 
-@pytest.mark.parametrize("model", [GQA, MLA, PLAIN_QUERY], ids=lambda m: f"{m.name}{'' if m.latent is None or m.latent.q_rank else '_plain_query'}")
+@pytest.mark.parametrize(
+    "model", [GQA, MLA, PLAIN_QUERY], ids=lambda m: f"{m.name}{'' if m.latent is None or m.latent.q_rank else '_plain_query'}"
+)
 @pytest.mark.parametrize("kind", GQA.kinds, ids=("dense", "moe"))
 def test_layer(model, kind):
     block = transformer_layer(model, kind, PLAN, JOB)
@@ -159,12 +161,10 @@ def test_ranks_without_a_key_value_head_of_their_own_compute_one_again():
     assert 4 * shared - one == pytest.approx(2 * S * HIDDEN * (2 * GQA.kv_heads * GQA.head_dim), rel=1e-9)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recompute_repeats_the_forward(recompute):
+@pytest.mark.parametrize("model", [GQA, MLA], ids=("gqa", "mla"))
+@pytest.mark.parametrize(("recompute", "repeated"), [("selective", {"attention"}), ("full", {"attention", "gemm", "grouped_gemm"})])
+def test_recompute_repeats_the_forward(model, recompute, repeated):
     """Full recompute adds one forward to the backward; selective recompute of attention adds the attention kernel."""
-    for model in (GQA, MLA):
-        plain = transformer_layer(model, model.kinds[1], PLAN, JOB)
-        again = transformer_layer(model, model.kinds[1], PLAN.model_copy(update={"recompute": recompute}), JOB)
-        added = float(total(again.backward, lambda op: op.flop) - total(plain.backward, lambda op: op.flop))
-        kinds = ("attention",) if recompute == "selective" else ("attention", "gemm", "grouped_gemm")
-        assert added == pytest.approx(float(total(plain.forward, lambda op: op.flop if op.kind in kinds else 0.0)), rel=1e-12)
+    plain, again = (transformer_layer(model, model.kinds[1], p, JOB) for p in (PLAN, PLAN.model_copy(update={"recompute": recompute})))
+    added = float(total(again.backward, lambda op: op.flop) - total(plain.backward, lambda op: op.flop))
+    assert added == pytest.approx(float(total(plain.forward, lambda op: op.flop if op.kind in repeated else 0.0)), rel=1e-12)

@@ -22,7 +22,7 @@ def replayed_whole(s: Scenario) -> bool:
     return s.plan.schedule == "gpipe" or micro_batches <= 8 * s.plan.pp or (s.plan.vpp > 1 and micro_batches % s.plan.pp > 0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(scenarios())
 def test_bound_below_and_estimate_on_the_simulation(s):
     assert check(s) == []
@@ -34,7 +34,7 @@ def test_bound_below_and_estimate_on_the_simulation(s):
         assert estimate(s) == pytest.approx(step, rel=0.02)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(scenarios(worlds=(4, 8), micro_batches=80, uneven=False))
 def test_long_steps_of_even_stages_continue_at_their_pace(s):
     step = simulate_step(s).step_time_s
@@ -58,7 +58,7 @@ def written_layouts(draw: st.DrawFn) -> Scenario:
     return scenario(model, 8, plan, pp * draw(st.integers(1, 12)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(written_layouts())
 def test_unbalanced_layouts(s):
     step = simulate_step(s).step_time_s
@@ -66,7 +66,7 @@ def test_unbalanced_layouts(s):
     assert estimate(s) == pytest.approx(step, rel=ROUNDING if replayed_whole(s) else 0.05)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(scenarios(slow=True, natural=True))
 def test_bound_holds_with_slow_hosts_and_natural_routing(s):
     assert bound(s) <= simulate_step(s).step_time_s * (1 + ROUNDING)

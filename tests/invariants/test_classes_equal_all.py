@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from small import scenarios
+from small import dense, moe, scenario, scenarios
 
 from simulator.feasibility import check
+from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import classify, simulate_step
 from simulator.timeline import Timeline
@@ -48,6 +49,25 @@ def assert_same(s: Scenario) -> int:
 def test_uniform_ranks_need_one_class_per_stage(s):
     assert check(s) == []
     assert assert_same(s) == s.plan.pp
+
+
+def test_one_slow_host_splits_its_classes():
+    even = scenario(dense(4), 32, Plan(tp=2, pp=2), 4)
+    slow = scenario(dense(4), 32, Plan(tp=2, pp=2), 4, slow_hosts={5: 1.3})  # ranks 20 to 23: two tensor-parallel pairs of stage 1
+    assert (assert_same(even), assert_same(slow)) == (2, 4)
+    assert simulate_step(slow).step_time_s > simulate_step(even).step_time_s
+
+
+def test_one_heavier_expert_rank_splits_its_classes():
+    even = scenario(moe(4, 1024), 32, Plan(pp=2, ep=4), 4)
+    heavy = scenario(moe(4, 1024), 32, Plan(pp=2, ep=4), 4, routing="natural", expert_load=2.0)
+    assert (assert_same(even), assert_same(heavy)) == (2, 4)
+    assert simulate_step(heavy).step_time_s > simulate_step(even).step_time_s
+
+
+def test_a_slow_host_and_a_heavier_expert_rank_together():
+    s = scenario(moe(4), 64, Plan(tp=2, cp=2, pp=2, ep=4), 4, routing="natural", expert_load=1.5, slow_hosts={3: 1.2, 12: 1.5})
+    assert 8 < assert_same(s) < 64
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,0 +1,255 @@
+"""How long every rank takes for each node of a program: the common price, times what sets ranks and micro-batches apart.
+
+Shapes: N nodes, L MoE layers, M micro-batches, W ranks of one pipeline stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simulator.errors import PlanError, Problem
+from simulator.pricing import loaded, op_s
+from simulator.scenario.mesh import group
+from simulator.scenario.routing import Routing
+from simulator.scenario.scenario import Scenario
+from simulator.scenario.variation import Variation
+from simulator.workload.classes import rank_loads
+from simulator.workload.routing import RoutedTokens, moe_layer_count, route
+from simulator.workload.stages import blocks, stage_blocks
+from simulator.workload.step import StepProgram
+
+#: collectives that carry state, not tokens
+_STATE = ("dp", "edp", "dp_replicate", "world")
+
+
+@dataclass(frozen=True, slots=True)
+class Uneven:
+    """What sets the ranks of a stage and the micro-batches apart.
+
+    Parameters
+    ----------
+    slowdown : ndarray of shape (stages, W)
+        How many times as long a rank's kernels take.
+    tokens : ndarray of shape (M, W), or None
+        Tokens of the micro-batch that a rank works on, over the mean.
+    load : ndarray of shape (L, M, W), or None
+        Tokens that its experts receive, over the mean.
+    """
+
+    slowdown: np.ndarray
+    tokens: np.ndarray | None = None
+    load: np.ndarray | None = None
+
+
+def rank_load(routed: RoutedTokens, etp: int) -> np.ndarray:
+    """Return the load of every rank of a stage, shape (L, M, W): ranks count etp fastest, then ep, then groups."""
+    load = routed.load
+    return np.repeat(load.reshape(*load.shape[:2], -1), etp, axis=-1)
+
+
+def uneven(scenario: Scenario, variation: Variation, routing: Routing | None) -> tuple[Uneven, float]:
+    """Return what sets ranks and micro-batches apart, drawn by the seed of `variation`, and the share of dropped tokens.
+
+    Parameters
+    ----------
+    routing : Routing or None
+        None follows the job: balanced, or one heavy rank in each expert group.
+
+    Raises
+    ------
+    PlanError
+        When `routing` does not fit the model or the plan.
+    """
+    model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
+    ranks, per_host = plan.world // plan.pp, cluster.host.accelerators
+    slow = variation.slowdown(plan.world, per_host)
+    for host, factor in cluster.slow_hosts.items():
+        slow[host * per_host : (host + 1) * per_host] *= factor
+    slow = slow.reshape(plan.pp, ranks)
+    mean, unit = plan.micro_batch * job.sequence_length, plan.cp * (plan.tp if plan.sequence_parallel else 1)
+    micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
+    tokens = np.full((micro_batches, plan.dp), mean)
+    if variation.sequence_spread:
+        tokens = variation.tokens(micro_batches, plan.dp, mean, unit)
+    tokens = np.repeat(tokens, ranks // plan.dp, axis=1)  # shape (M, W)
+    over_mean = tokens / mean if variation.sequence_spread else None
+    if model.experts is None and routing is not None:
+        numbers = f"routing is {routing.distribution}, {model.name} is dense"
+        raise PlanError([Problem("routing needs experts", numbers, "leave routing out")])
+    natural = job.expert_load if job.routing == "natural" and routing is None else 1.0
+    if model.experts is None or (routing is None and natural == 1 and over_mean is None):
+        return Uneven(slow, over_mean), 0.0
+    together = (tokens // unit).reshape(micro_batches, -1, plan.ep * plan.etp).sum(axis=-1)
+    routed = route(routing or Routing(), model.experts, moe_layer_count(model), together, plan.ep, variation.random("routing"))
+    load = rank_load(routed, plan.etp)
+    if natural > 1:
+        load = load * rank_loads(plan, natural)[:ranks]
+    return Uneven(slow, over_mean, load), routed.dropped_share
+
+
+def virtual_stage(scenario: Scenario, stage: int, chunk: int) -> int:
+    """Return which part of the model a chunk of a pipeline rank is; the place that knows how schedules lay out chunks."""
+    return chunk * scenario.plan.pp + stage
+
+
+def moe_layers(program: StepProgram, scenario: Scenario) -> np.ndarray:
+    """Return the MoE layer, counted over the model, that each node's routed work belongs to; -1 for none.
+
+    Notes
+    -----
+    A forward passes the MoE layers of its chunk in order, every other action in reverse, and does the same number of routed
+    tasks for each.
+    """
+    model, plan, job = scenario.model, scenario.plan, scenario.job
+    sparse = {name: any(op.routed for segment in b.forward for op in segment) for name, b in blocks(model, plan, job).items()}
+    held = [sum(sparse[name] for name in names) for names in stage_blocks(model, plan, job)]
+    first = np.concatenate([[0], np.cumsum(held)])
+    routed = [any(op.routed for op in task.ops) for task in program.tasks]
+    queues: dict[tuple, list[int]] = {}
+    for node, task in enumerate(program.task):
+        action = program.label[node]
+        if action is not None and routed[task]:
+            queues.setdefault((program.rank_class[node], action), []).append(node)
+    layer = np.full(len(program), -1)
+    for (stage, action), nodes in queues.items():
+        part = virtual_stage(scenario, stage, action.chunk)
+        order = np.arange(len(nodes)) * held[part] // len(nodes)
+        layer[nodes] = first[part] + (order if action.kind == "F" else held[part] - 1 - order)
+    return layer
+
+
+class RankDurations:
+    """Seconds of each node on every rank of its stage; call it with a node.
+
+    Parameters
+    ----------
+    program : StepProgram
+        With one class of ranks per pipeline stage.
+    scenario : Scenario
+    seconds : ndarray of shape (nodes,)
+        What a node takes on a rank of even load and full speed, overlap and sharing included.
+    uneven : Uneven
+    variation : Variation
+        For its jitter and seed.
+
+    Notes
+    -----
+    ``d(n, r) = slow(r) jitter(n, r) (s(n) + change(n, r))``; ``slow`` and ``jitter`` for kernels only. The change is priced:
+
+    - routed operations at the load of their rank, exactly (`simulator.pricing.op_s`);
+    - the rest at ``t`` times the tokens: attention grows with t^2, everything else linearly as between t = 1 and t = 2;
+      collectives that carry gradients or parameters do not.
+
+    The kernels of a node vary independently. Their sum is taken as one log-normal of the same mean and variance:
+    ``sigma_n^2 = ln(1 + (exp(sigma^2) - 1) sum p_i^2 / (sum p_i)^2)`` for kernels of p_i seconds. The draws of a node come
+    from a counter-based generator at a position of its own, so they do not depend on the order of the calls.
+
+    References
+    ----------
+    Fenton, "The Sum of Log-Normal Probability Distributions in Scatter Transmission Systems", 1960.
+    Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox).
+    """
+
+    def __init__(self, program: StepProgram, scenario: Scenario, seconds: np.ndarray, uneven: Uneven, variation: Variation):
+        self.ranks = scenario.plan.world // scenario.plan.pp
+        self.uneven = uneven
+        self.task, self.stage, self.seconds = program.task, program.rank_class, seconds.tolist()
+        computes = [task.stream == "compute" for task in program.tasks]
+        self.computes = [computes[t] for t in program.task]
+        slow = uneven.slowdown
+        self.slow = [row if (row != 1.0).any() else None for row in slow]
+        args = scenario.model, scenario.plan, scenario.cluster
+        self.prices = [np.array([float(op_s(op, *args)) for op in task.ops]) for task in program.tasks]
+        self._set_jitter(variation, computes)
+        self._set_changes(program, scenario)
+
+    def _set_jitter(self, variation: Variation, computes: Sequence[bool]) -> None:
+        spread = np.expm1(variation.jitter**2)
+        self.sigma = [
+            float(np.sqrt(np.log1p(spread * (p**2).sum() / p.sum() ** 2))) if on and p.sum() > 0 else 0.0
+            for p, on in zip(self.prices, computes, strict=True)
+        ]
+        self._bits = np.random.Philox(key=variation.random("jitter").integers(0, 2**63, size=2, dtype=np.uint64))
+        self._random, self._at = np.random.Generator(self._bits), self._bits.state
+        self._draw = np.empty(self.ranks, dtype=np.float32)
+
+    def _set_changes(self, program: StepProgram, scenario: Scenario) -> None:
+        """Price what the load and the tokens of a rank change, per task."""
+        self.micro_batch = [-1 if a is None else a.micro_batch for a in program.label]
+        self.layer = [-1] * len(program)
+        args = scenario.model, scenario.plan, scenario.cluster
+        loads = np.ones(1)
+        if self.uneven.load is not None:
+            self.layer = moe_layers(program, scenario).tolist()
+            loads, index = np.unique(self.uneven.load, return_inverse=True)
+            self.load_index = index.reshape(self.uneven.load.shape).astype(np.int32)
+        if self.uneven.tokens is not None:
+            self.more, self.more_squared = self.uneven.tokens - 1.0, self.uneven.tokens**2 - 1.0
+        self.routed, self.linear, self.square = [], [], []
+        for task, prices in zip(program.tasks, self.prices, strict=True):
+            linear = square = 0.0
+            routed = np.zeros(len(loads))
+            for op, price in zip(task.ops, prices, strict=True):
+                if op.routed:
+                    routed += op_s(op, *args, load=loads) - price
+                elif op.kind == "attention":
+                    square += price
+                elif op.axis not in _STATE:
+                    linear += float(op_s(loaded(op, 2.0), *args)) - price
+            self.routed.append(routed if routed.any() else None)
+            self.linear.append(linear)
+            self.square.append(square)
+
+    def __call__(self, node: int) -> float | np.ndarray:
+        """Return the seconds of `node`: one number, or one per rank of its stage, shape (W,)."""
+        task, length = self.task[node], self.seconds[node]
+        if self.micro_batch[node] >= 0 and (self.uneven.load is not None or self.uneven.tokens is not None):
+            change = self._change(node, task)
+            if change is not None:
+                price = self.prices[task].sum()
+                length = length + (change if length == price else change * (length / price))
+        if not self.computes[node]:
+            return length
+        slow, sigma = self.slow[self.stage[node]], self.sigma[task]
+        if slow is not None:
+            length = length * slow
+        return length * self._jitter(node, sigma) if sigma > 0.0 else length
+
+    def _change(self, node: int, task: int) -> np.ndarray | None:
+        change, batch = None, self.micro_batch[node]
+        if self.layer[node] >= 0 and self.routed[task] is not None:
+            change = self.routed[task].take(self.load_index[self.layer[node], batch])
+        if self.uneven.tokens is not None and (self.linear[task] or self.square[task]):
+            more = self.linear[task] * self.more[batch] + self.square[task] * self.more_squared[batch]
+            change = more if change is None else change + more
+        return change
+
+    def _jitter(self, node: int, sigma: float) -> np.ndarray:
+        """Return a factor for every rank, log-normal with mean 1; drawn in float32, whose 6e-8 is nothing beside sigma."""
+        at, draw = self._at, self._draw
+        at["state"]["counter"][:] = (0, node, 0, 0)
+        at["buffer_pos"], at["has_uint32"] = 4, 0
+        self._bits.state = at
+        self._random.standard_normal(dtype=np.float32, out=draw)
+        draw *= np.float32(sigma)
+        draw -= np.float32(sigma * sigma / 2)
+        return np.exp(draw, dtype=np.float64)
+
+
+def spans(program: StepProgram, scenario: Scenario) -> list[tuple[int, int]]:
+    """Return the groups of every node inside its stage as (size, stride); (1, 1) for kernels and messages."""
+    ranks = scenario.plan.world // scenario.plan.pp
+
+    def span(axis: str) -> tuple[int, int]:
+        if axis in ("", "pp"):
+            return 1, 1
+        if axis == "world":
+            return ranks, 1
+        g = group(scenario.plan, axis)
+        return int(g.size), int(g.stride)
+
+    of = [span(task.axis) for task in program.tasks]
+    return [of[t] for t in program.task]

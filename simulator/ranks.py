@@ -1,0 +1,111 @@
+"""What a replay of every rank means: who is slow, who waits, what decides the step, and how it varies over seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from simulator.durations import RankDurations
+from simulator.engine.order import RankProgram
+from simulator.engine.ranks import Replay, critical_path, replay_ranks
+from simulator.scenario.routing import Routing
+from simulator.scenario.scenario import Scenario
+from simulator.scenario.variation import Variation
+from simulator.workload.step import StepProgram
+
+
+@dataclass(frozen=True)
+class RanksResult:
+    """One optimizer step of `scenario` on every rank, each with its own durations.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    variation : Variation
+        Its seed is that of the tables; further seeds count up from it.
+    routing : Routing or None
+    step_times_s : ndarray of shape (seeds,)
+        Seconds of the step for each seed, the one of the tables first.
+    dropped_share : float
+        Share of the tokens that experts over their capacity dropped.
+    """
+
+    scenario: Scenario
+    variation: Variation
+    routing: Routing | None
+    step_times_s: np.ndarray
+    dropped_share: float
+    program: StepProgram = field(repr=False)
+    order: RankProgram = field(repr=False)
+    durations: RankDurations = field(repr=False)
+    replay: Replay = field(repr=False)
+
+    @property
+    def step_time_s(self) -> float:
+        """Seconds until the last rank is done."""
+        return float(self.step_times_s[0])
+
+    @cached_property
+    def _table(self) -> pd.DataFrame:
+        replay, stages = self.replay, self.order.stages
+        rank = np.arange(replay.end_s.size)
+        table = pd.DataFrame(
+            {
+                "rank": rank,
+                "stage": np.repeat(np.arange(stages), self.order.ranks),
+                "host": rank // self.scenario.cluster.host.accelerators,
+                "slowdown": self.durations.uneven.slowdown.ravel(),
+                "compute_s": replay.compute_s.ravel(),
+                "exposed_s": replay.exposed_s.ravel(),
+                "end_s": replay.end_s.ravel(),
+            }
+        )
+        table.insert(6, "wait_s", self.step_time_s - table["compute_s"] - table["exposed_s"])
+        table["over_stage"] = (replay.compute_s / np.median(replay.compute_s, axis=1, keepdims=True)).ravel()
+        return table
+
+    def table(self) -> pd.DataFrame:
+        """Return how each rank spends the step.
+
+        Returns
+        -------
+        DataFrame
+            One row per rank: ``stage``, ``host``, ``slowdown`` (factor on its kernels, jitter apart), ``compute_s``,
+            ``exposed_s`` (communication under way that compute waited for), ``wait_s`` (for slower members of its groups, for
+            other stages, for the end), ``end_s`` of its last operation, ``over_stage`` (compute over the median of its stage).
+            Compute, exposed and wait add up to the step.
+        """
+        return self._table.copy()
+
+    def slowest(self, count: int = 10) -> pd.DataFrame:
+        """Return the `count` ranks that compute longest beside the median of their stage, slowest first."""
+        return self._table.sort_values(["over_stage", "rank"], ascending=[False, True]).head(count).reset_index(drop=True)
+
+    def critical_path(self) -> pd.DataFrame:
+        """Return the chain of operations that decides the step time, first to last; replays the step to find it.
+
+        Returns
+        -------
+        DataFrame
+            ``rank``, ``stage``, ``host``, ``stream``, ``name``, ``action``, ``start_s``, ``end_s``, ``seconds``: each starts
+            when the one before it ends, so `seconds` add up to the step. Of a collective, the member that came last.
+        """
+        kept = replay_ranks(self.order, self.durations, keep=True)
+        program, rows = self.program, []
+        for node, index, start, end in critical_path(self.order, kept):
+            task, stage, action = program.tasks[program.task[node]], program.rank_class[node], program.label[node]
+            rank = stage * self.order.ranks + index
+            host = rank // self.scenario.cluster.host.accelerators
+            rows.append((rank, stage, host, task.stream, task.name, str(action or ""), start, end, end - start))
+        columns = ["rank", "stage", "host", "stream", "name", "action", "start_s", "end_s", "seconds"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def distribution(self) -> pd.DataFrame:
+        """Return the step time over the seeds: one row, columns ``seeds``, ``mean_s``, ``min_s``, ``p05_s`` to ``p95_s``, ``max_s``."""
+        times = self.step_times_s
+        quantiles = {f"p{q:02d}_s": float(np.quantile(times, q / 100)) for q in (5, 25, 50, 75, 95)}
+        ends = {"min_s": float(times.min()), **quantiles, "max_s": float(times.max())}
+        return pd.DataFrame([{"seeds": len(times), "mean_s": float(times.mean()), **ends}])

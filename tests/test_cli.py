@@ -1,0 +1,451 @@
+"""The command line: each verb says what its function returns, and bad input ends in one message and exit code 2."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import yaml
+
+import simulator as sim
+from simulator import plots
+from simulator.cli import app, main
+from simulator.result import facts
+from simulator.scenario.profiles import CLUSTERS
+from simulator.validation import published
+from simulator.workload.flop import count
+
+ROOT = Path(__file__).parents[1]
+STABLE = [
+    "step_time_s", "tokens_per_s_per_accelerator", "mfu_6n", "mfu_causal", "mfu_noncausal", "peak_memory_bytes",
+    "memory_bytes_per_stage", "training_days", "cost_usd", "problems",
+]  # fmt: skip
+QUESTION = {
+    "model": "llama-3-8b",
+    "cluster": "h100-single-host",
+    "job": {"tokens": 10**9, "global_batch": 32, "sequence_length": 4096},
+    "plan": {"tp": 2, "pp": 2, "zero": 1, "recompute": "selective"},
+}
+LINE = """
+torchrun --nproc-per-node 8 --nnodes 2 pretrain_gpt.py --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 \\
+    --micro-batch-size 1 --global-batch-size 16 --seq-length 2048 --bf16 --use-distributed-optimizer --sequence-parallel
+"""
+FILES = [
+    "breakdown.csv", "breakdown.png", "memory.csv", "memory.png", "scenario.yaml", "sources.csv", "summary.json", "timeline.png",
+    "trace.json.gz",
+]  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "question.yaml"
+    path.write_text(yaml.safe_dump(QUESTION, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def myriad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Return a function that runs the command line and returns its exit code and what it wrote."""
+
+    def run(*words: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["myriad", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=end.value.code or 0, out=out, err=err)
+
+    return run
+
+
+def data(ran: SimpleNamespace):
+    assert ran.code == 0, ran.err
+    return json.loads(ran.out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+def started(*words: object, **options) -> subprocess.Popen:
+    command = [sys.executable, "-c", "from simulator.cli import main; main()", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)
+
+
+# --- each verb is its function ---
+
+
+def test_simulate_equals_simulate_step(myriad, file):
+    scenario = sim.Scenario.load(file)
+    step = sim.simulate_step(scenario)
+    found = data(myriad("simulate", file, "--json"))
+    assert [key for key in STABLE if key not in found] == []
+    assert found["problems"] == []
+    assert found["files"] == []
+    assert {key: found[key] for key in step.summary()} == step.summary()
+    for key in set(STABLE) - {"memory_bytes_per_stage", "problems"}:
+        assert found[key] == getattr(step, key)
+    assert found["memory_bytes_per_stage"] == step.memory()["total_bytes"].tolist()
+    assert (found["bound_s"], found["estimate_s"]) == (sim.bound(scenario), sim.estimate(scenario))
+    assert pd.DataFrame(found["breakdown"])["seconds"].sum() == pytest.approx(step.step_time_s)
+
+
+def test_simulate_all_ranks_equals_classes(myriad, file):
+    classes, everyone = (data(myriad("simulate", file, "--json", "--ranks", ranks)) for ranks in ("classes", "all"))
+    assert everyone["step_time_s"] == pytest.approx(classes["step_time_s"], rel=1e-9)
+
+
+def test_plan_equals_search(myriad, file):
+    found = data(myriad("plan", file, "--top", 3, "--json"))
+    searched = sim.search(sim.Scenario.load(file), top=3)
+    assert [key for key in STABLE if key not in found] == []
+    assert found["step_time_s"] == searched.best.step_time_s == found["plans"][0]["step_time_s"]
+    pd.testing.assert_frame_equal(pd.DataFrame(found["plans"]), searched.table)
+    assert found["searched"] == {
+        "legal": searched.legal,
+        "fitting": searched.fitting,
+        "estimated": searched.estimated,
+        "simulated": len(searched.results),
+    }
+
+
+def test_validate_equals_its_function(myriad, monkeypatch, tmp_path):
+    rows = published.published_runs()
+    rows = rows[rows["complete"] == "yes"].iloc[::90]
+    monkeypatch.setattr(published, "published_runs", lambda: rows)
+    table = published.validate(sim.estimate)
+    found = data(myriad("validate", "--json", "--out", tmp_path))
+    pd.testing.assert_frame_equal(pd.DataFrame(found["rows"]), table, check_dtype=False)
+    assert [row["source"] for row in found["summary"]] == published.summary(table)["source"].tolist()
+    assert pd.read_csv(tmp_path / "validation.csv")["id"].tolist() == table["id"].tolist()
+    said = myriad("validate")
+    assert said.code == 0
+    assert f"{len(table)}" in said.out
+
+
+def test_models_and_clusters_equal_their_functions(myriad):
+    pd.testing.assert_frame_equal(pd.DataFrame(data(myriad("models", "--json"))), sim.models())
+    pd.testing.assert_frame_equal(pd.DataFrame(data(myriad("clusters", "--json"))), sim.clusters(), check_dtype=False)
+    for verb, names in {"models": sim.models()["model"], "clusters": sim.clusters()["cluster"]}.items():
+        said = myriad(verb)
+        assert said.code == 0
+        assert all(name in said.out for name in names)
+
+
+def test_models_counts_one_model(myriad, tmp_path):
+    found = data(myriad("models", "kimi-k2", "--json"))
+    assert found["experts"]["count"] == 384
+    assert found["total"] == pytest.approx(1026.408e9, abs=1e6)
+    config = {"num_hidden_layers": 4, "hidden_size": 64, "vocab_size": 100, "num_attention_heads": 4, "intermediate_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = myriad("models", tmp_path / "config.json")
+    assert said.code == 0
+    assert f"  total: {data(myriad('models', tmp_path / 'config.json', '--json'))['total'] / 1e9:.3f} G" in said.out
+
+
+def test_sources_equals_facts(myriad, file):
+    rows = data(myriad("sources", file, "--json"))
+    assert pd.DataFrame(rows)["fact"].tolist() == facts(sim.Scenario.load(file))["fact"].tolist()
+    rows = data(myriad("sources", "h100-rail-10240", "--json"))
+    assert len(rows) == len(CLUSTERS.load("h100-rail-10240").provenance())
+    assert {"profile", "fact", "value", "grade", "source", "date"} == set(rows[0])
+    said = myriad("sources", file)
+    assert re.search(r"^\d+ facts: .*\d+ assumed$", said.out, re.MULTILINE)
+
+
+def test_what_people_read(myriad, file):
+    said = myriad("simulate", file)
+    step = sim.simulate_step(sim.Scenario.load(file))
+    assert (said.code, said.err) == (0, "")
+    assert f"step {step.step_time_s:.3f} s" in said.out
+    assert "by 6N (of the dense bf16 peak)" in said.out
+    assert "Where the step goes" in said.out
+    assert "Not modelled: failures" in said.out
+    assert re.search(r"Rests on \d+ facts: ", said.out)
+    assert "2.95 $/h" in said.out
+    assert re.search(r", 20\d\d-\d\d\)", said.out), "a price has a date"
+
+
+def test_a_name_with_brackets_is_no_markup(myriad, file):
+    said = myriad("simulate", file, "--set", "model.name=my [bold]model[/] [7b]")
+    assert said.out.startswith("my [bold]model[/] [7b] on 8 ")
+
+
+def test_no_file_at_all(myriad):
+    sets = [
+        "model=llama-3-8b",
+        "cluster=h100-single-host",
+        "job.tokens=1e9",
+        "job.global_batch=32",
+        "job.sequence_length=4096",
+        "plan.tp=2",
+    ]
+    found = data(myriad("simulate", "--json", *(word for entry in sets for word in ("--set", entry))))
+    assert found["step_time_s"] > 0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["simulate", "--help"]])
+def test_help(myriad, words):
+    assert myriad(*words).code == 0
+
+
+def test_an_empty_command_shows_the_help(myriad):
+    said = myriad()
+    assert (said.code, said.err) == (2, "")
+    assert "simulate" in said.out
+
+
+def test_the_commands_of_the_readme_are_understood():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line.split("#")[0].replace("[config.json]", "") for line in text.splitlines() if line.startswith("myriad ")]
+    verbs = {name.name or name.callback.__name__ for name in app.registered_commands}
+    assert {shlex.split(line)[1] for line in lines} == verbs == {"plan", "simulate", "validate", "models", "clusters", "sources"}
+    for example in re.findall(r"examples/[\w.-]+\.yaml", text):
+        assert (ROOT / example).is_file()
+
+
+# --- --set ---
+
+
+def test_set_changes_nested_keys_of_a_named_cluster(myriad, file):
+    base = data(myriad("simulate", file, "--json"))
+    sets = ["cluster.host.nic_bytes_per_s=200 Gb/s", "cluster.price_usd_per_accelerator_hour=5.90 $/h", "plan.tp=4", "plan.pp=1"]
+    found = data(myriad("simulate", file, "--json", *(word for entry in sets for word in ("--set", entry))))
+    price = CLUSTERS.load("h100-single-host").price_usd_per_accelerator_hour
+    assert found["cost_usd"] / found["accelerator_hours"] == pytest.approx(5.90)
+    assert base["cost_usd"] / base["accelerator_hours"] == pytest.approx(price)
+    assert len(found["memory_bytes_per_stage"]) == 1
+
+
+def test_set_a_count_of_a_named_cluster_and_a_whole_other_one(myriad, file):
+    sets = ["--set", "cluster=superpod-1024-h100", "--set", "cluster.accelerators=512", "--set", "job.global_batch=1024"]
+    half = data(myriad("simulate", file, "--json", *sets))
+    scenario = sim.Scenario.model_validate(
+        QUESTION | {"cluster": {"base": "superpod-1024-h100", "accelerators": 512}, "job": QUESTION["job"] | {"global_batch": 1024}}
+    )
+    assert half["step_time_s"] == sim.simulate_step(scenario).step_time_s
+    rows = data(myriad("sources", file, "--json"))
+    assert [r["value"] for r in rows if r["fact"] == "accelerators" and r["profile"] == "h100-single-host"] == [8]
+
+
+def test_set_fills_a_table_that_the_file_leaves_empty(myriad, tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(QUESTION | {"plan": None}))
+    assert data(myriad("simulate", tmp_path / "a.yaml", "--json", "--set", "plan.tp=2", "--set", "plan.zero=3"))["problems"] == []
+
+
+# --- a Megatron-LM line ---
+
+
+def test_a_megatron_line_has_the_last_word_but_for_set(myriad, file, tmp_path):
+    (tmp_path / "launch.sh").write_text(LINE)
+    reserve = {"context": "3 GB", "communication": "0 GB", "fragmentation": 0}
+    file.write_text(yaml.safe_dump(QUESTION | {"plan": QUESTION["plan"] | {"reserve": reserve, "dp_shard": 2, "layout": "balanced"}}))
+    said = myriad("simulate", file, "--megatron", tmp_path / "launch.sh", "--set", "plan.zero=3", "--json", "--out", tmp_path / "out")
+    assert data(said)["problems"] == []
+    saved = sim.Scenario.load(tmp_path / "out" / "scenario.yaml")
+    plan = saved.plan
+    assert (plan.tp, plan.pp, plan.dp_shard, plan.recompute, plan.layout) == (4, 2, 1, "none", None)
+    assert plan.zero == 3
+    assert (plan.reserve.context, plan.reserve.fragmentation) == (3e9, 0)  # of which the line says nothing
+    assert (saved.job.tokens, saved.job.global_batch, saved.job.sequence_length) == (10**9, 16, 2048)
+    assert "the line starts 16 processes, the cluster has 8 accelerators" in said.err
+
+
+@pytest.mark.parametrize(
+    ("change", "code_rules"),
+    [
+        (("-parallel-size 4", "-parallel-size 3"), ["degrees multiply to the accelerators", "heads divide by tp"]),
+        (("-parallel-size 2", "-parallel-size 64"), ["degrees multiply to the accelerators", "layers fill pp * vpp"]),
+        (
+            ("--bf16", "--num-layers 32 --num-layers-per-virtual-pipeline-stage 2 --num-virtual-stages-per-pipeline-rank 2"),
+            ["--num-layers-per-virtual-pipeline-stage"],
+        ),
+        (("--bf16", "--micro-batch-size x --global-batch-size $BATCH"), ["--global-batch-size", "--micro-batch-size"]),
+        (("--bf16", "--pipeline-model-parallel-layout t*99999999999|L"), ["--pipeline-model-parallel-layout"]),
+        ((LINE, "python train.py --lr 3"), ["Megatron line"]),
+    ],
+)
+def test_megatron_lines_that_cannot_be(myriad, file, tmp_path, change, code_rules):
+    (tmp_path / "launch.sh").write_text(LINE.replace(*change))
+    said = myriad("simulate", file, "--megatron", tmp_path / "launch.sh", "--json")
+    rules = [problem["rule"] for problem in json.loads(said.out)["problems"]]
+    assert said.code == 2
+    assert sorted(rule for rule in rules if rule in code_rules) == sorted(code_rules)
+
+
+# --- --out ---
+
+
+def test_out_holds_everything_and_it_loads_again(myriad, file, tmp_path):
+    folder = tmp_path / "new" / "out"
+    found = data(myriad("simulate", file, "--json", "--out", folder))
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert sorted(found["files"]) == [str(folder / name) for name in FILES]
+    again = sim.Scenario.load(folder / "scenario.yaml")
+    assert again == sim.Scenario.load(file)
+    step = sim.simulate_step(again)
+    assert step.step_time_s == found["step_time_s"]
+    assert json.loads((folder / "summary.json").read_text()) == step.summary()
+
+    trace = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
+    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert max(event["ts"] + event["dur"] for event in spans) == pytest.approx(step.step_time_s * 1e6, rel=1e-6)
+    threads = {event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "thread_name"}
+    assert {"compute", "tp", "pp"} <= threads <= {"compute", "tp", "cp", "ep", "pp", "dp"}
+
+    for name, table in {"breakdown": step.breakdown(), "memory": step.memory()}.items():
+        pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), table, check_dtype=False)
+    assert len(pd.read_csv(folder / "sources.csv")) == len(step.sources())
+    for name in ("timeline", "memory", "breakdown"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_out_of_a_search_holds_the_plans_too(myriad, file, tmp_path):
+    said = myriad("plan", file, "--top", 2, "--out", tmp_path / "out")
+    assert said.code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*FILES, "plans.csv"])
+    plans = pd.read_csv(tmp_path / "out" / "plans.csv")
+    best = sim.simulate_step(sim.Scenario.load(tmp_path / "out" / "scenario.yaml"))
+    assert plans["step_time_s"].tolist() == sorted(plans["step_time_s"])
+    assert plans["step_time_s"].iloc[0] == pytest.approx(best.step_time_s, rel=1e-12)
+    assert "plans.csv" in said.out
+    assert "ui.perfetto.dev" in said.out
+
+
+def test_out_is_written_whole_or_not_at_all(myriad, file, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    assert myriad("simulate", file, "--out", folder).code == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "breakdown.png")
+
+    monkeypatch.setattr(plots, "plot_breakdown", full)
+    said = myriad("simulate", file, "--out", folder, "--set", "plan.zero=3")
+    assert (said.code, said.out) == (2, "")
+    assert said.err == "file: breakdown.png: No space left on device\n"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_out_that_cannot_be_is_refused_before_the_work(myriad, file, tmp_path, monkeypatch):
+    monkeypatch.setattr("simulator.simulate.simulate_step", lambda *_, **__: pytest.fail("it was simulated first"))
+    (tmp_path / "there").write_text("kept")
+    for folder in (tmp_path / "there", tmp_path / "there" / "below"):
+        said = myriad("simulate", file, "--out", folder)
+        assert said.code == 2
+        assert said.err == f"input: --out {folder}: {tmp_path / 'there'} is not a folder that can be written; choose another\n"
+    assert (tmp_path / "there").read_text() == "kept"
+
+
+# --- bad input: one message, exit code 2, no traceback, nothing written; with --json the problems ---
+
+BAD = {
+    "no such command": (["simulat"], "No such command 'simulat'. Did you mean 'simulate'?"),
+    "no such option": (["simulate", "--jsn"], "No such option: --jsn"),
+    "top 0": (["plan", "FILE", "--top", "0"], "Invalid value for '--top': must be greater than or equal to 1"),
+    "top of words": (["plan", "FILE", "--top", "ten"], "Invalid value for '--top': "),
+    "ranks": (["simulate", "FILE", "--ranks", "some"], "Invalid value for '--ranks': 'some' is not one of 'classes', 'all'."),
+    "nothing": (["simulate"], "scenario: model: missing; cluster: missing; job: missing"),
+    "no file": (["simulate", "none.yaml"], "none.yaml cannot be read: No such file or directory"),
+    "a folder": (["simulate", "."], ". cannot be read: Is a directory"),
+    "a zero byte": (["simulate", "a\0b"], "cannot be read: "),
+    "an empty file": (["plan", "empty.yaml"], "empty.yaml is empty"),
+    "a binary file": (["plan", "binary.yaml"], "binary.yaml is not a text file; expected YAML or JSON in UTF-8"),
+    "a list": (["plan", "list.yaml"], "list.yaml must hold 'key: value' lines; found list"),
+    "no model": (["models", "llama-3"], "unknown model 'llama-3'; did you mean llama-3-8b or llama-3-70b or llama-3-405b?"),
+    "no cluster": (["sources", "h100-rail"], "unknown cluster 'h100-rail'; did you mean h100-rail-10240"),
+    "set without a value": (["simulate", "FILE", "--set", "plan.pp"], "--set 'plan.pp': write KEY=VALUE, e.g. --set plan.pp=8"),
+    "set without a key": (["simulate", "FILE", "--set", "=8"], "--set '=8': write KEY=VALUE"),
+    "set with half a key": (["simulate", "FILE", "--set", "plan.=8"], "--set 'plan.=8': write KEY=VALUE"),
+    "set below a number": (["simulate", "FILE", "--set", "job.tokens.x=8"], "--set 'job.tokens.x=8': tokens is 1000000000, not a table"),
+    "set a table to a number": (["simulate", "FILE", "--set", "plan=3"], "plan: must be a table of 'key: value'; found 3"),
+    "unknown key": (["simulate", "FILE", "--set", "plan.microbatch=3"], "plan.microbatch: unknown key; did you mean micro_batch"),
+    "zero 5": (["simulate", "FILE", "--set", "plan.zero=5"], "plan.zero: must be 0, 1, 2 or 3; found 5"),
+    "schedule": (["simulate", "FILE", "--set", "plan.schedule=1f1bb"], "must be 'gpipe', '1f1b' or 'interleaved'; found '1f1bb'"),
+    "no unit": (
+        ["simulate", "FILE", "--set", "cluster.host.nic_bytes_per_s=400"],
+        "nic_bytes_per_s: 400 has no unit; write a number with a unit, such as 3.35 TB/s or 400 Gb/s",
+    ),
+    "bytes for bits": (
+        ["simulate", "FILE", "--set", "cluster.host.nic_bytes_per_s=400 GB/s"],
+        "400 GB/s = 3200 Gb/s per accelerator is beyond every NIC; if the NIC is a 400 Gb/s one, write '400 Gb/s'",
+    ),
+    "nan": (["simulate", "FILE", "--set", "job.expert_load=.nan"], "job.expert_load: must be "),
+    "infinite": (["simulate", "FILE", "--set", "job.tokens=.inf"], "job.tokens: inf is not a whole number"),
+    "negative": (["simulate", "FILE", "--set", "job.tokens=-5"], "job.tokens: must be greater than 0; found -5"),
+    "hosts": (["simulate", "FILE", "--set", "cluster.accelerators=12"], "accelerators = 12 is not a multiple of the host's 8; use 8"),
+    "no launch file": (["simulate", "FILE", "--megatron", "none.sh"], "none.sh cannot be read: No such file or directory"),
+    "tp": (["simulate", "FILE", "--set", "plan.tp=3"], "heads divide by tp: 32 heads do not divide by tp = 3"),
+    "too big": (["simulate", "FILE", "--set", "plan.tp=1", "--set", "plan.zero=0", "--set", "plan.pp=1"], "fits in memory: stage 0 needs "),
+    "no plan is legal": (["plan", "FILE", "--set", "job.global_batch=7", "--set", "model.heads=31", "--set", "model.kv_heads=31"], ""),
+    "no plan fits": (["plan", "FILE", "--set", "model=llama-3-405b"], "some plan fits in memory: the smallest plan needs "),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(myriad, file, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    before = {path.name for path in tmp_path.iterdir()}
+    words, text = BAD[name]
+    words = [str(file) if word == "FILE" else word for word in words]
+
+    plain = myriad(*words)
+    assert (plain.code, plain.out) == (2, "")
+    assert text in plain.err
+    assert "Traceback" not in plain.err
+
+    asked = myriad(*words, "--json", *(["--out", "out"] if words[0] in ("plan", "simulate") else []))
+    assert asked.code == 2
+    problems = json.loads(asked.out)["problems"]
+    assert problems
+    assert all(set(problem) == {"rule", "numbers", "remedy"} for problem in problems)
+    assert any(text in f"{problem['rule']}: {problem['numbers']}" for problem in problems)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_all_problems_of_a_plan_at_once(myriad, file):
+    said = myriad("simulate", file, "--json", "--set", "plan.tp=3", "--set", "plan.ep=2", "--set", "plan.precision.gemm=fp4")
+    found = json.loads(said.out)
+    expected = sim.check(
+        sim.Scenario.model_validate(QUESTION | {"plan": QUESTION["plan"] | {"tp": 3, "ep": 2, "precision": {"gemm": "fp4"}}})
+    )
+    assert found == {"problems": [{"rule": p.rule, "numbers": p.numbers, "remedy": p.remedy} for p in expected]}
+    assert len(expected) == 6
+    for problem in expected:
+        assert problem.remedy in said.err
+
+
+# --- the process around it ---
+
+
+def test_ctrl_c_ends_quietly_and_leaves_nothing(tmp_path):
+    with started("plan", "examples/kimi-k2-10240-h100.yaml", "--out", tmp_path / "out") as process:
+        time.sleep(2.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["clusters"], ["sources", "h100-rail-10240"], ["sources", "h100-rail-10240", "--json"]])
+def test_a_reader_that_goes_away_is_no_error_to_talk_about(words):
+    with started(*words) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.wait(timeout=30) != 2
+    assert err == ""
+
+
+def test_json_of_a_model_is_complete(myriad):
+    found = data(myriad("models", "mixtral-8x7b", "--json"))
+    counted = count(sim.Scenario.model_validate(QUESTION | {"model": "mixtral-8x7b"}).model, 4096)
+    assert found["total"] == counted.total

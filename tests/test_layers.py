@@ -1,0 +1,296 @@
+"""Oracle: FLOP and bytes of every operation of small layers, worked out by hand; columns of plans against plans one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import H100
+
+from simulator.estimate import price_blocks
+from simulator.scenario.job import Job
+from simulator.scenario.model import Experts, LatentAttention, Model
+from simulator.scenario.plan import COLUMNS, Overlap, Plan, PlanColumns, Precision
+from simulator.workload.layers import ATTENTION_BACKWARD_FLOP, attended, embedding, head, transformer_layer
+from simulator.workload.memory import memory_per_stage
+from simulator.workload.ops import Block, Op, Segment, total
+from simulator.workload.stages import blocks, stage_blocks
+
+S, H = 64, 32
+DENSE = Model(name="dense", source="made up", layers=4, hidden=H, vocab=128, heads=4, kv_heads=2, head_dim=16, ffn=96)
+EXPERTS = Experts(count=8, top_k=2, ffn=24, shared_ffn=40)
+MOE = DENSE.model_copy(update={"name": "moe", "experts": EXPERTS, "moe_layers": (False, False, True, True)})
+LATENT = LatentAttention(q_rank=24, kv_rank=16, nope_dim=8, rope_dim=4, v_dim=12)
+MLA = MOE.model_copy(update={"name": "mla", "latent": LATENT, "kv_heads": 4})
+JOB = Job(tokens=S * 64, global_batch=64, sequence_length=S)
+
+
+def layer(model: Model, moe: bool, **changes) -> Block:
+    kind = next(k for k in model.kinds if k.moe == moe)
+    return transformer_layer(model, kind, Plan(**({"dp_shard": 1} | changes)), JOB)
+
+
+def only(segments: tuple[Segment, ...], name: str, kind: str = "", grad: str | None = None) -> Op:
+    """Return the one operation of that name."""
+    (found,) = [op for s in segments for op in s if op.name == name and kind in ("", op.kind) and grad in (None, op.grad)]
+    return found
+
+
+def collectives(segments: tuple[Segment, ...], axis: str) -> list[tuple[str, float]]:
+    return [(op.kind, float(op.bytes)) for s in segments for op in s if op.axis == axis]
+
+
+# --- keys that a query sees ---
+
+
+@given(sequence=st.integers(1, 60), window=st.one_of(st.none(), st.integers(1, 80)))
+def test_attended_keys_are_counted_one_by_one(sequence, window):
+    seen = [min(q + 1, window or q + 1) for q in range(sequence)]
+    assert float(attended(sequence, window)) == pytest.approx(sum(seen) / sequence, rel=1e-12)
+    assert attended(sequence, window, causal=False) == sequence
+
+
+# --- a dense layer ---
+
+
+def test_products_of_a_dense_layer():
+    """(m, k) x (k, n): 2 m k n FLOP and the bytes of three bf16 matrices; backward one product for each operand."""
+    block = layer(DENSE, False)
+    shapes = {"attn.qkv": (S, H, 8 * 16), "attn.out": (S, 64, H), "mlp.up": (S, H, 2 * 96), "mlp.down": (S, 96, H)}
+    for name, (m, k, n) in shapes.items():
+        there, dgrad, wgrad = only(block.forward, name), only(block.backward, name, grad="input"), only(block.backward, name, grad="weight")
+        assert (there.m, there.k, there.n) == (m, k, n)
+        assert (dgrad.m, dgrad.k, dgrad.n) == (m, n, k)
+        assert (wgrad.m, wgrad.k, wgrad.n) == (k, m, n)
+        assert there.flop == dgrad.flop == wgrad.flop == 2 * m * k * n
+        assert there.bytes == dgrad.bytes == wgrad.bytes == 2 * (m * k + k * n + m * n)
+
+
+def test_core_attention():
+    """Scores and values over the (S + 1)/2 keys of the mask; q, k, v and the output pass through memory once."""
+    block = layer(DENSE, False)
+    there, back = only(block.forward, "attn.core"), only(block.backward, "attn.core")
+    assert there.flop == 2 * S * (S + 1) / 2 * 4 * (16 + 16)
+    assert there.bytes == 2 * S * (4 * (16 + 16) + 2 * 2 * 16)
+    assert (back.flop, back.bytes) == (2.5 * there.flop, 2.5 * there.bytes)
+    assert ATTENTION_BACKWARD_FLOP == 2.5
+
+
+def test_streaming_kernels():
+    """Rows read and written: a norm 1 + 1 and 2 + 1, a residual 2 + 1 each way, SwiGLU 2 + 1 and 3 + 2, rotary q and k."""
+    block, row = layer(DENSE, False), 2 * S * H
+    for name in ("attn.norm", "mlp.norm"):
+        assert (only(block.forward, name).bytes, only(block.backward, name).bytes) == (2 * row, 3 * row)
+    assert [op.bytes for s in block.forward + block.backward for op in s if op.name == "residual"] == [3 * row] * 4
+    act = 2 * S * 96
+    assert (only(block.forward, "mlp.activation").bytes, only(block.backward, "mlp.activation").bytes) == (3 * act, 5 * act)
+    assert only(block.forward, "attn.rotary").bytes == 2 * 2 * S * (4 + 2) * 16
+
+
+def test_tensor_parallel_collectives():
+    """Sequence parallel: gather before and scatter after attention and MLP, mirrored backward, and the inputs gathered again."""
+    block, size = layer(DENSE, False, tp=2), 2.0 * S * H
+    assert collectives(block.forward, "tp") == [("all_gather", size), ("reduce_scatter", size)] * 2
+    mirrored = [
+        ("all_gather", size),
+        ("all_gather", size),
+        ("reduce_scatter", size),
+    ]  # of the output; of the input, for its weights; of its gradient
+    assert collectives(block.backward, "tp") == mirrored * 2
+    assert only(block.forward, "attn.qkv").n == 4 * 16
+    assert only(block.forward, "attn.norm").bytes == 2 * 2 * S * H / 2
+
+
+def test_tensor_parallel_without_sequence_parallel():
+    block, size = layer(DENSE, False, tp=2, sequence_parallel=False), 2.0 * S * H
+    assert collectives(block.forward, "tp") == [("all_reduce", size)] * 2
+    assert collectives(block.backward, "tp") == [("all_reduce", size)] * 2
+    assert only(block.forward, "attn.norm").bytes == 2 * 2 * S * H
+
+
+def test_tensor_parallel_beside_gradients_or_not():
+    """The same operations; beside the gradients of the column-parallel products, or one after the other."""
+    together, apart = (layer(DENSE, False, tp=2, overlap=Overlap(tp=tp)) for tp in (True, False))
+    assert together.forward == apart.forward
+    assert sum(len(s) > 1 and any(op.axis == "tp" for op in s) for s in together.backward) == 4
+    assert not any(len(s) > 1 and any(op.axis == "tp" for op in s) for s in apart.backward)
+    assert [op for s in together.backward for op in s] == [op for s in apart.backward for op in s]
+
+
+def test_context_parallel_ring():
+    """Each rank keeps half of the tokens, works on half of the scores, and sees all keys and values pass by beside it."""
+    whole, half = layer(DENSE, False), layer(DENSE, False, cp=2)
+    assert only(half.forward, "attn.core").flop == only(whole.forward, "attn.core").flop / 2
+    assert collectives(half.forward, "cp") == [("all_gather", 2.0 * S * 2 * 2 * 16)]
+    assert collectives(half.backward, "cp") == [("all_gather", 2 * 2.0 * S * 2 * 2 * 16)]
+    (segment,) = [s for s in half.forward if any(op.axis == "cp" for op in s)]
+    assert {op.kind for op in segment} == {"attention", "all_gather"}
+
+
+# --- a mixture of experts ---
+
+
+def test_products_of_a_moe_layer():
+    block = layer(MOE, True)
+    rows = S * 2 / 8  # per expert
+    for name, (k, n) in {"moe.up": (H, 2 * 24), "moe.down": (24, H)}.items():
+        op = only(block.forward, name)
+        assert (op.kind, op.m, op.k, op.n, op.groups) == ("grouped_gemm", rows, k, n, 8)
+        assert op.flop == 2 * S * 2 * k * n
+        assert op.bytes == 8 * 2 * (rows * k + k * n + rows * n)
+    assert (only(block.forward, "router").n, only(block.forward, "shared.up").n) == (8, 2 * 40)
+    assert block.expert_parameters == 8 * 3 * H * 24
+
+
+@pytest.mark.parametrize(("ep", "etp"), [(2, 1), (1, 2), (4, 2)])
+def test_expert_and_expert_tensor_parallel(ep, etp):
+    """ep divides the experts and sends each rank the tokens of ep ranks; etp divides the width and gathers the tokens of etp ranks."""
+    block = layer(MOE, True, ep=ep, etp=etp)
+    op = only(block.forward, "moe.up")
+    assert (op.groups, op.n) == (8 / ep, 2 * 24 / etp)
+    assert op.m == S * 2 * etp / (8 / ep)
+    assert block.expert_parameters == 8 / ep * 3 * H * 24 / etp
+    copies = 2.0 * S * 2 * H
+    assert collectives(block.forward, "etp") == [("all_gather", etp * copies), ("reduce_scatter", etp * copies)]
+    assert collectives(block.backward, "etp") == [("all_gather", etp * copies), ("reduce_scatter", etp * copies)]
+
+
+def test_dispatch_and_combine_precision():
+    """To the experts go activations forward and gradients backward, in dispatch precision; back from them, in combine precision.
+
+    DeepSeek-V3 technical report, section 3.3.3: both dispatches FP8 (with a scale per 128), both combines BF16.
+    """
+    block = layer(MOE, True, ep=2, precision=Precision(dispatch="fp8", combine="bf16"))
+    fp8, bf16 = S * H * (1 + 4 / 128), S * H * 2.0
+    assert collectives(block.forward, "ep") == [("all_to_all", fp8), ("all_to_all", bf16)]
+    assert collectives(block.backward, "ep") == [("all_to_all", fp8), ("all_to_all", bf16)]
+    assert [op.name for s in block.backward for op in s if op.axis == "ep"] == ["moe.combine", "moe.dispatch"]
+
+
+def test_moe_with_tensor_parallel_routes_its_part_of_the_sequence():
+    block = layer(MOE, True, tp=2, ep=2)
+    assert only(block.forward, "router").m == S / 2
+    assert collectives(block.forward, "ep") == [("all_to_all", 2.0 * S / 2 * H)] * 2
+    assert only(block.forward, "moe.up").m == S / 2 * 2 / 4
+    assert only(block.forward, "shared.up").n == 2 * 40 / 2
+
+
+# --- latent attention ---
+
+
+def test_products_of_latent_attention():
+    """Down-projections on the split sequence, up-projections on all of it and a part of the heads."""
+    block = layer(MLA, False, tp=2)
+    shapes = {
+        "attn.q_down": (S / 2, H, 24),
+        "attn.kv_down": (S / 2, H, 16 + 4),
+        "attn.q_up": (S, 24, 2 * 12),
+        "attn.kv_up": (S, 16, 2 * (8 + 12)),
+        "attn.out": (S, 2 * 12, H),
+    }
+    for name, (m, k, n) in shapes.items():
+        op = only(block.forward, name)
+        assert (op.m, op.k, op.n, op.flop) == (m, k, n, 2 * m * k * n)
+    assert only(block.forward, "attn.core").flop == 2 * S * (S + 1) / 2 * 2 * (12 + 12)
+    assert collectives(block.forward, "tp")[0] == ("all_gather", 2.0 * S * (24 + 16 + 4))
+
+
+# --- embedding, head, low precision ---
+
+
+def test_embedding_and_head():
+    plan = Plan(tp=2, dp_shard=1)
+    first, last = embedding(DENSE, plan, JOB), head(DENSE, plan, JOB)
+    assert (first.dense_parameters, last.dense_parameters) == (128 * H / 2, 128 * H / 2 + H)
+    assert collectives(first.forward, "tp") == [("reduce_scatter", 2.0 * S * H)]
+    assert only(last.forward, "head.logits").flop == 2 * S * H * 64
+    assert last.saved_bytes == 2 * S / 2 * H * 2 + S * 64 * (2 + 4)
+
+
+def test_tied_head_has_no_matrix_of_its_own():
+    tied = DENSE.model_copy(update={"tied_embeddings": True})
+    assert head(tied, Plan(dp_shard=1), JOB).dense_parameters == H
+
+
+def test_fp8_layers():
+    """Inputs are cast from bf16 once forward and twice for the gradient, and carry a scale per 128; head and router stay bf16."""
+    plan = Plan(dp_shard=1, precision=Precision(gemm="fp8"))
+    block, e = transformer_layer(MOE, MOE.kinds[1], plan, JOB), 1 + 4 / 128
+    op = only(block.forward, "attn.qkv")
+    assert (op.dtype, op.bytes) == ("fp8", e * (S * H + H * 128) + 2 * S * 128)
+    assert only(block.forward, "attn.qkv.cast").bytes == S * H * (2 + e)
+    assert only(block.backward, "attn.qkv.cast").bytes == S * 128 * (2 + 2 * e)
+    assert only(block.forward, "router").dtype == only(head(MOE, plan, JOB).forward, "head.logits").dtype == "bf16"
+
+
+# --- columns of plans ---
+
+DEGREES = st.fixed_dictionaries(
+    {
+        "tp": st.sampled_from([1, 2, 4]),
+        "cp": st.sampled_from([1, 2]),
+        "ep": st.sampled_from([1, 2, 4, 8]),
+        "etp": st.sampled_from([1, 2]),
+        "dp_replicate": st.sampled_from([1, 2]),
+        "dp_shard": st.sampled_from([16, 32]),  # a multiple of etp * ep
+        "micro_batch": st.sampled_from([1, 2, 3]),
+    }
+)
+KINDS = st.fixed_dictionaries(
+    {
+        "zero": st.sampled_from([0, 1, 2, 3]),
+        "recompute": st.sampled_from(["none", "selective", "full"]),
+        "sequence_parallel": st.booleans(),
+        "dispatcher": st.sampled_from(["alltoall", "deepep"]),
+        "precision": st.sampled_from([Precision(), Precision(gemm="fp8", dispatch="fp8")]),
+        "overlap": st.builds(Overlap, tp=st.booleans()),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(DEGREES, min_size=1, max_size=5), kinds=KINDS, model=st.sampled_from([DENSE, MOE, MLA]), pp=st.sampled_from([1, 2]))
+def test_columns_give_what_plans_give(rows, kinds, model, pp):
+    """Blocks, prices and memory of a column of plans are those of its plans, one by one."""
+    plans = [Plan(pp=pp, **row, **kinds) for row in rows]
+    columns = PlanColumns(**{name: np.array([getattr(p, name) for p in plans]) for name in COLUMNS}, like=plans[0])
+    together, apart = blocks(model, columns, JOB), [blocks(model, p, JOB) for p in plans]
+
+    def same(found, expected):
+        assert np.broadcast_to(found, len(plans)) == pytest.approx(np.array(expected, dtype=float), rel=1e-12)
+
+    for name, block in together.items():
+        each = [b[name] for b in apart]
+        for field in ("dense_parameters", "expert_parameters", "saved_bytes", "recompute_bytes"):
+            same(getattr(block, field), [getattr(b, field) for b in each])
+        for passes in ("forward", "backward"):
+            for field in ("flop", "bytes", "m", "n", "k", "groups"):
+                ops = [[op for s in getattr(b, passes) for op in s] for b in (block, *each)]
+                assert len({len(o) for o in ops}) == 1
+                for op, *alone in zip(*ops, strict=True):
+                    same(getattr(op, field), [getattr(o, field) for o in alone])
+
+    priced = price_blocks(together, model, columns, H100)
+    for name, price in priced.items():
+        alone = [price_blocks({name: b[name]}, model, p, H100)[name] for b, p in zip(apart, plans, strict=True)]
+        for field in ("forward_s", "backward_s", "gather_s", "reduce_s"):
+            same(getattr(price, field), [getattr(a, field) for a in alone])
+
+    stages = stage_blocks(model, plans[0], JOB)
+    held = memory_per_stage(model, columns, JOB, stages, together, 4)
+    for i, p in enumerate(plans):
+        for part, values in memory_per_stage(model, p, JOB, stages, apart[i], 4).items():
+            assert np.broadcast_to(held[part], (len(plans), pp))[i] == pytest.approx(values, rel=1e-12)
+
+
+@pytest.mark.parametrize("model", [DENSE, MOE, MLA], ids=lambda m: m.name)
+def test_a_rank_of_many_never_does_more_than_one_alone(model):
+    """Splitting a layer over tp, cp, ep or etp ranks does not add FLOP to any of them, nor bytes in memory."""
+    for kind in model.kinds:
+        alone = transformer_layer(model, kind, Plan(dp_shard=1), JOB)
+        for changes in ({"tp": 2}, {"cp": 2}, {"tp": 2, "cp": 2}):
+            part = transformer_layer(model, kind, Plan(dp_shard=1, **changes), JOB)
+            for field in ("forward", "backward"):
+                assert total(getattr(part, field), lambda op: op.flop) <= total(getattr(alone, field), lambda op: op.flop)
+            assert part.saved_bytes < alone.saved_bytes
