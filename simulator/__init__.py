@@ -6,7 +6,7 @@
 """
 
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
-from simulator.estimate import bound, estimate
+from simulator.closed_forms import bound, estimate
 from simulator.feasibility import check
 from simulator.planning.search import Search, search
 from simulator.result import StepResult

@@ -19,7 +19,7 @@ from simulator.scenario.plan import Overlap, Plan, Precision, Reserve
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import classify, node_seconds, simulate_step
 from simulator.workload.memory import memory_per_stage
-from simulator.workload.schedules import in_flight, schedule
+from simulator.schedules import in_flight, schedule
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import build_step
 
