@@ -10,9 +10,9 @@ import numpy as np
 from simulator.engine.replay import replay, replay_sharded
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.scenario.scenario import Scenario
+from simulator.schedules import Pair, Schedule, schedule
 from simulator.stage_times import BlockPrice, StageTimes, price_blocks, stage_times
 from simulator.units import Number
-from simulator.schedules import Pair, Schedule, schedule
 from simulator.workload.stages import blocks, stage_blocks
 
 
@@ -99,9 +99,8 @@ def bound_s(plan: Plan | PlanColumns, t: StageTimes, micro_batches: Number, orde
     if plan.zero < 2 and not plan.overlap.grad_reduce:
         reduce = _per_rank(t.reduce_s, order)
     else:
-        late = (
-            _by_composition(t, lambda stage: stage[0].reduce_s if split or pairs else _late(stage, False)) if _filled(t) else t.reduce_s * 0
-        )
+        one_by_one = not split and not pairs
+        late = _by_composition(t, lambda stage: _late(stage, False) if one_by_one else stage[0].reduce_s if stage else 0.0)
         reduce = late[..., held[:, 0]] if order.wiring == "loop" else late[..., held].min(axis=-1)
     first = reduce[..., order.paths[0][0][0]] if not split else 0.0
     reduced = np.maximum((ends + reduce).max(axis=-1), last + first)
@@ -111,10 +110,6 @@ def bound_s(plan: Plan | PlanColumns, t: StageTimes, micro_batches: Number, orde
         repeated = t.reduce_s + (2 * t.gather_s if plan.zero >= 3 else 0.0)
         reduced = np.maximum(reduced, (m * _per_rank(repeated, order)).max(axis=-1))
     return reduced + t.norm_s + _after(plan, t, order).max(axis=-1)
-
-
-def _filled(t: StageTimes) -> bool:
-    return all(t.stage_blocks)
 
 
 def pair_s(t: StageTimes, forward: int, backward: int, share: float) -> Number:

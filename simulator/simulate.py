@@ -15,8 +15,8 @@ from simulator.scenario.cluster import Cluster
 from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 from simulator.timeline import Timeline
-from simulator.workload.classes import RankClasses, rank_classes, rank_loads
 from simulator.workload.build import build_step
+from simulator.workload.classes import RankClasses, rank_classes, rank_loads
 from simulator.workload.step import StepProgram
 
 

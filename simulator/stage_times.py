@@ -12,12 +12,11 @@ from simulator.scenario.cluster import Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan, PlanColumns, single
+from simulator.schedules import Schedule
 from simulator.units import Number
 from simulator.workload.ops import COMPUTE, Block, Op, Segment
-from simulator.schedules import Schedule
 from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parameter_ops, send_op
-
 
 #: segments of operations side by side, each a stream and its seconds
 Runs = tuple[tuple[tuple[str, Number], ...], ...]

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from simulator.units import Number
 from simulator.schedules import Action, Schedule, actions
+from simulator.units import Number
 
 
 def replay(

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simulator.errors import PlanError, Problem
 from simulator.closed_forms import bound_s, estimate_s
+from simulator.errors import PlanError, Problem
 from simulator.result import StepResult
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, Plan, PlanColumns
 from simulator.scenario.scenario import Scenario

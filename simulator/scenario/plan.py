@@ -13,8 +13,8 @@ from simulator.units import Bytes
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
 Schedule = Literal[
-    "gpipe", "1f1b", "interleaved", "interleaved-overlapped", "interleaved-zb", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "zb-v", "dualpipe", "dualpipev",
-    "table",
+    "gpipe", "1f1b", "interleaved", "interleaved-overlapped", "interleaved-zb",
+    "zb-h1", "zb-h2", "zb-1p", "zb-2p", "zb-v", "dualpipe", "dualpipev", "table",
 ]  # fmt: skip
 #: schedules that need several model chunks on a rank, and those that need exactly two
 INTERLEAVED, TWO_CHUNKS = ("interleaved", "interleaved-overlapped", "interleaved-zb"), ("zb-v", "dualpipe", "dualpipev")

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
+from simulator.schedules import Action, Entry, Schedule, schedule
 from simulator.workload.classes import RankClasses
 from simulator.workload.ops import Block, Op, Segment
-from simulator.schedules import Action, Entry, Schedule, schedule
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import (
     NORM_OP,

@@ -15,9 +15,9 @@ import numpy as np
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan, single
+from simulator.schedules import repeating, schedule
 from simulator.units import Number
 from simulator.workload.ops import Block
-from simulator.schedules import repeating, schedule
 from simulator.workload.stages import StageBlocks
 
 #: moments kept per parameter by each optimizer; Muon keeps one momentum

@@ -9,10 +9,10 @@ from simulator.scenario.job import Job
 from simulator.scenario.mesh import group
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan
+from simulator.schedules import Action
 from simulator.workload.classes import RankClasses
 from simulator.workload.memory import MOMENTS
 from simulator.workload.ops import BF16, Block, Op, Segment
-from simulator.schedules import Action
 
 #: Newton-Schulz iterations of Muon per step (Jordan et al., "Muon", 2024)
 MUON_ITERATIONS = 5
