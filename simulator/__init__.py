@@ -5,8 +5,8 @@
 >>> sim.simulate_step(scenario).step_time_s  # doctest: +SKIP
 """
 
+from simulator.closed_forms import bound, estimate
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
-from simulator.estimate import bound, estimate
 from simulator.feasibility import check
 from simulator.planning.search import Search, search
 from simulator.result import StepResult

@@ -271,7 +271,7 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Simulate one optimizer step of a plan, event by event."""
-    from simulator.estimate import bound, estimate
+    from simulator.closed_forms import bound, estimate
     from simulator.simulate import simulate_step
 
     question = _load(scenario, sets, megatron)
@@ -293,7 +293,7 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Compare predictions with published training runs: an error table, nothing fitted."""
-    from simulator.estimate import estimate
+    from simulator.closed_forms import estimate
     from simulator.files import write_atomically
     from simulator.validation import published
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from simulator.errors import PlanError, Problem
-from simulator.scenario.plan import Plan
+from simulator.errors import DeadlockError, PlanError, Problem
+from simulator.scenario.plan import INTERLEAVED, Plan
 from simulator.scenario.scenario import Scenario
+from simulator.schedules import schedule
 from simulator.units import readable
 from simulator.workload.memory import PARTS, memory_per_stage
 from simulator.workload.stages import blocks, stage_blocks
@@ -125,7 +126,7 @@ def _batch(s: Scenario) -> Iterator[Problem]:
     p, j = s.plan, s.job
     per_round = p.dp * p.micro_batch
     if j.global_batch % per_round and not _open(s):
-        step = per_round * (p.pp if p.schedule == "interleaved" else 1)
+        step = per_round * (p.pp if p.schedule in INTERLEAVED else 1)
         yield Problem(
             "batch divides by dp * micro-batch",
             f"global_batch = {j.global_batch} does not divide by dp {p.dp} * micro_batch {p.micro_batch} = {per_round}",
@@ -150,12 +151,21 @@ def _pipeline(s: Scenario) -> Iterator[Problem]:
     per_round = p.dp * p.micro_batch
     micro_batches = s.job.global_batch // per_round
     rounds = max(1, micro_batches // p.pp)
-    if p.schedule == "interleaved" and micro_batches % rounds and not _open(s):
+    if _open(s):
+        return
+    if p.schedule in INTERLEAVED and micro_batches % rounds:
         yield Problem(
             "micro-batches divide into rounds",
-            f"interleaved schedule: {micro_batches} micro-batches do not divide into {rounds} rounds of pp = {p.pp}",
+            f"{p.schedule} schedule: {micro_batches} micro-batches do not divide into {rounds} rounds of pp = {p.pp}",
             f"use a global_batch of {_multiples(p.pp * per_round, s.job.global_batch)}, or schedule: 1f1b with vpp: 1",
         )
+    elif micro_batches:
+        try:
+            schedule(p.schedule, p.pp, p.vpp, micro_batches, p.table)
+        except PlanError as error:
+            yield from error.problems
+        except DeadlockError as error:
+            yield Problem("the schedule ends", str(error), "move what each rank waits for to an earlier place")
 
 
 def _precision(s: Scenario) -> Iterator[Problem]:

@@ -21,8 +21,9 @@ from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
 from simulator.timeline import Timeline
+from simulator.workload.build import build_step
 from simulator.workload.classes import RankClasses, rank_classes, rank_loads
-from simulator.workload.step import StepProgram, build_step
+from simulator.workload.step import StepProgram
 
 
 def simulate_step(scenario: Scenario, ranks: Literal["classes", "all"] = "classes") -> StepResult:
@@ -115,7 +116,27 @@ def node_seconds(program: StepProgram, scenario: Scenario) -> np.ndarray:
     price = np.array([[sum(float(op_s(op, *args, load=load)) for op in task.ops) for load in loads] for task in program.tasks])
     computes = np.array([task.stream == "compute" for task in program.tasks])
     task, rank = np.asarray(program.task), np.asarray(program.rank_class)
-    return price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0)
+    seconds = price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0)
+    return seconds * _crowding(program, seconds, computes[task], rank, scenario.plan.overlap.multiprocessors)
+
+
+def _crowding(program: StepProgram, seconds: np.ndarray, computes: np.ndarray, rank: np.ndarray, share: float) -> np.ndarray:
+    """Return the factor by which communication slows the compute beside it in pairs, found beforehand for each class.
+
+    Notes
+    -----
+    ``1 + share / (1 - share) * min(1, communication / compute)``: while both run, compute has the multiprocessors that are
+    left; the ratio of the two in all pairs of a class says how much of the time that is.
+    """
+    factor = np.ones(len(seconds))
+    paired = np.asarray(program.paired)
+    streams = np.array([task.stream for task in program.tasks])[np.asarray(program.task)]
+    for c in range(len(program.classes.stage) if paired.any() else 0):
+        mine = paired & (rank == c)
+        compute, talk = float(seconds[mine & computes].sum()), float(seconds[mine & (streams == "ep")].sum())
+        if compute:
+            factor[mine & computes] = 1 + share / (1 - share) * min(1.0, talk / compute)
+    return factor
 
 
 def compute_parts(program: StepProgram, scenario: Scenario) -> dict[str, float]:

@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 from small import H100, dense, job
 
+from simulator.closed_forms import bound, estimate
 from simulator.engine.events import run
 from simulator.engine.replay import replay, replay_sharded
-from simulator.estimate import bound, estimate
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.plan import Plan, Precision
 from simulator.scenario.scenario import Scenario
+from simulator.schedules import schedule
 from simulator.simulate import classify, simulate_step
-from simulator.workload.schedules import execution_order, schedule
-from simulator.workload.step import StepProgram, build_step
+from simulator.workload.build import build_step
+from simulator.workload.step import StepProgram
 
 EXACT = 1e-9
 SHAPES = [
@@ -46,12 +47,12 @@ def bubble(pp: int, vpp: int, m: int) -> float:
 @pytest.mark.parametrize(("forward", "backward"), [(1.0, 2.0), (3.0, 1.0), (0.7, 0.7)])
 def test_replayed_actions(name, pp, vpp, m, forward, backward):
     """`replay` of the schedule's actions, F and B per rank split evenly over its chunks."""
-    order = execution_order(schedule(name, pp, vpp, m), vpp)
+    order = schedule(name, pp, vpp, m)
     f, b = (np.full(pp * vpp, seconds / vpp) for seconds in (forward, backward))
     ideal = m * (forward + backward)
-    assert replay(order, f, b, 0.0, pp).max() == pytest.approx(ideal * (1 + bubble(pp, vpp, m)), rel=EXACT)
-    blocks = [[(x, y, 0.0, 0.0)] for x, y in zip(f, b, strict=True)]
-    assert replay_sharded(order, blocks, 0.0, pp).max() == pytest.approx(ideal * (1 + bubble(pp, vpp, m)), rel=EXACT)
+    assert replay(order, {"F": f, "B": b}, {}, np.zeros(())).max() == pytest.approx(ideal * (1 + bubble(pp, vpp, m)), rel=EXACT)
+    blocks = [{"F": [(x, 0.0, 0.0)], "B": [(y, 0.0, 0.0)]} for x, y in zip(f, b, strict=True)]
+    assert replay_sharded(order, blocks, np.zeros(())).max() == pytest.approx(ideal * (1 + bubble(pp, vpp, m)), rel=EXACT)
 
 
 # --- a real program: what `build_step` makes of a model, run in SimPy with made-up seconds ---

@@ -17,11 +17,11 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
 from simulator.scenario.plan import Overlap, Plan, Precision, Reserve
 from simulator.scenario.scenario import Scenario
+from simulator.schedules import schedule
 from simulator.simulate import classify, node_seconds, simulate_step
+from simulator.workload.build import build_step
 from simulator.workload.memory import memory_per_stage
-from simulator.workload.schedules import in_flight, schedule
 from simulator.workload.stages import blocks, stage_blocks
-from simulator.workload.step import build_step
 
 NOTHING = Reserve(context="0 GB", communication="0 GB", fragmentation=0)
 SIZES = {"hidden": 8, "vocab": 32, "heads": 4, "kv_heads": 2, "head_dim": 2, "ffn": 16, "source": "made up"}
@@ -168,31 +168,31 @@ def test_selective_recompute(modules, dropped):
 
 @given(pp=st.integers(1, 8), micro_batches=st.integers(1, 24))
 def test_1f1b_holds_what_is_behind_it_in_the_pipeline(pp, micro_batches):
-    held = in_flight("1f1b", pp, 1, micro_batches).sum(axis=2).max(axis=1)
+    held = schedule("1f1b", pp, 1, micro_batches).in_flight[:, :, 0].sum(axis=2).max(axis=1)
     assert held.tolist() == [min(pp - rank, micro_batches) for rank in range(pp)]
 
 
 @given(pp=st.integers(1, 8), micro_batches=st.integers(1, 24))
 def test_gpipe_holds_everything(pp, micro_batches):
-    assert in_flight("gpipe", pp, 1, micro_batches).max(axis=1).tolist() == [[micro_batches]] * pp
+    assert schedule("gpipe", pp, 1, micro_batches).in_flight[:, :, 0].max(axis=1).tolist() == [[micro_batches]] * pp
 
 
 @given(pp=st.integers(1, 6), vpp=st.integers(2, 5), rounds=st.integers(1, 6))
 def test_interleaved_holds_its_warm_up_and_one(pp, vpp, rounds):
     """Narayanan et al., SC 2021: 2 (p - r - 1) + (v - 1) p chunks ahead, and the one that is computed."""
     m = rounds * pp
-    held = in_flight("interleaved", pp, vpp, m).sum(axis=2).max(axis=1)
+    held = schedule("interleaved", pp, vpp, m).in_flight[:, :, 0].sum(axis=2).max(axis=1)
     assert held.tolist() == [min(m * vpp, 2 * (pp - rank - 1) + (vpp - 1) * pp + 1) for rank in range(pp)]
 
 
 @given(name=st.sampled_from(["gpipe", "1f1b", "interleaved"]), pp=st.integers(1, 5), rounds=st.integers(1, 5), per=st.integers(1, 2))
 def test_in_flight_is_what_the_table_shows(name, pp, rounds, per):
-    """Brute force over the whole table, whatever the shortcut in `in_flight` leaves out."""
+    """Brute force over the whole table."""
     vpp = 1 + per if name == "interleaved" else 1
     m = rounds * pp
     size = np.arange(1, vpp + 1)  # chunks of different weight
-    found = (in_flight(name, pp, vpp, m) @ size).max(axis=1)
-    for rank, row in enumerate(schedule(name, pp, vpp, m)):
+    found = (schedule(name, pp, vpp, m).in_flight[:, :, 0] @ size).max(axis=1)
+    for rank, row in enumerate(schedule(name, pp, vpp, m).table):
         held, peak = 0, 0
         for action in row:
             held += size[action.chunk] if action.kind == "F" else -size[action.chunk]
@@ -215,7 +215,7 @@ def test_activations_of_a_pipeline(name, vpp):
     if expected[1] is not None:
         assert found[1] == expected[1]
     else:
-        counts = in_flight(name, 2, vpp, m)[1]
+        counts = schedule(name, 2, vpp, m).in_flight[:, :, 0][1]
         assert found[1] == max(c[0] * layer + c[1] * (layer + head) for c in counts)
 
 
@@ -266,7 +266,7 @@ def test_mistake_every_layer_priced_dense():
     saved = TOKEN - 3 * 16 * 2 + 4 * 4 + 2 * (8 * 2 + 2 * 8 * 2 + 8 * 2) + (2 * 8 * 2 + 8 * 2)
     in_warm_up = [4, 3, 2, 1]
     expected = [4 * TOKEN, 3 * saved, 2 * saved, saved + HEAD_TOKEN]
-    assert in_flight("1f1b", 4, 1, 8).max(axis=(1, 2)).tolist() == in_warm_up
+    assert schedule("1f1b", 4, 1, 8).in_flight[:, :, 0].max(axis=(1, 2)).tolist() == in_warm_up
     assert (found["activations"] / 16).tolist() == expected
 
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from small import Small, cluster, dense, job, moe
 
+from simulator.closed_forms import bound, estimate
 from simulator.errors import PlanError
-from simulator.estimate import bound, estimate
 from simulator.feasibility import memory, structure
 from simulator.planning.search import SELECTIVE, Priced, legal_plans, search
 from simulator.scenario.model import Model

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from small import Small, dense, moe, scenario
 
-from simulator.estimate import bound, estimate
+from simulator.closed_forms import bound, estimate
 from simulator.pricing import op_s
 from simulator.scenario.plan import Overlap, Plan
 from simulator.simulate import classify, simulate_step
+from simulator.workload.build import build_step
 from simulator.workload.ops import Op
-from simulator.workload.step import StepProgram, build_step
+from simulator.workload.step import StepProgram
 
 
 def program(s: Small) -> StepProgram:

@@ -6,61 +6,72 @@ communication does beside the actions is not seen here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from simulator.schedules import Action, Schedule, actions
 from simulator.units import Number
 
 
 def replay(
-    order: Sequence[tuple[int, tuple[str, int, int]]], forward: Number, backward: Number, hop: Number, pp: int, ready: Number | None = None
+    order: Schedule, seconds: Mapping[str, Number], pairs: Mapping[tuple[int, int], Number], hop: Number, ready: Number | None = None
 ) -> np.ndarray:
-    """Return when each virtual stage ends its last backward, seconds.
+    """Return when each chunk of each rank ends its last backward, seconds.
 
     Parameters
     ----------
-    order : sequence of (rank, (kind, chunk, micro-batch))
-        Actions, each after all that it needs.
-    forward, backward : ndarray (..., stages)
-        Seconds of one micro-batch on each virtual stage.
+    order : Schedule
+    seconds : mapping of str to ndarray (..., stages)
+        One F, B, I or W on each stage.
+    pairs : mapping of (int, int) to Number
+        A pair of forward and backward, by their stages.
     hop : Number (...)
-        Seconds of a message between neighbouring stages.
-    pp : int
-        Pipeline ranks.
-    ready : ndarray (..., stages), optional
-        Earliest end of the first forward of a stage, when its parameters have to arrive first.
+        A message between ranks.
+    ready : ndarray (..., pp, vpp), optional
+        Earliest end of the first forward of a chunk, when its parameters have to arrive first.
 
     Returns
     -------
-    ndarray (..., stages)
+    ndarray (..., pp, vpp)
 
     Notes
     -----
-    An action starts when its rank is free and its message is there; a rank's messages leave one after the other:
-    ``end = max(end of the rank's previous action, arrival) + duration``, ``arrival = max(previous arrival, end) + hop``.
+    An entry starts when its rank is free and its messages are there:
+    ``end = max(end of the rank's previous entry, end at the neighbour + hop) + duration``.
     """
-    stages = forward.shape[-1]
-    f, b = ([x[..., s].copy() for s in range(stages)] for x in (forward, backward))
-    free: list[Number] = [np.zeros(forward.shape[:-1])] * pp
-    line: list[Number] = [0.0] * pp
-    sent: dict[tuple[str, int, int], Number] = {}
-    last: list[Number] = [0.0] * stages
-    for rank, (kind, chunk, micro_batch) in order:
-        stage = chunk * pp + rank
-        ahead = kind == "F"
-        arrives = sent.pop((kind, stage + (-1 if ahead else 1), micro_batch), None)
-        begin = free[rank] if arrives is None else np.maximum(free[rank], arrives)
-        end = begin + (f if ahead else b)[stage]
-        if ready is not None and ahead and micro_batch == 0:
-            end = np.maximum(end, ready[..., stage])
+    shape = next(iter(seconds.values())).shape[:-1]
+    durations = {kind: [x[..., s].copy() for s in range(x.shape[-1])] for kind, x in seconds.items()}
+    free: list[Number] = [np.zeros(shape)] * order.pp
+    sent: dict[tuple[str, int, int, int], Number] = {}
+    last: list[list[Number]] = [[np.zeros(shape)] * order.vpp for _ in range(order.pp)]
+    started = set()
+    for rank, entry in order.order:
+        held, begin, parts = order.held[rank], free[rank], tuple(actions((entry,)))
+        for action in parts:
+            arrives = sent.pop((_side(action), rank, action.chunk, action.micro_batch), None) if action.kind != "W" else None
+            begin = begin if arrives is None else np.maximum(begin, arrives)
+        if len(parts) == 1:
+            end = begin + durations[parts[0].kind][held[parts[0].chunk]]
+        else:
+            end = begin + pairs[held[parts[0].chunk], held[parts[1].chunk]]
+        for action in parts:
+            if action.kind == "F" and (rank, action.chunk) not in started:
+                started.add((rank, action.chunk))
+                end = end if ready is None else np.maximum(end, ready[..., rank, action.chunk])
         free[rank] = end
-        if not ahead:
-            last[stage] = end
-        if stage != (stages - 1 if ahead else 0):
-            line[rank] = np.maximum(line[rank], end) + hop
-            sent[(kind, stage, micro_batch)] = line[rank]
-    return np.stack(last, axis=-1)
+        for action in parts:
+            if action.kind in "BW":
+                last[rank][action.chunk] = end
+            target = order.target(rank, action)
+            if target is not None:
+                sent[_side(action), *target, action.micro_batch] = end if target[0] == rank else end + hop
+    return np.stack([np.stack(row, axis=-1) for row in last], axis=-2)
+
+
+def _side(action: Action) -> str:
+    """Messages go forward with activations or back with gradients."""
+    return "F" if action.kind == "F" else "G"
 
 
 def passage(blocks: Sequence[tuple[Number, Number, Number]], held: Number, shape: tuple[int, ...]) -> np.ndarray:
@@ -101,10 +112,9 @@ def passage(blocks: Sequence[tuple[Number, Number, Number]], held: Number, shape
 
 
 def replay_sharded(
-    order: Sequence[tuple[int, tuple[str, int, int]]],
-    blocks: Sequence[Sequence[tuple[Number, Number, Number, Number]]],
+    order: Schedule,
+    stages: Sequence[Mapping[str, Sequence[tuple[Number, Number, Number]]]],
     hop: Number,
-    pp: int,
     ready: Number | None = None,
     busy: Number | float = 0.0,
 ) -> np.ndarray:
@@ -112,10 +122,10 @@ def replay_sharded(
 
     Parameters
     ----------
-    order, hop, pp, ready
-        As for `replay`.
-    blocks : sequence of sequence of (forward, backward, gather, reduce)
-        Seconds of each block of each virtual stage; a stage has at least one.
+    order, hop, ready
+        As for `replay`; a pair runs as forward then backward.
+    stages : sequence of mapping of str to sequence of (pass, gather, reduction)
+        For each stage and kind of action, its blocks in order, as for `passage`.
     busy : ndarray (..., pp)
         When the data-parallel stream of each rank is free for the first time.
 
@@ -123,29 +133,32 @@ def replay_sharded(
     -------
     ndarray (..., pp)
     """
-    shape = np.broadcast_shapes(np.shape(hop), *(np.shape(x) for stage in blocks for block in stage for x in block))
+    shape = np.broadcast_shapes(np.shape(hop), *(np.shape(x) for stage in stages for row in stage.values() for block in row for x in block))
     nothing: Number = 0.0
-    clocks = [np.stack([np.zeros(shape), np.zeros(shape), np.broadcast_to(busy, (*shape, pp))[..., r]]) for r in range(pp)]
-    held, held_by, line = [nothing] * pp, [-1] * pp, [nothing] * pp
+    clocks = [np.stack([np.zeros(shape), np.zeros(shape), np.broadcast_to(busy, (*shape, order.pp))[..., r]]) for r in range(order.pp)]
+    held: list[tuple[int, Number]] = [(-1, nothing)] * order.pp  # the stage whose last reduction waits, and its seconds
     known: dict[tuple[str, int, int], np.ndarray] = {}
-    sent: dict[tuple[str, int, int], Number] = {}
-    for rank, (kind, chunk, micro_batch) in order:
-        stage, ahead = chunk * pp + rank, kind == "F"
-        matrix = known.get((kind, stage, held_by[rank]))
-        if matrix is None:
-            row = [(f, g, nothing) for f, _, g, _ in blocks[stage]] if ahead else [(b, g, r) for _, b, g, r in blocks[stage][::-1]]
-            matrix = known[(kind, stage, held_by[rank])] = passage(row, held[rank], shape)
-        arrives = sent.pop((kind, stage + (-1 if ahead else 1), micro_batch), np.zeros(shape))
-        clock = (matrix + np.concatenate([clocks[rank], arrives[None]])).max(axis=1)
-        if ready is not None and ahead and micro_batch == 0:
-            clock[0] = np.maximum(clock[0], ready[..., stage])
-        clocks[rank] = clock
-        held[rank], held_by[rank] = (nothing, -1) if ahead else (blocks[stage][0][3], stage)
-        if stage != (len(blocks) - 1 if ahead else 0):
-            line[rank] = np.maximum(line[rank], clock[0]) + hop
-            sent[(kind, stage, micro_batch)] = line[rank]
+    sent: dict[tuple[str, int, int, int], Number] = {}
+    started = set()
+    for rank, entry in order.order:
+        for action in actions((entry,)):
+            stage, row = order.held[rank][action.chunk], stages[order.held[rank][action.chunk]][action.kind]
+            key = (action.kind, stage, held[rank][0])
+            if key not in known:
+                known[key] = passage(row, held[rank][1], shape)
+            arrives = sent.pop((_side(action), rank, action.chunk, action.micro_batch), None) if action.kind != "W" else None
+            arrives = np.zeros(shape) if arrives is None else arrives
+            clock = (known[key] + np.concatenate([clocks[rank], arrives[None]])).max(axis=1)
+            if ready is not None and action.kind == "F" and (rank, action.chunk) not in started:
+                started.add((rank, action.chunk))
+                clock[0] = np.maximum(clock[0], ready[..., rank, action.chunk])
+            clocks[rank] = clock
+            held[rank] = (stage, row[-1][2]) if action.kind in "BW" and row else (-1, nothing)
+            target = order.target(rank, action)
+            if target is not None:
+                sent[_side(action), *target, action.micro_batch] = clock[0] + (0.0 if target[0] == rank else hop)
     done = []
-    for (last, _, stream), reduce in zip(clocks, held, strict=True):
+    for (last, _, stream), (_, reduce) in zip(clocks, held, strict=True):
         stream = np.where(np.asarray(reduce) > 0, np.maximum(stream, last) + reduce, stream)
         done.append(np.maximum(stream, last))
     return np.stack(done, axis=-1)

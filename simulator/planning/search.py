@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from simulator.closed_forms import bound_s, estimate_s
 from simulator.errors import PlanError, Problem, ProfileError
-from simulator.estimate import BlockPrice, bound_s, estimate_s, pipeline_times, price_blocks
 from simulator.result import StepResult
-from simulator.scenario.model import Model
-from simulator.scenario.plan import COLUMNS, Plan, PlanColumns
+from simulator.scenario.plan import COLUMNS, INTERLEAVED, Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
+from simulator.schedules import Schedule, repeating, schedule
 from simulator.simulate import simulate_step
+from simulator.stage_times import BlockPrice, StageTimes, price_blocks, stage_times
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Block
 from simulator.workload.stages import blocks, stages_of
@@ -114,8 +115,13 @@ def _divides(p: PlanColumns, scenario: Scenario) -> np.ndarray:
 
 def _take(item: Any, index: np.ndarray, length: int) -> Any:
     """Return a block or a price with every column cut down to `index`; constants stay."""
-    changes = {f.name: getattr(item, f.name) for f in fields(item)}
-    return replace(item, **{k: v[index] for k, v in changes.items() if isinstance(v, np.ndarray) and v.shape == (length,)})
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, np.ndarray) and value.shape == (length,):
+            return value[index]
+        return tuple(map(cut, value)) if isinstance(value, tuple) else value
+
+    return replace(item, **{f.name: cut(getattr(item, f.name)) for f in fields(item) if f.name not in ("forward", "backward")})
 
 
 @dataclass(frozen=True)
@@ -151,43 +157,59 @@ class Priced:
         cut = {k: {name: _take(x, index, n) for name, x in getattr(self, k).items()} for k in ("blocks", "prices")}
         return Priced(self.scenario, self.plans.take(index), **cut)
 
-    def times(self) -> Any:
-        """Return the `PipelineTimes` of plans that agree in pp and vpp."""
-        s, stages = self.scenario, _stages(self.scenario.model, self.plans, self.scenario.job.sequence_length)
-        return pipeline_times(s.model, self.plans, s.job, s.cluster, stages, self.blocks, self.prices)
+    def uniform(self, index: np.ndarray) -> Priced:
+        """Return some of the plans, which agree in schedule, pp and vpp."""
+        part = self.part(index)
+        return replace(part, plans=replace(part.plans, like=part.plans.row(0)))
+
+    def order(self, micro_batches: int) -> Schedule:
+        """Return the schedule of plans that agree in it."""
+        p = self.plans.like
+        return schedule(p.schedule, p.pp, p.vpp, micro_batches, p.table)
+
+    def stages(self) -> tuple:
+        """Return the blocks of each stage of plans that agree in the layout."""
+        return stages_of(self.scenario.model, self.plans.like.layout, self.plans.like.stages, self.scenario.job.sequence_length)
+
+    def times(self, order: Schedule) -> StageTimes:
+        """Return the parts of the step of plans that agree in schedule, pp and vpp."""
+        s = self.scenario
+        return stage_times(s.model, self.plans, s.job, s.cluster, self.stages(), self.blocks, self.prices, order)
 
     def bounds(self) -> np.ndarray:
         """Return the lower bound of every plan's step, seconds."""
         found = np.empty(len(self.plans))
         for index in self.groups():
-            part = self.part(index)
-            found[index] = bound_s(part.plans, part.times(), part.micro_batches)
+            part = self.uniform(index)
+            order = part.order(_fewest(part.plans.like, part.micro_batches))
+            found[index] = bound_s(part.plans, part.times(order), part.micro_batches, order)
         return found
 
     def estimates(self) -> np.ndarray:
         """Return the estimate of every plan's step, seconds."""
         found = np.empty(len(self.plans))
         for index in self.groups(self.micro_batches):
-            part = self.part(index)
-            name = part.plans.row(0).schedule
-            found[index] = estimate_s(part.plans, part.times(), int(part.micro_batches[0]), name)
+            part = self.uniform(index)
+            micro_batches = int(part.micro_batches[0])
+            found[index] = estimate_s(part.plans, part.times(part.order(micro_batches)), micro_batches, part.order)
         return found
 
     def peak_memory(self) -> np.ndarray:
         """Return the bytes of every plan's fullest stage."""
         found, p, m = np.empty(len(self.plans)), self.plans, self.micro_batches
-        repeats = np.where(p.vpp > 1, m % p.pp == 0, p.like.schedule != "gpipe")  # as `in_flight`
-        for index in self.groups(np.where(repeats, np.minimum(m, np.where(p.vpp > 1, 3, 1) * p.pp), m)):
-            part, s = self.part(index), self.scenario
-            plans = replace(part.plans, like=part.plans.row(0))
-            stages = _stages(s.model, plans, s.job.sequence_length)
-            total = memory_per_stage(s.model, plans, s.job, stages, part.blocks, int(part.micro_batches[0]))["total"]
+        kept = np.where(
+            p.vpp > 1, repeating("interleaved", p.pp, m), repeating(p.row(0).schedule if (p.vpp == 1).all() else "1f1b", p.pp, m)
+        )
+        for index in self.groups(kept):
+            part, s = self.uniform(index), self.scenario
+            total = memory_per_stage(s.model, part.plans, s.job, part.stages(), part.blocks, int(part.micro_batches[0]))["total"]
             found[index] = total.max(axis=-1)
         return found
 
 
-def _stages(model: Model, plans: PlanColumns, sequence_length: int) -> tuple:
-    return stages_of(model, plans.layout, int(plans.pp[0] * plans.vpp[0]), sequence_length)
+def _fewest(plan: Plan, micro_batches: np.ndarray) -> int:
+    """Return a small number of micro-batches whose schedule has the places and kinds of actions of all."""
+    return int(min(micro_batches.min(), 2 * plan.pp)) if plan.schedule not in INTERLEAVED else plan.pp
 
 
 def search(scenario: Scenario, top: int = 10, progress: Progress | None = None) -> Search:

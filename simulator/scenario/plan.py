@@ -12,7 +12,12 @@ from simulator.scenario.facts import Frozen
 from simulator.units import Bytes
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
-Schedule = Literal["gpipe", "1f1b", "interleaved"]
+Schedule = Literal[
+    "gpipe", "1f1b", "interleaved", "interleaved-overlapped", "interleaved-zb",
+    "zb-h1", "zb-h2", "zb-1p", "zb-2p", "zb-v", "dualpipe", "dualpipev", "table",
+]  # fmt: skip
+#: schedules that need several model chunks on a rank, and those that need exactly two
+INTERLEAVED, TWO_CHUNKS = ("interleaved", "interleaved-overlapped", "interleaved-zb"), ("zb-v", "dualpipe", "dualpipev")
 Recompute = Literal["none", "selective", "full"]
 #: parts of a layer whose activations selective recompute may drop, in Megatron's words; mlp_act is moe_act for a dense MLP
 Module = Literal["core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj", "mlp", "moe"]
@@ -73,6 +78,9 @@ class Overlap(Frozen):
         Reduce a layer's gradients behind the last backward (Megatron ``--overlap-grad-reduce``).
     param_gather : bool
         Gather a layer's parameters ahead of the first forward (Megatron ``--overlap-param-gather``).
+    multiprocessors : float
+        Share of the multiprocessors that expert communication takes from the compute beside it in a pair; 0 for copy
+        engines and RDMA alone. The default is DeepSeek-V3's 20 of 132 (technical report, 2024, section 3.2.2).
     tp : bool
         Gather a linear layer's input again beside its input gradient, and reduce-scatter that beside its weight gradient:
         what Megatron and Transformer Engine always do, and PyTorch's own tensor parallelism does not.
@@ -80,6 +88,7 @@ class Overlap(Frozen):
 
     grad_reduce: bool = True
     param_gather: bool = True
+    multiprocessors: float = Field(default=20 / 132, ge=0, lt=1)
     tp: bool = True
 
 
@@ -140,7 +149,11 @@ class Plan(Frozen, _Degrees):
     micro_batch : int
         Sequences per micro-batch.
     schedule : str
-        ``gpipe``, ``1f1b`` or ``interleaved`` (needs vpp > 1).
+        ``gpipe``, ``1f1b``; with vpp > 1 ``interleaved``, ``interleaved-overlapped`` (forward and backward in pairs) and
+        ``interleaved-zb``; zero-bubble ``zb-h1``, ``zb-h2``, ``zb-1p``, ``zb-2p``; with vpp = 2 ``zb-v``, ``dualpipe`` and
+        ``dualpipev``; or ``table``.
+    table : str or None
+        The user's own schedule: a line per rank, entries such as ``0F3``, ``1B2`` or the pair ``0F3+1B2``.
     layout : str or None
         None divides the layers evenly; ``balanced`` evens out their FLOP; else stages in Megatron's letters, ``|``
         between: E embedding, t layer, m MTP layer, L head, e.g. ``Et*3|t*4|t*4|tmL`` or ``Et*3|(t*4|)*2tmL``.
@@ -163,6 +176,7 @@ class Plan(Frozen, _Degrees):
     zero: Literal[0, 1, 2, 3] = 1
     micro_batch: int = Field(default=1, gt=0)
     schedule: Schedule = "1f1b"
+    table: str | None = None
     layout: str | None = None
     recompute: Recompute = "none"
     recompute_modules: tuple[Module, ...] = ("core_attn",)
@@ -174,12 +188,22 @@ class Plan(Frozen, _Degrees):
 
     @model_validator(mode="after")
     def _schedule_and_chunks(self) -> Plan:
-        if (self.schedule == "interleaved") != (self.vpp > 1):
-            raise ValueError(
-                f"schedule = {self.schedule} with vpp = {self.vpp}: 'interleaved' needs vpp > 1 and the others vpp = 1; "
-                f"write {'schedule: interleaved' if self.vpp > 1 else 'vpp: 2, or schedule: 1f1b'}"
-            )
+        if self.schedule in TWO_CHUNKS:
+            legal, needs = self.vpp == 2, "vpp: 2"
+        elif self.schedule in INTERLEAVED:
+            legal, needs = self.vpp > 1, "vpp: 2 or more"
+        else:
+            legal, needs = self.vpp == 1 or self.schedule == "table", "vpp: 1, or schedule: interleaved"
+        if not legal:
+            raise ValueError(f"schedule = {self.schedule} with vpp = {self.vpp} model chunks per rank; write {needs}")
+        if (self.schedule == "table") != (self.table is not None):
+            raise ValueError("schedule: table and the table's text go together; give both or neither")
         return self
+
+    @property
+    def stages(self) -> int:
+        """Stages that one copy of the model is divided into; DualPipe's two chunks are two copies."""
+        return self.pp if self.schedule == "dualpipe" else self.pp * self.vpp
 
     def on(self, accelerators: int) -> Plan:
         """Return this plan with `dp_shard` filled so that it covers `accelerators`, if it was left out."""

@@ -301,4 +301,5 @@ def mtp_layer(model: Model, plan: Plan, job: Job) -> Block:
         layer.expert_parameters,
         own.saved_bytes + layer.saved_bytes + loss.saved_bytes,
         own.recompute_bytes + layer.recompute_bytes + loss.recompute_bytes,
+        own.weight_bytes + layer.weight_bytes + loss.weight_bytes,
     )

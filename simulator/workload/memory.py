@@ -15,9 +15,9 @@ import numpy as np
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan, single
+from simulator.schedules import repeating, schedule
 from simulator.units import Number
 from simulator.workload.ops import Block
-from simulator.workload.schedules import in_flight
 from simulator.workload.stages import StageBlocks
 
 #: moments kept per parameter by each optimizer; Muon keeps one momentum
@@ -90,21 +90,22 @@ def memory_per_stage(
     largest moment counts. What recompute brings back lives for one block at a time. ``total`` includes the reserve:
     (everything + communication) / (1 - fragmentation) + context.
     """
-    pp, vpp = single(plan.pp), single(plan.vpp)
+    order = schedule(plan.schedule, single(plan.pp), single(plan.vpp), micro_batches_kept(plan, micro_batches), plan.table)
+    places = np.array(order.held).T  # (vpp, pp): the stage in each place
 
-    def on_ranks(per_virtual_stage: Number) -> Number:
-        return per_virtual_stage.reshape(*per_virtual_stage.shape[:-1], vpp, pp)
+    def on_ranks(per_stage: Number) -> Number:
+        return per_stage[..., places]
 
     dense, expert = (on_ranks(_per_stage(stages, blocks, f)).sum(axis=-2) for f in ("dense_parameters", "expert_parameters"))
-    if model.tied_embeddings and pp > 1:  # the last stage holds its own copy of the shared embedding
-        copy = np.zeros(pp)
-        copy[-1] = 1.0
-        dense = dense + copy * np.asarray(model.vocab * model.hidden / plan.tp)[..., None]
+    if model.tied_embeddings:  # a rank that holds the head without the embedding has its own copy of the shared matrix
+        first, last = (np.any(places == stage, axis=0) for stage in (0, len(stages) - 1))
+        dense = dense + (last & ~first) * np.asarray(model.vocab * model.hidden / plan.tp)[..., None]
     columns = _WithStageAxis(plan)
     parts = state_bytes(dense, expert, columns, job)
-    saved = on_ranks(_per_stage(stages, blocks, "saved_bytes"))  # (..., vpp, pp)
-    held = in_flight(plan.schedule, pp, vpp, micro_batches)
-    peaks = np.einsum("rtc,...cr->...rt", held, saved)
+    kept = [on_ranks(_per_stage(stages, blocks, f)) for f in ("saved_bytes", "weight_bytes")]
+    kept[1] = np.minimum(*np.broadcast_arrays(*kept))  # what recompute dropped is not there for the weight gradient either
+    saved = np.stack(np.broadcast_arrays(*kept), axis=-3)  # (..., 2, vpp, pp)
+    peaks = np.einsum("rtkc,...kcr->...rt", order.in_flight, saved)
     again = [sum((blocks[name].recompute_bytes * 0.0 for name in stage), 0.0) for stage in stages]
     for i, stage in enumerate(stages):
         for name in dict.fromkeys(stage):
@@ -116,6 +117,11 @@ def memory_per_stage(
     parts["reserved"] = used * (plan.reserve.fragmentation / (1 - plan.reserve.fragmentation)) + plan.reserve.context
     parts = {name: np.broadcast_to(value, np.shape(used)) for name, value in parts.items()}
     return parts | {"total": sum(parts.values())}
+
+
+def micro_batches_kept(plan: Plan, micro_batches: int) -> int:
+    """Return how many micro-batches of the schedule tell its memory: a few rounds where it repeats itself."""
+    return micro_batches if plan.table else int(repeating(plan.schedule, single(plan.pp), micro_batches))
 
 
 class _WithStageAxis:

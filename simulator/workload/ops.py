@@ -111,6 +111,9 @@ class Block:
         Activations kept from forward to backward.
     recompute_bytes : Number
         Activations that live only while the layer is computed again.
+    weight_bytes : Number
+        What the weight gradient still needs once the input gradient is done: inputs and output gradients of the linear
+        layers.
     """
 
     forward: tuple[Segment, ...]
@@ -119,6 +122,7 @@ class Block:
     expert_parameters: Number
     saved_bytes: Number
     recompute_bytes: Number
+    weight_bytes: Number
 
 
 @dataclass(slots=True)
@@ -152,6 +156,7 @@ class BlockBuilder:
     overlap: bool = True
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
+    weight_bytes: Number = 0.0
     _entries: list[_Entry] = field(default_factory=list)
 
     def add(self, forward: Iterable[Segment], backward: Iterable[Segment], saved: Number = 0.0, modules: Iterable[str] = ()) -> None:
@@ -186,6 +191,7 @@ class BlockBuilder:
         """
         d, e, groups = dtype or self.dtype, BF16 if dtype else self.element, more.get("groups", 1.0)
         routed = more.get("routed", False)
+        self.weight_bytes = self.weight_bytes + groups * m * (k + n) * e
         there = gemm(name, m, k, n, d, e, **more)
         dgrad = gemm(name, m, n, k, d, e, grad="input", **more)
         wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
@@ -230,7 +236,7 @@ class BlockBuilder:
         everything = sum(e.saved for e in self._entries)
         kept = sum(e.saved for e in self._entries if not e.modules & self.recomputed)
         saved = layer_input if self.recompute == "full" else kept
-        return Block(forward, tuple(backward), self.dense_parameters, self.expert_parameters, saved, everything - saved)
+        return Block(forward, tuple(backward), self.dense_parameters, self.expert_parameters, saved, everything - saved, self.weight_bytes)
 
 
 def _again(segments: Iterable[Segment]) -> list[Segment]:

@@ -141,7 +141,7 @@ def stage_blocks(model: Model, plan: Plan, job: Job) -> tuple[StageBlocks, ...]:
     PlanError
         When the layers do not divide evenly and no layout is given, or the layout does not fit the model.
     """
-    return stages_of(model, plan.layout, plan.pp * plan.vpp, job.sequence_length)
+    return stages_of(model, plan.layout, plan.stages, job.sequence_length)
 
 
 @lru_cache(maxsize=1024)

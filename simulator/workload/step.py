@@ -1,24 +1,18 @@
-"""One optimizer step as a program: what each class of ranks does, on which stream, in which order. No seconds.
-
-A rank works through its schedule on one chain: segments follow one another, the tasks of a segment run side by side on
-their streams. Messages between stages, gradient reduction and parameter gathering hang off the chain on the ``pp`` and
-``dp`` streams.
-"""
+"""The parts of a step program: tasks, who runs them, and the operations at the ends of a step. No seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from simulator.scenario.job import Job
 from simulator.scenario.mesh import group
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan
+from simulator.schedules import Action
 from simulator.workload.classes import RankClasses
 from simulator.workload.memory import MOMENTS
 from simulator.workload.ops import BF16, Block, Op, Segment
-from simulator.workload.schedules import Action, schedule
-from simulator.workload.stages import blocks, stage_blocks
 
 #: Newton-Schulz iterations of Muon per step (Jordan et al., "Muon", 2024)
 MUON_ITERATIONS = 5
@@ -62,6 +56,8 @@ class StepProgram:
         Nodes of different classes with the same number start together and last as long as the longest; -1 for none.
     label : list of Action or None
         The forward or backward that it belongs to; None for the rest of the step.
+    paired : list of bool
+        Whether it runs in a pair of forward and backward, where communication hides beside compute.
     """
 
     classes: RankClasses
@@ -71,6 +67,7 @@ class StepProgram:
     needs: list[tuple[int, ...]] = field(default_factory=list)
     meet: list[int] = field(default_factory=list)
     label: list[Action | None] = field(default_factory=list)
+    paired: list[bool] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.task)
@@ -165,197 +162,4 @@ def send_op(plan: Plan, model: Model, job: Job) -> Op:
     return Op("send", "send", bytes=tokens / split * model.hidden * BF16, axis="pp")
 
 
-#: what a stage without blocks does with a micro-batch: it waits for the message and hands it on
-_EMPTY: Body = ((Task("empty", "compute", "", ()),),)
-
 NORM_OP = Op("optimizer.norm", "all_reduce", bytes=4.0, axis="world")
-
-
-@dataclass
-class _Chain:
-    """Emits the nodes of one class of ranks."""
-
-    program: StepProgram
-    rank: int
-    meeting: dict[tuple, int]
-    numbers: dict[int, int]
-    last: tuple[int, ...] = ()
-    earlier: tuple[int, ...] = ()
-    counts: dict[tuple, int] = field(default_factory=dict)
-    held: list[tuple[tuple[Task, ...], tuple[int, ...], Action | None]] = field(default_factory=list)
-
-    def emit(self, task: Task, needs: tuple[int, ...], label: Action | None) -> int:
-        p, node = self.program, len(self.program)
-        number = self.numbers.get(id(task))  # the program keeps the task, so its id stays its own
-        if number is None:
-            number = self.numbers[id(task)] = len(p.tasks)
-            p.tasks.append(task)
-        meet, places = -1, p.classes.meets.get(task.axis)
-        if places is not None and places[self.rank] >= 0:
-            place = (task.axis, task.stream, int(places[self.rank]))
-            self.counts[place] = count = self.counts.get(place, 0) + 1
-            meet = self.meeting.setdefault((*place, count), len(self.meeting))
-        p.task.append(number)
-        p.rank_class.append(self.rank)
-        p.needs.append(needs)
-        p.meet.append(meet)
-        p.label.append(label)
-        return node
-
-    def run(self, body: Body, label: Action | None, also: tuple[int, ...] = ()) -> None:
-        """Append `body` to the chain; its first segment also waits for the nodes in `also`."""
-        self.earlier = self.last
-        for segment in body:
-            self.last = tuple(self.emit(task, self.last + also, label) for task in segment)
-            also = ()
-        if also:
-            self.last += also
-
-    def aside(self, tasks: Iterable[Task], needs: tuple[int, ...], label: Action | None) -> tuple[int, ...]:
-        """Emit tasks on their own streams beside the chain; the last of each stream is returned."""
-        return tuple(self.emit(task, needs, label) for task in tasks)
-
-    def release(self) -> None:
-        """Emit the held tasks: reductions that let the gather of the next block go first."""
-        for tasks, needs, label in self.held:
-            self.aside(tasks, needs, label)
-        self.held.clear()
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """The bodies and side tasks of one block."""
-
-    forward: Body
-    backward: Body
-    gather: tuple[Task, ...]
-    reduce: tuple[Task, ...]
-
-
-def _tasks(ops: Iterable[Op], plan: Plan) -> tuple[Task, ...]:
-    return tuple(task for segment in fused(((op,) for op in ops), plan) for task in segment)
-
-
-def _pieces(all_blocks: Mapping[str, Block], plan: Plan) -> dict[str, _Pieces]:
-    return {
-        name: _Pieces(
-            fused(b.forward, plan), fused(b.backward, plan), _tasks(parameter_ops(b, plan), plan), _tasks(gradient_ops(b, plan), plan)
-        )
-        for name, b in all_blocks.items()
-    }
-
-
-def build_step(model: Model, plan: Plan, job: Job, classes: RankClasses) -> StepProgram:
-    """Return the program of one optimizer step.
-
-    Parameters
-    ----------
-    model, plan, job
-        What runs; `plan` must be legal (`simulator.feasibility`).
-    classes : RankClasses
-        For which ranks.
-    """
-    stages, all_blocks = stage_blocks(model, plan, job), blocks(model, plan, job)
-    pieces, program = _pieces(all_blocks, plan), StepProgram(classes)
-    micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
-    table = schedule(plan.schedule, plan.pp, plan.vpp, micro_batches)
-    send = Task("send", "pp", "pp", (send_op(plan, model, job),))
-    meeting: dict[tuple, int] = {}
-    numbers: dict[int, int] = {}
-    sent: dict[tuple, int] = {}
-    waiting: list[tuple[int, tuple]] = []
-    for c in range(len(classes.stage)):
-        chain, rank = _Chain(program, c, meeting, numbers), int(classes.stage[c])
-        gathered = _gather_ahead(chain, pieces, stages, plan, rank)
-        for action in table[rank]:
-            _run_action(chain, action, pieces, stages, plan, micro_batches, gathered, (send, sent, waiting))
-        _finish(chain, pieces, all_blocks, stages, model, plan, job, rank)
-    for node, key in waiting:
-        program.needs[node] += (sent[key],)
-    return program
-
-
-def _own(stages: tuple, plan: Plan, rank: int) -> list[str]:
-    return [name for chunk in range(plan.vpp) for name in stages[chunk * plan.pp + rank]]
-
-
-def _gather_ahead(
-    chain: _Chain, pieces: Mapping[str, _Pieces], stages: tuple, plan: Plan, rank: int
-) -> dict[tuple[int, int], tuple[int, ...]]:
-    """Gather the parameters that the last optimizer step sharded, ahead of the first forward; by (chunk, position)."""
-    if plan.zero not in (1, 2) or not plan.overlap.param_gather:
-        return {}
-    return {
-        (chunk, i): chain.aside(pieces[name].gather, (), None)
-        for chunk in range(plan.vpp)
-        for i, name in enumerate(stages[chunk * plan.pp + rank])
-    }
-
-
-def _run_action(
-    chain: _Chain,
-    action: Action,
-    pieces: Mapping[str, _Pieces],
-    stages: tuple,
-    plan: Plan,
-    micro_batches: int,
-    gathered: dict,
-    messages: tuple,
-) -> None:
-    """Append a forward or backward of one chunk: wait for its message, run its blocks, send the result on."""
-    send, sent, waiting = messages
-    classes, forward = chain.program.classes, action.kind == "F"
-    stage = action.chunk * plan.pp + int(classes.stage[chain.rank])
-    first, last = (0, len(stages) - 1) if forward else (len(stages) - 1, 0)
-    alone = plan.pp == 1  # chunks of one rank hand over without a message
-    names = list(enumerate(stages[stage]))
-    start = len(chain.program)
-    for i, name in names if forward else reversed(names):
-        piece, also = pieces[name], ()
-        if plan.zero >= 3:  # gathered again for each pass, one block ahead
-            also = chain.aside(piece.gather, chain.earlier, action)
-        elif forward and action.micro_batch == 0:
-            also = gathered.get((action.chunk, i), ())
-        chain.release()
-        chain.run(piece.forward if forward else piece.backward, action, also)
-        final = action.micro_batch == micro_batches - 1
-        if not forward and (plan.zero >= 2 or (final and plan.overlap.grad_reduce)):
-            chain.held.append((piece.reduce, chain.last, action))
-    if not names:
-        chain.release()
-        chain.run(_EMPTY, action)
-    if stage != first and not alone:
-        neighbour = classes.before if forward else classes.after
-        key = (int(neighbour[chain.rank]), action.kind, stage + (-1 if forward else 1), action.micro_batch)
-        body = next(n for n in range(start, len(chain.program)) if chain.program.tasks[chain.program.task[n]].stream != "dp")
-        waiting.append((body, key))
-    if stage != last and not alone:
-        node = chain.emit(send, chain.last, action)
-        sent[(chain.rank, action.kind, stage, action.micro_batch)] = node
-
-
-def _finish(
-    chain: _Chain,
-    pieces: Mapping[str, _Pieces],
-    all_blocks: Mapping[str, Block],
-    stages: tuple,
-    model: Model,
-    plan: Plan,
-    job: Job,
-    rank: int,
-) -> None:
-    """Append the end of the step: what is left of the gradient reduction, the global norm, the optimizer, the gather."""
-    own = _own(stages, plan, rank)
-    chain.release()
-    if plan.zero < 2 and not plan.overlap.grad_reduce:
-        for name in reversed(own):
-            for task in pieces[name].reduce:
-                chain.last = (chain.emit(task, chain.last, None),)
-    norm = fused([(NORM_OP,)], plan)
-    chain.run(norm, None)  # on the dp stream, so it also waits for every reduction before it
-    dense, expert = (sum(float(getattr(all_blocks[name], f)) for name in own) for f in ("dense_parameters", "expert_parameters"))
-    chain.run(fused([(op,) for op in optimizer_ops(dense, expert, model, plan, job)], plan), None)
-    if plan.zero in (1, 2) and not plan.overlap.param_gather:
-        for name in own:
-            for task in pieces[name].gather:
-                chain.last = (chain.emit(task, chain.last, None),)

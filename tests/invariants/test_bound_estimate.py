@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import dense, moe, scenario, scenarios
 
-from simulator.estimate import bound, estimate
+from simulator.closed_forms import bound, estimate
 from simulator.feasibility import check
 from simulator.scenario.plan import Overlap, Plan
 from simulator.scenario.scenario import Scenario

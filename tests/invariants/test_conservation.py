@@ -15,9 +15,10 @@ from simulator.scenario.mesh import members
 from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import classify, simulate_step
+from simulator.workload.build import build_step
 from simulator.workload.ops import total
 from simulator.workload.stages import blocks, stage_blocks
-from simulator.workload.step import StepProgram, build_step
+from simulator.workload.step import StepProgram
 
 EXACT = 1e-12
 

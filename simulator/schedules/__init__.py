@@ -1,0 +1,71 @@
+"""Pipeline schedules by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+from simulator.errors import PlanError, Problem, nearest
+from simulator.schedules.classic import gpipe, interleaved, interleaved_overlapped, one_f_one_b
+from simulator.schedules.dual import dualpipe, dualpipev
+from simulator.schedules.table import Action, Entry, Pair, Schedule, Table, actions, read_table
+from simulator.schedules.zero_bubble import interleaved_zero_bubble, zb_1p, zb_2p, zb_h1, zb_h2, zb_v
+from simulator.units import Number
+
+SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "interleaved-overlapped": interleaved_overlapped,
+    "interleaved-zb": interleaved_zero_bubble,
+    "zb-h1": zb_h1,
+    "zb-h2": zb_h2,
+    "zb-1p": zb_1p,
+    "zb-2p": zb_2p,
+    "zb-v": zb_v,
+    "dualpipe": dualpipe,
+    "dualpipev": dualpipev,
+}
+
+__all__ = ["SCHEDULES", "Action", "Entry", "Pair", "Schedule", "Table", "actions", "read_table", "repeating", "schedule"]
+
+
+@lru_cache(maxsize=512)
+def schedule(name: str, pp: int, vpp: int, micro_batches: int, table: str | None = None) -> Schedule:
+    """Return a schedule by name.
+
+    Parameters
+    ----------
+    name : str
+        A key of `SCHEDULES`, or ``table``.
+    pp, vpp, micro_batches : int
+        Pipeline ranks, model chunks per rank, micro-batches per step.
+    table : str, optional
+        Text of the user's own table; it goes through the dry run.
+
+    Raises
+    ------
+    PlanError
+        When there is no such schedule, it does not exist for these numbers, or a table loses, doubles or invents an action.
+    DeadlockError
+        When a table deadlocks.
+    """
+    if table is not None:
+        return Schedule(name, pp, vpp, micro_batches, read_table(table, name)).check()
+    if name not in SCHEDULES:
+        raise PlanError([Problem("the schedule is known", f"schedule {name!r}", nearest(name, SCHEDULES))])
+    return SCHEDULES[name](pp, vpp, micro_batches)
+
+
+#: rounds of pp micro-batches after which the memory of a schedule repeats itself
+_ROUNDS = {"1f1b": 1, "interleaved": 3, "interleaved-overlapped": 3, "interleaved-zb": 3, "zb-h1": 3, "zb-h2": 3, "zb-v": 3}
+
+
+def repeating(name: str, pp: Number, micro_batches: Number) -> Number:
+    """Return the fewest micro-batches whose schedule has the memory peaks of the one with `micro_batches`."""
+    if name not in _ROUNDS:
+        return micro_batches
+    whole = np.logical_or(np.asarray(micro_batches) % pp == 0, name == "1f1b")
+    return np.where(whole, np.minimum(micro_batches, _ROUNDS[name] * np.asarray(pp)), micro_batches)

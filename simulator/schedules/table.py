@@ -1,0 +1,279 @@
+"""Pipeline schedules as printable tables: which action each rank runs when, and the dry run that refuses a wrong one.
+
+Actions are those of ``torch.distributed.pipelining``: F forward, I input gradient, W weight gradient, B both. (The
+zero-bubble paper's B is our I; DualPipe's B is our B.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from simulator.errors import DeadlockError, PlanError, Problem
+
+
+class Action(NamedTuple):
+    """``F``, ``I``, ``W`` or ``B`` of a micro-batch on a model chunk of this rank."""
+
+    kind: str
+    chunk: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.chunk}{self.kind}{self.micro_batch}"
+
+
+class Pair(NamedTuple):
+    """A forward and a backward that run interleaved, each hiding the other's communication."""
+
+    forward: Action
+    backward: Action
+
+    def __str__(self) -> str:
+        return f"{self.forward}+{self.backward}"
+
+
+Entry = Action | Pair
+#: one row per pipeline rank
+Table = tuple[tuple[Entry, ...], ...]
+#: how chunks follow one another: around the ranks again, back from the last rank (V), or two models in opposite directions
+Wiring = Literal["loop", "v", "two-way"]
+_ENTRY = re.compile(r"(\d+)([FIWB])(\d+)")
+
+
+def actions(entries: Iterable[Entry]) -> Iterator[Action]:
+    """Yield the actions of a row, pairs taken apart."""
+    for entry in entries:
+        yield from (entry,) if isinstance(entry, Action) else entry
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A table of actions, and the way a micro-batch takes through ranks and chunks.
+
+    Parameters
+    ----------
+    name : str
+    pp, vpp, micro_batches : int
+        Pipeline ranks, model chunks per rank, micro-batches per step.
+    table : tuple
+        One row of actions per rank.
+    wiring : str
+        ``loop``: chunk c + 1 follows chunk c around the ranks. ``v``: chunk 1 runs back from the last rank to the first.
+        ``two-way``: chunk 1 is a second copy of the model, entered at the last rank by the second half of the
+        micro-batches.
+    """
+
+    name: str
+    pp: int
+    vpp: int
+    micro_batches: int
+    table: Table
+    wiring: Wiring = "loop"
+
+    @cached_property
+    def paths(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """The (rank, chunk) that a micro-batch visits, one path or one for each direction."""
+        forth = tuple((rank, 0) for rank in range(self.pp))
+        back = tuple((rank, 1) for rank in reversed(range(self.pp)))
+        if self.wiring == "v":
+            return (forth + back,)
+        if self.wiring == "two-way":
+            return forth, back
+        return (tuple((rank, chunk) for chunk in range(self.vpp) for rank in range(self.pp)),)
+
+    @cached_property
+    def stages(self) -> int:
+        """Stages of one copy of the model."""
+        return len(self.paths[0])
+
+    @cached_property
+    def stage(self) -> dict[tuple[int, int], int]:
+        """(rank, chunk) -> stage of the model."""
+        return {place: number for path in self.paths for number, place in enumerate(path)}
+
+    @cached_property
+    def held(self) -> tuple[tuple[int, ...], ...]:
+        """For each rank, the stages that it holds, chunk by chunk."""
+        return tuple(tuple(self.stage[rank, chunk] for chunk in range(self.vpp)) for rank in range(self.pp))
+
+    @cached_property
+    def splits(self) -> bool:
+        """Whether weight gradients stand apart from input gradients anywhere."""
+        return any(a.kind == "W" for row in self.table for a in actions(row))
+
+    @cached_property
+    def pairs(self) -> bool:
+        """Whether forwards and backwards run in pairs anywhere."""
+        return any(isinstance(entry, Pair) for row in self.table for entry in row)
+
+    @cached_property
+    def messages_before(self) -> tuple[int, ...]:
+        """For each stage, the messages that a micro-batch has taken to get there; the turn of a V needs none."""
+        path = self.paths[0]
+        return tuple(sum(a[0] != b[0] for a, b in zip(path[:n], path[1 : n + 1], strict=True)) for n in range(len(path)))
+
+    def path(self, chunk: int) -> tuple[tuple[int, int], ...]:
+        """Return the path that `chunk` lies on."""
+        return self.paths[chunk if self.wiring == "two-way" else 0]
+
+    def source(self, rank: int, action: Action) -> tuple[int, int] | None:
+        """Return the (rank, chunk) whose result `action` waits for; None at the ends of the path and for W."""
+        if action.kind == "W":
+            return None
+        path, stage = self.path(action.chunk), self.stage[rank, action.chunk]
+        step = -1 if action.kind == "F" else 1
+        return path[stage + step] if 0 <= stage + step < len(path) else None
+
+    def target(self, rank: int, action: Action) -> tuple[int, int] | None:
+        """Return the (rank, chunk) that waits for the result of `action`."""
+        if action.kind == "W":
+            return None
+        path, stage = self.path(action.chunk), self.stage[rank, action.chunk]
+        step = 1 if action.kind == "F" else -1
+        return path[stage + step] if 0 <= stage + step < len(path) else None
+
+    @cached_property
+    def order(self) -> tuple[tuple[int, Entry], ...]:
+        """Entries as (rank, entry), each after all that it needs: the dry run.
+
+        Raises
+        ------
+        DeadlockError
+            When ranks wait for each other for ever; names the entry that each waits with.
+        """
+        done: set[tuple[str, int, int, int]] = set()
+        position, order = [0] * self.pp, []
+        remaining = sum(map(len, self.table))
+        while remaining:
+            before = remaining
+            for rank, row in enumerate(self.table):
+                while position[rank] < len(row) and self._ready(rank, row[position[rank]], done):
+                    entry = row[position[rank]]
+                    order.append((rank, entry))
+                    done.update((a.kind, rank, a.chunk, a.micro_batch) for a in actions((entry,)))
+                    position[rank] += 1
+                    remaining -= 1
+            if remaining == before:
+                stuck = [(r, p) for r, p in enumerate(position) if p < len(self.table[r])]
+                waits = "; ".join(f"rank {r} with {self.table[r][p]} (entry {p})" for r, p in stuck)
+                rows = "\n".join(f"rank {r}: {' '.join(map(str, self.table[r]))}" for r, _ in stuck[:4])
+                raise DeadlockError(f"schedule {self.name} deadlocks: {waits}; what each waits for must come earlier\n{rows}")
+        return tuple(order)
+
+    def _ready(self, rank: int, entry: Entry, done: set[tuple[str, int, int, int]]) -> bool:
+        for action in actions((entry,)):
+            kind, chunk, i = action
+            source = self.source(rank, action)
+            if kind == "F":
+                if source and ("F", *source, i) not in done:
+                    return False
+            elif kind == "W":
+                if ("I", rank, chunk, i) not in done:
+                    return False
+            elif ("F", rank, chunk, i) not in done or (source and not {("B", *source, i), ("I", *source, i)} & done):
+                return False
+        return True
+
+    def check(self) -> Schedule:
+        """Return self when every action stands exactly once where it belongs and nothing deadlocks.
+
+        Raises
+        ------
+        PlanError
+            Names the rank and its lost, doubled or foreign actions, with the row.
+        DeadlockError
+            See `order`.
+        """
+        problems = [p for rank, row in enumerate(self.table) for p in self._row_problems(rank, row)]
+        if len(self.table) != self.pp:
+            problems.append(Problem("one row per rank", f"{len(self.table)} rows for pp = {self.pp}", "give a row for each pipeline rank"))
+        if problems:
+            raise PlanError(problems)
+        _ = self.order
+        return self
+
+    def expected(self, chunk: int) -> range:
+        """Return the micro-batches that `chunk` works on."""
+        half = self.micro_batches // 2
+        if self.wiring != "two-way":
+            return range(self.micro_batches)
+        return range(half) if chunk == 0 else range(half, self.micro_batches)
+
+    def _row_problems(self, rank: int, row: tuple[Entry, ...]) -> Iterator[Problem]:
+        found = Counter(actions(row))
+        wanted = {(chunk, i) for chunk in range(self.vpp) for i in self.expected(chunk)}
+        lost, foreign = [], [str(a) for a in found if (a.chunk, a.micro_batch) not in wanted]
+        doubled = [str(a) for a, times in found.items() if times > 1]
+        for chunk, i in sorted(wanted):
+            forward, both, inputs, weights = (found[Action(kind, chunk, i)] for kind in "FBIW")
+            lost += [] if forward else [f"{chunk}F{i}"]
+            if both and (inputs or weights):
+                doubled.append(f"{chunk}B{i} beside {chunk}I{i} or {chunk}W{i}")
+            elif not both:
+                lost += [f"{chunk}{kind}{i}" for kind, there in (("I", inputs), ("W", weights)) if not there]
+        for rule, which in (("no action is lost", lost), ("no action stands twice", doubled), ("no action is invented", foreign)):
+            if which:
+                numbers = f"schedule {self.name}, rank {rank}: {', '.join(which[:6])}{' ...' if len(which) > 6 else ''}"
+                yield Problem(rule, numbers, f"correct the row: {' '.join(map(str, row))}")
+
+    @cached_property
+    def in_flight(self) -> np.ndarray:
+        """Micro-batches that each rank holds at the moments that may be its peak of memory.
+
+        Shape (pp, moments, 2, vpp): with all their activations, and with only what the weight gradient still needs, chunk by
+        chunk. F takes the activations, B gives them back, I gives back what W does not need. Short rows are padded with zeros.
+        """
+        moments = []
+        for row in self.table:
+            whole, rest, seen = [0] * self.vpp, [0] * self.vpp, {(0,) * 2 * self.vpp}
+            for kind, chunk, _ in actions(row):
+                whole[chunk] += {"F": 1, "W": 0}.get(kind, -1)
+                rest[chunk] += {"I": 1, "W": -1}.get(kind, 0)
+                if kind in "FI":
+                    seen.add((*whole, *rest))
+            moments.append([m for m in seen if not any(m != n and all(a <= b for a, b in zip(m, n, strict=True)) for n in seen)])
+        counts = np.zeros((self.pp, max(map(len, moments)), 2, self.vpp))
+        for rank, rows in enumerate(moments):
+            counts[rank, : len(rows)] = np.reshape(sorted(rows), (-1, 2, self.vpp))
+        return counts
+
+    def __str__(self) -> str:
+        return "\n".join(" ".join(map(str, row)) for row in self.table) + "\n"
+
+
+def read_table(text: str, name: str = "user") -> Table:
+    """Return the table in a text, one line per rank, entries such as ``0F3``, ``1B2`` or ``0F3+1B2`` between blanks or commas.
+
+    Raises
+    ------
+    PlanError
+        Names line and entry that are not understood.
+    """
+    rows = []
+    for number, line in enumerate((x for x in text.splitlines() if x.strip() and not x.lstrip().startswith("#")), start=1):
+        row: list[Entry] = []
+        for word in re.split(r"[\s,;]+", line.strip().strip(",;")):
+            parts = [_ENTRY.fullmatch(part) for part in word.split("+")]
+            found = [Action(m[2], int(m[1]), int(m[3])) for m in parts if m]
+            if len(found) != len(parts) or len(found) > 2 or (len(found) == 2 and (found[0].kind, found[1].kind) != ("F", "B")):
+                raise PlanError(
+                    [
+                        Problem(
+                            "schedule table",
+                            f"{name}, line {number}: {word!r}",
+                            "write chunk, F, I, W or B, micro-batch: 0F3, or a pair 0F3+1B2",
+                        )
+                    ]
+                )
+            row.append(found[0] if len(found) == 1 else Pair(*found))
+        rows.append(tuple(row))
+    if not rows:
+        raise PlanError([Problem("schedule table", f"{name} is empty", "write one line of actions per pipeline rank")])
+    return tuple(rows)

@@ -1,0 +1,177 @@
+"""Seconds of the blocks, stages and ends of a step, from the same prices as the simulation; for one plan or columns of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from simulator.pricing import op_s, segments_s
+from simulator.scenario.cluster import Cluster
+from simulator.scenario.job import Job
+from simulator.scenario.model import Model
+from simulator.scenario.plan import Plan, PlanColumns, single
+from simulator.schedules import Schedule
+from simulator.units import Number
+from simulator.workload.ops import COMPUTE, Block, Op, Segment
+from simulator.workload.stages import StageBlocks
+from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parameter_ops, send_op
+
+#: segments of operations side by side, each a stream and its seconds
+Runs = tuple[tuple[tuple[str, Number], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPrice:
+    """Seconds of one block for one micro-batch.
+
+    Parameters
+    ----------
+    forward_s, backward_s, input_s, weight_s : Number
+        The passes F, B, I and W; in I and W nothing of the other runs beside.
+    forward_compute_s, backward_compute_s : Number
+        What of F and B keeps the compute stream busy.
+    gather_s, reduce_s : Number
+        The data-parallel collectives.
+    forward_runs, backward_runs : tuple
+        F and B as segments of (stream, seconds), kernels in a row as one; what a pair interleaves.
+    """
+
+    forward_s: Number
+    backward_s: Number
+    input_s: Number
+    weight_s: Number
+    forward_compute_s: Number
+    backward_compute_s: Number
+    gather_s: Number
+    reduce_s: Number
+    forward_runs: Runs
+    backward_runs: Runs
+
+
+#: block prices that add up over a stage
+SUMS = ("forward_s", "backward_s", "input_s", "weight_s", "forward_compute_s", "backward_compute_s", "gather_s", "reduce_s")
+
+
+def _runs(segments: list[list[tuple[Op, Number]]]) -> Runs:
+    """Join kernels in a row and leave out what takes no time for any plan, as the step program does."""
+    runs: list[tuple[tuple[str, Number], ...]] = []
+    for segment in segments:
+        parts = tuple((op.stream, seconds) for op, seconds in segment if np.any(seconds))
+        if len(parts) == 1 and parts[0][0] == "compute" and runs and len(runs[-1]) == 1 and runs[-1][0][0] == "compute":
+            runs[-1] = (("compute", runs[-1][0][1] + parts[0][1]),)
+        elif parts:
+            runs.append(parts)
+    return tuple(runs)
+
+
+def _longest(parts: list[Number]) -> Number:
+    return parts[0] if len(parts) == 1 else np.maximum.reduce(np.broadcast_arrays(*parts))
+
+
+def price_blocks(all_blocks: Mapping[str, Block], model: Model, plan: Plan | PlanColumns, cluster: Cluster) -> dict[str, BlockPrice]:
+    """Return the price of every block."""
+
+    def priced(segments: Iterable[Segment]) -> list[list[tuple[Op, Number]]]:
+        return [[(op, op_s(op, model, plan, cluster)) for op in segment] for segment in segments]
+
+    def chain(segments: list[list[tuple[Op, Number]]], keep: Callable[[Op], bool] = lambda op: True) -> Number:
+        kept = [[seconds for op, seconds in segment if keep(op)] for segment in segments]
+        return sum((_longest(parts) for parts in kept if parts), 0.0)
+
+    def one(block: Block) -> BlockPrice:
+        forward, backward = priced(block.forward), priced(block.backward)
+        computes = COMPUTE.__contains__
+        return BlockPrice(
+            forward_s=chain(forward),
+            backward_s=chain(backward),
+            input_s=chain(backward, lambda op: op.grad != "weight"),
+            weight_s=chain(backward, lambda op: op.grad == "weight"),
+            forward_compute_s=chain(forward, lambda op: computes(op.kind)),
+            backward_compute_s=chain(backward, lambda op: computes(op.kind)),
+            gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),
+            reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster),
+            forward_runs=_runs(forward),
+            backward_runs=_runs(backward),
+        )
+
+    return {name: one(block) for name, block in all_blocks.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Seconds of one step's parts, on every stage (..., stages) or rank (..., pp).
+
+    Parameters
+    ----------
+    forward_s ... backward_compute_s, gather_s, reduce_s : ndarray (..., stages)
+        As in `BlockPrice`, summed over the blocks of a stage.
+    optimizer_s : ndarray (..., pp)
+        Optimizer kernels.
+    hop_s, norm_s, first_gather_s : ndarray (...)
+        A message between ranks, the all-reduce of the gradient norm, the gather of the first block, which nothing can hide.
+    stage_blocks : tuple
+        Prices of the blocks of each stage, in order.
+    """
+
+    forward_s: Number
+    backward_s: Number
+    input_s: Number
+    weight_s: Number
+    forward_compute_s: Number
+    backward_compute_s: Number
+    gather_s: Number
+    reduce_s: Number
+    optimizer_s: Number
+    hop_s: Number
+    norm_s: Number
+    first_gather_s: Number
+    stage_blocks: tuple[tuple[BlockPrice, ...], ...]
+
+
+def stage_times(
+    model: Model,
+    plan: Plan | PlanColumns,
+    job: Job,
+    cluster: Cluster,
+    stages: tuple[StageBlocks, ...],
+    all_blocks: Mapping[str, Block],
+    prices: Mapping[str, BlockPrice],
+    order: Schedule,
+) -> StageTimes:
+    """Return the parts of one step; all plans share schedule, pp, vpp and layout.
+
+    Parameters
+    ----------
+    stages : tuple
+        Blocks of every stage.
+    all_blocks, prices : mapping
+        Blocks by name, and what they cost.
+    order : Schedule
+        Which rank holds which stages.
+    """
+    kinds = list(prices)
+    counts = np.array([[stage.count(kind) for stage in stages] for kind in kinds], dtype=float)  # (kinds, stages)
+    plans = np.broadcast_shapes(np.shape(plan.tp), np.shape(plan.dp_shard))
+
+    def over_stages(field: str) -> Number:
+        values = np.stack([np.broadcast_to(getattr(prices[kind], field), plans) for kind in kinds], axis=-1)
+        return values @ counts
+
+    def optimizer(names: tuple[str, ...]) -> Number:
+        dense, expert = (
+            sum(names.count(k) * getattr(all_blocks[k], f) for k in dict.fromkeys(names)) for f in ("dense_parameters", "expert_parameters")
+        )
+        return segments_s(((op,) for op in optimizer_ops(dense, expert, model, plan, job)), model, plan, cluster)
+
+    own = [tuple(name for stage in held for name in stages[stage]) for held in order.held]
+    known = {names: np.broadcast_to(optimizer(names), plans) for names in dict.fromkeys(own)}
+    return StageTimes(
+        **{field: over_stages(field) for field in SUMS},
+        optimizer_s=np.stack([known[names] for names in own], axis=-1),
+        hop_s=op_s(send_op(plan, model, job), model, plan, cluster) if single(plan.pp) > 1 else np.zeros(()),
+        norm_s=op_s(NORM_OP, model, plan, cluster),
+        first_gather_s=prices[stages[0][0]].gather_s if stages[0] else np.zeros(()),
+        stage_blocks=tuple(tuple(prices[name] for name in stage) for stage in stages),
+    )

@@ -1,0 +1,287 @@
+"""Build the program of one optimizer step: the schedule's actions as chains of tasks on the streams of each class of ranks.
+
+A rank works through its row on one chain: segments follow one another, the tasks of a segment run side by side. A pair of
+forward and backward runs as two chains that take turns, so that each computes while the other communicates. Messages
+between stages, gradient reduction and parameter gathering hang off the chain on the ``pp`` and ``dp`` streams.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from simulator.scenario.job import Job
+from simulator.scenario.model import Model
+from simulator.scenario.plan import Plan
+from simulator.schedules import Action, Entry, Schedule, schedule
+from simulator.workload.classes import RankClasses
+from simulator.workload.ops import Block, Op, Segment
+from simulator.workload.stages import blocks, stage_blocks
+from simulator.workload.step import (
+    NORM_OP,
+    Body,
+    StepProgram,
+    Task,
+    fused,
+    gradient_ops,
+    optimizer_ops,
+    parameter_ops,
+    send_op,
+)
+
+#: what a stage without blocks does with a micro-batch: it waits for the message and hands it on
+_EMPTY: Body = ((Task("empty", "compute", "", ()),),)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The bodies of one block by kind of action, and its data-parallel tasks."""
+
+    body: dict[str, Body]
+    gather: tuple[Task, ...]
+    reduce: tuple[Task, ...]
+
+    @classmethod
+    def of(cls, block: Block, plan: Plan) -> _Pieces:
+        inputs, weights = split_backward(block.backward)
+        bodies = {"F": block.forward, "B": block.backward, "I": inputs, "W": weights}
+        return cls(
+            {kind: fused(segments, plan) for kind, segments in bodies.items()},
+            _tasks(parameter_ops(block, plan), plan),
+            _tasks(gradient_ops(block, plan), plan),
+        )
+
+
+def split_backward(backward: Iterable[Segment]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """Return the segments of the input gradient (recompute included) and those of the weight gradient."""
+    inputs, weights = [], []
+    for segment in backward:
+        for part, chosen in (
+            (inputs, [op for op in segment if op.grad != "weight"]),
+            (weights, [op for op in segment if op.grad == "weight"]),
+        ):
+            if chosen:
+                part.append(tuple(chosen))
+    return tuple(inputs), tuple(weights)
+
+
+def _tasks(ops: Iterable[Op], plan: Plan) -> tuple[Task, ...]:
+    return tuple(task for segment in fused(((op,) for op in ops), plan) for task in segment)
+
+
+@dataclass
+class _Thread:
+    """A chain of segments: each starts when the one before it has ended."""
+
+    last: tuple[int, ...] = ()
+    earlier: tuple[int, ...] = ()
+
+
+@dataclass
+class _Row:
+    """What the builder remembers of one class of ranks."""
+
+    rank_class: int
+    rank: int
+    thread: _Thread = field(default_factory=_Thread)
+    gathered: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    held: list[tuple[tuple[Task, ...], tuple[int, ...], Action | None]] = field(default_factory=list)
+    done: Counter = field(default_factory=Counter)
+    ended: dict[tuple[str, int, int], tuple[int, ...]] = field(default_factory=dict)
+
+
+class _Builder:
+    def __init__(self, model: Model, plan: Plan, job: Job, classes: RankClasses):
+        self.model, self.plan, self.job = model, plan, job
+        self.schedule: Schedule = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
+        self.stages, self.blocks = stage_blocks(model, plan, job), blocks(model, plan, job)
+        self.pieces = {name: _Pieces.of(block, plan) for name, block in self.blocks.items()}
+        self.program = StepProgram(classes)
+        self.send = Task("send", "pp", "pp", (send_op(plan, model, job),))
+        self.norm = fused([(NORM_OP,)], plan)
+        self.numbers: dict[int, int] = {}
+        self.meetings: dict[tuple, int] = {}
+        self.times: Counter = Counter()
+        self.sent: dict[tuple, int] = {}
+        self.waiting: list[tuple[int, tuple]] = []
+
+    def build(self) -> StepProgram:
+        classes = self.program.classes
+        for c in range(len(classes.stage)):
+            row = _Row(c, int(classes.stage[c]))
+            self.gather_ahead(row)
+            for entry in self.schedule.table[row.rank]:
+                self.run_entry(row, entry)
+            self.finish(row)
+        for node, key in self.waiting:
+            self.program.needs[node] += (self.sent[key],)
+        return self.program
+
+    # --- nodes ---
+
+    def emit(self, row: _Row, task: Task, needs: tuple[int, ...], label: Action | None) -> int:
+        p, node = self.program, len(self.program)
+        number = self.numbers.get(id(task))  # the program keeps the task, so its id stays its own
+        if number is None:
+            number = self.numbers[id(task)] = len(p.tasks)
+            p.tasks.append(task)
+        meet, places = -1, p.classes.meets.get(task.axis)
+        if places is not None and places[row.rank_class] >= 0:
+            place = (task.axis, task.stream, int(places[row.rank_class]))
+            self.times[place, row.rank_class] += 1
+            meet = self.meetings.setdefault((place, self.times[place, row.rank_class]), len(self.meetings))
+        p.task.append(number)
+        p.rank_class.append(row.rank_class)
+        p.needs.append(needs)
+        p.meet.append(meet)
+        p.label.append(label)
+        p.paired.append(False)
+        return node
+
+    def aside(self, row: _Row, tasks: Iterable[Task], needs: tuple[int, ...], label: Action | None) -> tuple[int, ...]:
+        """Emit tasks on their own streams beside the chain."""
+        return tuple(self.emit(row, task, needs, label) for task in tasks)
+
+    def segments(
+        self, row: _Row, thread: _Thread, body: Body, label: Action | None, also: tuple[int, ...] = ()
+    ) -> Iterator[tuple[int, ...]]:
+        """Append `body` to the chain segment by segment; the first one also waits for the nodes in `also`."""
+        thread.earlier = thread.last
+        for segment in body:
+            thread.last = tuple(self.emit(row, task, thread.last + also, label) for task in segment)
+            also = ()
+            yield thread.last
+        thread.last += also
+
+    def release(self, row: _Row) -> None:
+        """Emit the held tasks: reductions that let the gather of the next block go first."""
+        for tasks, needs, label in row.held:
+            self.aside(row, tasks, needs, label)
+        row.held.clear()
+
+    # --- the schedule ---
+
+    def run_entry(self, row: _Row, entry: Entry) -> None:
+        if isinstance(entry, Action):
+            for _ in self.action(row, row.thread, entry):
+                pass
+            return
+        begin = len(self.program)
+        threads = [_Thread(row.thread.last, row.thread.earlier) for _ in entry]
+        turns = [self.action(row, thread, action) for thread, action in zip(threads, entry, strict=True)]
+        while turns:
+            turns = [turn for turn in turns if next(turn, None) is not None]
+        row.thread.last = tuple(dict.fromkeys(threads[0].last + threads[1].last))
+        self.program.paired[begin:] = [True] * (len(self.program) - begin)
+
+    def action(self, row: _Row, thread: _Thread, action: Action) -> Iterator[tuple[int, ...]]:
+        """Append an action of one chunk: wait for its message, run its blocks, send the result on; yields after each segment."""
+        stage = self.schedule.held[row.rank][action.chunk]
+        names, forward = list(enumerate(self.stages[stage])), action.kind == "F"
+        first, also = True, self.local_input(row, action)
+        for i, name in names if forward else reversed(names):
+            piece = self.pieces[name]
+            also += self.parameters(row, thread, piece, action, i)
+            self.release(row)
+            for nodes in self.segments(row, thread, piece.body[action.kind], action, also):
+                if first:
+                    self.await_message(row, nodes, action)
+                    first = False
+                yield nodes
+            also = ()
+            if action.kind in "BW" and self.reduces_now(row, action):
+                row.held.append((piece.reduce, thread.last, action))
+        if first:  # a stage without blocks hands the message on
+            self.release(row)
+            for nodes in self.segments(row, thread, _EMPTY, action, also):
+                self.await_message(row, nodes, action)
+                yield nodes
+        row.done[action.kind, action.chunk] += 1
+        self.hand_on(row, thread, action)
+
+    def parameters(self, row: _Row, thread: _Thread, piece: _Pieces, action: Action, i: int) -> tuple[int, ...]:
+        """Return the gathers that block `i` waits for: ZeRO-3 gathers for each pass, one block ahead; ZeRO-1 and 2 once."""
+        if self.plan.zero >= 3 and action.kind != "W":
+            return self.aside(row, piece.gather, thread.earlier, action)
+        first = action.kind == "F" and not row.done["F", action.chunk]
+        return row.gathered.get((action.chunk, i), ()) if first else ()
+
+    def reduces_now(self, row: _Row, action: Action) -> bool:
+        """Whether the gradients of a block are complete with this action, or reduced for every micro-batch."""
+        done = row.done["B", action.chunk] + row.done["W", action.chunk] + 1
+        return self.plan.zero >= 2 or (self.plan.overlap.grad_reduce and done == len(self.schedule.expected(action.chunk)))
+
+    # --- messages ---
+
+    def local_input(self, row: _Row, action: Action) -> tuple[int, ...]:
+        """Return the nodes that this rank itself ended with the input of `action`: the turn of a V, chunks of a single rank."""
+        source = self.schedule.source(row.rank, action)
+        if source is None or source[0] != row.rank:
+            return ()
+        kind = "F" if action.kind == "F" else "G"
+        return row.ended[kind, source[1], action.micro_batch]
+
+    def await_message(self, row: _Row, nodes: tuple[int, ...], action: Action) -> None:
+        source = self.schedule.source(row.rank, action)
+        if source is None or source[0] == row.rank:
+            return
+        neighbours = self.program.classes.before if (row.rank - source[0]) % self.plan.pp == 1 else self.program.classes.after
+        kind = "F" if action.kind == "F" else "G"
+        key = (int(neighbours[row.rank_class]), kind, source[1], action.micro_batch)
+        self.waiting += [(node, key) for node in nodes]
+
+    def hand_on(self, row: _Row, thread: _Thread, action: Action) -> None:
+        target = self.schedule.target(row.rank, action)
+        if target is None:
+            return
+        kind = "F" if action.kind == "F" else "G"
+        if target[0] == row.rank:
+            row.ended[kind, action.chunk, action.micro_batch] = thread.last
+        else:
+            self.sent[row.rank_class, kind, action.chunk, action.micro_batch] = self.emit(row, self.send, thread.last, action)
+
+    # --- the ends of the step ---
+
+    def gather_ahead(self, row: _Row) -> None:
+        """Gather the parameters that the last optimizer step sharded, ahead of the first forward."""
+        if self.plan.zero in (1, 2) and self.plan.overlap.param_gather:
+            for chunk, stage in enumerate(self.schedule.held[row.rank]):
+                for i, name in enumerate(self.stages[stage]):
+                    row.gathered[chunk, i] = self.aside(row, self.pieces[name].gather, (), None)
+
+    def own(self, row: _Row) -> list[str]:
+        """Return the blocks of the rank, chunk by chunk."""
+        return [name for stage in self.schedule.held[row.rank] for name in self.stages[stage]]
+
+    def one_by_one(self, row: _Row, tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            row.thread.last = (self.emit(row, task, row.thread.last, None),)
+
+    def finish(self, row: _Row) -> None:
+        """Append what is left of the gradient reduction, the global norm, the optimizer, and the gather that does not run ahead."""
+        own, plan = self.own(row), self.plan
+        self.release(row)
+        if plan.zero < 2 and not plan.overlap.grad_reduce:
+            self.one_by_one(row, (task for name in reversed(own) for task in self.pieces[name].reduce))
+        # the norm is on the dp stream, so it also waits for every reduction before it
+        dense, expert = (sum(float(getattr(self.blocks[name], f)) for name in own) for f in ("dense_parameters", "expert_parameters"))
+        optimizer = fused([(op,) for op in optimizer_ops(dense, expert, self.model, plan, self.job)], plan)
+        for body in (self.norm, optimizer):
+            for _ in self.segments(row, row.thread, body, None):
+                pass
+        if plan.zero in (1, 2) and not plan.overlap.param_gather:
+            self.one_by_one(row, (task for name in own for task in self.pieces[name].gather))
+
+
+def build_step(model: Model, plan: Plan, job: Job, classes: RankClasses) -> StepProgram:
+    """Return the program of one optimizer step.
+
+    Parameters
+    ----------
+    model, plan, job
+        What runs; `plan` must be legal (`simulator.feasibility`).
+    classes : RankClasses
+        For which ranks.
+    """
+    return _Builder(model, plan, job, classes).build()
