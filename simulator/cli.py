@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -133,7 +134,8 @@ def _print_json(data: Any) -> None:
 
 
 def _records(table: pd.DataFrame) -> list[dict]:
-    return json.loads(table.to_json(orient="records"))
+    """Return the rows of `table` in full precision, None where there is no number."""
+    return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in table.to_dict("records")]
 
 
 #: column -> (heading, text of a value)
@@ -150,7 +152,8 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "share": ("share", lambda v: f"{v:.1%}"),
     "micro_batch": ("mbs", str),
     "nic_bytes_per_s": ("NIC GB/s", lambda v: f"{v / 1e9:g}"),
-    "price_usd_per_accelerator_hour": ("$/accelerator-h", lambda v: f"{v:.2f}"),
+    "scale_up_domain": ("scale-up domain", str),
+    "price_usd_per_accelerator_hour": ("$ per accelerator-h", lambda v: f"{v:.2f}"),
     "mean_absolute_error": ("mean |error|", lambda v: f"{v:.1%}"),
     "median_absolute_error": ("median |error|", lambda v: f"{v:.1%}"),
     "bias": ("bias", lambda v: f"{v:+.1%}"),
@@ -162,7 +165,8 @@ def _show(table: pd.DataFrame, title: str | None = None) -> None:
     view = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), header_style="bold")
     for name in table.columns:
         numeric = table[name].dtype.kind in "if"
-        view.add_column(_COLUMNS.get(name, (name, str))[0], justify="right" if numeric else "left", overflow="fold")
+        whole = name == table.columns[0]  # what a row is about is never broken: people copy it
+        view.add_column(_COLUMNS.get(name, (name, str))[0], justify="right" if numeric else "left", no_wrap=whole, overflow="fold")
     for row in table.itertuples(index=False):
         cells = zip(table.columns, row, strict=True)
         view.add_row(*(_COLUMNS.get(name, ("", lambda v: f"{v:g}" if isinstance(v, float) else str(v)))[1](value) for name, value in cells))

@@ -102,7 +102,7 @@ def prepare(
 def _waits(needs: Sequence[tuple[int, ...]], previous: Sequence[int], node: int) -> tuple[int, ...]:
     """Return what `node` waits for; the one before it on its stream is left out when something needed ends no earlier."""
     wanted, earlier = tuple(dict.fromkeys(needs[node])), previous[node]
-    if earlier < 0 or earlier in wanted or any(earlier in needs[n] or earlier == previous[n] for n in wanted):
+    if earlier < 0 or earlier in wanted or any(earlier in needs[n] for n in wanted):
         return wanted
     return (*wanted, earlier)
 

@@ -77,7 +77,9 @@ def popularity(routing: Routing, layers: int, experts: Experts, random: np.rando
 def _measured(routing: Routing, layers: int, experts: Experts) -> np.ndarray:
     counts = np.array(routing.counts, dtype=float)
     if counts.shape != (layers, experts.count):
-        numbers = f"the table has {counts.shape[0]} layers x {counts.shape[1]} experts, the model {layers} MoE layers x {experts.count}"
+        numbers = (
+            f"the table has {counts.shape[0]} layers x {counts.shape[1]} experts, the model {layers} MoE layers x {experts.count} experts"
+        )
         raise PlanError([Problem("measured routing fits the model", numbers, "give one row per MoE layer, one column per expert")])
     total, most = counts[0].sum(), counts.max()
     if total % experts.top_k or most > total / experts.top_k:

@@ -1,0 +1,109 @@
+"""More work, more imbalance and slower hosts never end a step earlier; tokens, FLOP and bytes are conserved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import moe, scenario, scenarios
+
+from simulator.durations import RankDurations, Uneven, rank_load, uneven
+from simulator.engine.ranks import replay_ranks
+from simulator.pricing import loaded, op_s
+from simulator.scenario.plan import Plan
+from simulator.scenario.routing import Routing
+from simulator.scenario.scenario import Scenario
+from simulator.scenario.variation import Variation
+from simulator.simulate import node_seconds, simulate_ranks
+from simulator.workload.routing import RoutedTokens, moe_layer_count
+from simulator.workload.stages import blocks
+
+ROUNDING = 1e-12
+CALM = Variation(jitter=0)
+
+
+def slowed(s: Scenario, hosts: dict[int, float]) -> Scenario:
+    return s.model_copy(update={"cluster": s.cluster.model_copy(update={"slow_hosts": hosts})})
+
+
+@settings(max_examples=40, deadline=None)
+@given(scenarios(hidden=(256,), micro_batches=4), st.integers(0, 9), st.data())
+def test_longer_operations_never_end_anything_earlier(s, seed, data):
+    result = simulate_ranks(s, CALM)
+    random = np.random.default_rng(seed)
+    shape = len(result.program), result.order.ranks
+    before = random.random(shape)
+    after = before + random.random(shape) * (random.random(shape) < data.draw(st.sampled_from((0.001, 0.1, 1.0))))
+    early, late = (replay_ranks(result.order, lambda n, d=d: d[n], keep=True).ends for d in (before, after))
+    assert (late >= early).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(scenarios(hidden=(256, 1024), micro_batches=4), st.integers(0, 9), st.data())
+def test_slower_host_never_helps(s, seed, data):
+    host = data.draw(st.integers(0, s.cluster.hosts - 1))
+    variation = Variation(seed=seed, jitter=0.1, throttled_share=0.1)
+    times = [simulate_ranks(slowed(s, {host: factor}), variation).step_time_s for factor in (1.0, 1.1, 1.5, 3.0)]
+    assert times == sorted(times)
+
+
+@settings(max_examples=30, deadline=None)
+@given(scenarios(hidden=(256, 1024), micro_batches=4, natural=True), st.integers(0, 9))
+def test_more_imbalance_never_helps(s, seed):
+    """Ranks of equal speed, loads pulled away from the mean by one factor: each expert group waits for its heaviest rank."""
+    result, plan = simulate_ranks(s, CALM), s.plan
+    micro_batches = s.job.global_batch // (plan.dp * plan.micro_batch)
+    shape = moe_layer_count(s.model), micro_batches, result.order.ranks // (plan.ep * plan.etp), plan.ep
+    away = np.random.default_rng(seed).uniform(-1, 1, shape)
+    away -= away.mean(axis=-1, keepdims=True)
+    seconds = node_seconds(result.program, s)
+    times = []
+    for strength in (0.0, 0.1, 0.3, 0.49):
+        routed = RoutedTokens(1.0 + strength * away, np.zeros(shape[:-1]), 1.0)
+        what = Uneven(np.ones((plan.pp, result.order.ranks)), None, rank_load(routed, plan.etp))
+        times.append(replay_ranks(result.order, RankDurations(result.program, s, seconds, what, CALM)).end_s.max())
+    assert all(later >= earlier * (1 - ROUNDING) for earlier, later in zip(times[:-1], times[1:], strict=True))
+
+
+def test_remedies_help():
+    """The same popular experts, ever more of the imbalance taken away by bias, by copies, by dropping."""
+    s = scenario(moe(4, 1024), 16, Plan(ep=8), 8, sequence_length=1024)
+
+    def step_s(**remedy) -> float:
+        return simulate_ranks(s, CALM, Routing(distribution="zipf", exponent=1.0, sampled=False, **remedy)).step_time_s
+
+    balanced = simulate_ranks(s, CALM).step_time_s
+    by_bias = [step_s(bias_balance=b) for b in (0.0, 0.3, 0.6, 1.0)]
+    assert by_bias == sorted(by_bias, reverse=True)
+    assert by_bias[-1] == pytest.approx(balanced, rel=1e-9)
+    assert step_s(redundant_experts=8) < by_bias[0]
+    by_capacity = [step_s(capacity_factor=c) for c in (8.0, 1.5, 1.0)]
+    assert by_capacity == sorted(by_capacity, reverse=True)
+    assert by_capacity[0] == by_bias[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(scenarios(hidden=(256,), micro_batches=5, natural=True), st.integers(0, 9), st.sampled_from((0.0, 0.3)))
+def test_routed_tokens_flop_and_bytes_are_conserved(s, seed, spread):
+    what, dropped = uneven(s, Variation(seed=seed, sequence_spread=spread), Routing(distribution="zipf", exponent=0.8))
+    assert dropped == 0
+    assert what.load is not None
+    assert what.load.mean(axis=(1, 2)) == pytest.approx(1.0)
+    ops = [op for b in blocks(s.model, s.plan, s.job).values() for seg in (*b.forward, *b.backward) for op in seg if op.routed]
+    for op in ops:
+        spread_over = loaded(op, what.load[0])
+        assert spread_over.flop * np.ones_like(what.load[0]) == pytest.approx(spread_over.flop)
+        assert np.mean(spread_over.flop) == pytest.approx(op.flop)
+        assert np.mean(spread_over.bytes) == pytest.approx(op.bytes)
+
+
+@settings(max_examples=20, deadline=None)
+@given(scenarios(hidden=(256, 2048), micro_batches=3, natural=True))
+def test_a_load_for_each_rank_is_priced_as_one_at_a_time(s):
+    loads, args = np.array([0.0, 0.3, 1.0, 1.7, 2.9]), (s.model, s.plan, s.cluster)
+    for block in blocks(s.model, s.plan, s.job).values():
+        for op in (op for segment in (*block.forward, *block.backward) for op in segment):
+            together = np.broadcast_to(op_s(op, *args, load=loads), loads.shape)
+            assert together.tolist() == [float(op_s(op, *args, load=float(load))) for load in loads]
+            assert (np.diff(together) >= -ROUNDING * together[1:]).all()
