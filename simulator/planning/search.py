@@ -197,9 +197,9 @@ class Priced:
     def peak_memory(self) -> np.ndarray:
         """Return the bytes of every plan's fullest stage."""
         found, p, m = np.empty(len(self.plans)), self.plans, self.micro_batches
-        kept = np.where(
-            p.vpp > 1, repeating("interleaved", p.pp, m), repeating(p.row(0).schedule if (p.vpp == 1).all() else "1f1b", p.pp, m)
-        )
+        like = p.like.schedule
+        several = repeating(like if like in INTERLEAVED else "interleaved", p.pp, m)
+        kept = np.where(p.vpp > 1, several, m if like == "gpipe" else repeating("1f1b" if like in INTERLEAVED else like, p.pp, m))
         for index in self.groups(kept):
             part, s = self.uniform(index), self.scenario
             total = memory_per_stage(s.model, part.plans, s.job, part.stages(), part.blocks, int(part.micro_batches[0]))["total"]

@@ -59,13 +59,13 @@ def schedule(name: str, pp: int, vpp: int, micro_batches: int, table: str | None
     return SCHEDULES[name](pp, vpp, micro_batches)
 
 
-#: rounds of pp micro-batches after which the memory of a schedule repeats itself
-_ROUNDS = {"1f1b": 1, "interleaved": 3, "interleaved-overlapped": 3, "interleaved-zb": 3, "zb-h1": 3, "zb-h2": 3, "zb-v": 3}
+#: rounds of pp micro-batches after which the memory of a schedule repeats itself, or what a formula knows of it
+_ROUNDS = {"gpipe": 1, "1f1b": 1, "interleaved": 3, "interleaved-overlapped": 3, "interleaved-zb": 3, "zb-h1": 3, "zb-h2": 3, "zb-v": 3}
 
 
 def repeating(name: str, pp: Number, micro_batches: Number) -> Number:
     """Return the fewest micro-batches whose schedule has the memory peaks of the one with `micro_batches`."""
     if name not in _ROUNDS:
         return micro_batches
-    whole = np.logical_or(np.asarray(micro_batches) % pp == 0, name == "1f1b")
+    whole = np.logical_or(np.asarray(micro_batches) % pp == 0, name in ("1f1b", "gpipe"))
     return np.where(whole, np.minimum(micro_batches, _ROUNDS[name] * np.asarray(pp)), micro_batches)

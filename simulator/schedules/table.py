@@ -208,6 +208,10 @@ class Schedule:
 
     def _row_problems(self, rank: int, row: tuple[Entry, ...]) -> Iterator[Problem]:
         found = Counter(actions(row))
+        if sum(found.values()) < 2 * len(self.expected(0)):  # before looking for each of what may be millions
+            numbers = f"schedule {self.name}, rank {rank}: {sum(found.values())} actions for {self.micro_batches} micro-batches"
+            yield Problem("no action is lost", numbers, "give each micro-batch its F and its B, or its I and W")
+            return
         wanted = {(chunk, i) for chunk in range(self.vpp) for i in self.expected(chunk)}
         lost, foreign = [], [str(a) for a in found if (a.chunk, a.micro_batch) not in wanted]
         doubled = [str(a) for a, times in found.items() if times > 1]

@@ -91,6 +91,9 @@ def memory_per_stage(
     (everything + communication) / (1 - fragmentation) + context.
     """
     order = schedule(plan.schedule, single(plan.pp), single(plan.vpp), micro_batches_kept(plan, micro_batches), plan.table)
+    counts = order.in_flight
+    if plan.schedule == "gpipe":  # holds every micro-batch; no need to write them all down
+        counts = np.array([micro_batches, 0.0]).reshape(1, 1, 2, 1).repeat(single(plan.pp), axis=0)
     places = np.array(order.held).T  # (vpp, pp): the stage in each place
 
     def on_ranks(per_stage: Number) -> Number:
@@ -105,7 +108,7 @@ def memory_per_stage(
     kept = [on_ranks(_per_stage(stages, blocks, f)) for f in ("saved_bytes", "weight_bytes")]
     kept[1] = np.minimum(*np.broadcast_arrays(*kept))  # what recompute dropped is not there for the weight gradient either
     saved = np.stack(np.broadcast_arrays(*kept), axis=-3)  # (..., 2, vpp, pp)
-    peaks = np.einsum("rtkc,...kcr->...rt", order.in_flight, saved)
+    peaks = np.einsum("rtkc,...kcr->...rt", counts, saved)
     again = [sum((blocks[name].recompute_bytes * 0.0 for name in stage), 0.0) for stage in stages]
     for i, stage in enumerate(stages):
         for name in dict.fromkeys(stage):

@@ -18,8 +18,8 @@ from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
 from simulator.simulate import simulate_ranks, simulate_step
+from simulator.workload.build import build_step
 from simulator.workload.classes import rank_classes
-from simulator.workload.step import build_step
 
 TOLERANCE = 1e-9
 CALM = Variation(jitter=0)
