@@ -9,15 +9,22 @@ from simulator.closed_forms import bound, estimate
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
 from simulator.planning.search import Search, search
-from simulator.result import StepResult
+from simulator.ranks import RanksResult
+from simulator.result import StepResult, sources
 from simulator.scenario.catalogue import clusters, models
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.job import Job
 from simulator.scenario.megatron import plan_from_megatron
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
+from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
-from simulator.simulate import simulate_step
+from simulator.scenario.variation import Variation
+from simulator.simulate import simulate_ranks, simulate_step
+from simulator.validation.published import validate
+
+#: the command's word for `search`
+plan = search
 
 __all__ = [
     "Model",
@@ -36,8 +43,15 @@ __all__ = [
     "estimate",
     "simulate_step",
     "StepResult",
+    "simulate_ranks",
+    "RanksResult",
+    "Variation",
+    "Routing",
     "search",
+    "plan",
     "Search",
+    "validate",
+    "sources",
     "SimulatorError",
     "ProfileError",
     "PlanError",

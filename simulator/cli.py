@@ -297,12 +297,11 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Compare predictions with published training runs: an error table, nothing fitted."""
-    from simulator.closed_forms import estimate
     from simulator.files import write_atomically
     from simulator.validation import published
 
     with _progress() as tell:
-        table = published.validate(estimate, complete_only=not every, progress=lambda done, total: tell("predict", done, total))
+        table = published.validate(complete_only=not every, progress=lambda done, total: tell("predict", done, total))
     summary = published.summary(table)
     if folder:
         write_atomically(folder / "validation.csv", lambda f: table.to_csv(f, index=False))
@@ -355,13 +354,12 @@ def sources(
     scenario: Annotated[str, typer.Argument(help="A scenario file or the name of a shipped cluster.")], as_json: AsJson = False
 ) -> None:
     """Show every fact that an answer rests on, with its grade and source."""
-    import pandas as pd
-
-    from simulator.result import facts, facts_by_grade
+    from simulator.result import facts_by_grade
+    from simulator.result import sources as rests_on
     from simulator.scenario.profiles import CLUSTERS
 
     shipped = scenario in CLUSTERS.names() or not Path(scenario).exists()  # no such file: the nearest names are told
-    table = pd.DataFrame(CLUSTERS.load(scenario).provenance()) if shipped else facts(_load(Path(scenario), None))
+    table = rests_on(CLUSTERS.load(scenario) if shipped else _load(Path(scenario), None))
     if as_json:
         _print_json(_records(table))
         return

@@ -16,6 +16,7 @@ from simulator.scenario.mesh import group
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
+from simulator.schedules import schedule
 from simulator.workload.classes import rank_loads
 from simulator.workload.routing import RoutedTokens, moe_layer_count, route
 from simulator.workload.stages import blocks, stage_blocks
@@ -90,11 +91,6 @@ def uneven(scenario: Scenario, variation: Variation, routing: Routing | None) ->
     return Uneven(slow, over_mean, load), routed.dropped_share
 
 
-def virtual_stage(scenario: Scenario, stage: int, chunk: int) -> int:
-    """Return which part of the model a chunk of a pipeline rank is; the place that knows how schedules lay out chunks."""
-    return chunk * scenario.plan.pp + stage
-
-
 def moe_layers(program: StepProgram, scenario: Scenario) -> np.ndarray:
     """Return the MoE layer, counted over the model, that each node's routed work belongs to; -1 for none.
 
@@ -104,6 +100,7 @@ def moe_layers(program: StepProgram, scenario: Scenario) -> np.ndarray:
     tasks for each.
     """
     model, plan, job = scenario.model, scenario.plan, scenario.job
+    order = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
     sparse = {name: any(op.routed for segment in b.forward for op in segment) for name, b in blocks(model, plan, job).items()}
     held = [sum(sparse[name] for name in names) for names in stage_blocks(model, plan, job)]
     first = np.concatenate([[0], np.cumsum(held)])
@@ -115,7 +112,7 @@ def moe_layers(program: StepProgram, scenario: Scenario) -> np.ndarray:
             queues.setdefault((program.rank_class[node], action), []).append(node)
     layer = np.full(len(program), -1)
     for (stage, action), nodes in queues.items():
-        part = virtual_stage(scenario, stage, action.chunk)
+        part = order.held[stage][action.chunk]
         order = np.arange(len(nodes)) * held[part] // len(nodes)
         layer[nodes] = first[part] + (order if action.kind == "F" else held[part] - 1 - order)
     return layer

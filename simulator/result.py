@@ -11,6 +11,7 @@ import pandas as pd
 
 from simulator.compute import peak_flop_per_s
 from simulator.feasibility import memory
+from simulator.scenario.cluster import Cluster
 from simulator.scenario.scenario import Scenario
 from simulator.timeline import Timeline
 from simulator.workload.flop import count, hardware_flop
@@ -139,7 +140,7 @@ class StepResult:
 
     def sources(self) -> pd.DataFrame:
         """Return every fact that the answer rests on: profile, fact, value (SI), grade, source, date."""
-        return facts(self.scenario)
+        return sources(self.scenario)
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of the step, JSON-ready, with stable keys."""
@@ -163,9 +164,11 @@ class StepResult:
         }
 
 
-def facts(scenario: Scenario) -> pd.DataFrame:
-    """Return every fact that an answer about `scenario` rests on."""
-    rows = scenario.cluster.provenance()
+def sources(of: Scenario | Cluster) -> pd.DataFrame:
+    """Return every fact that an answer about a scenario or a cluster rests on: profile, fact, value (SI), grade, source, date."""
+    if isinstance(of, Cluster):
+        return pd.DataFrame(of.provenance())
+    scenario, rows = of, of.cluster.provenance()
     model = scenario.model
     dimensions = [(k, v) for k, v in model.model_dump().items() if isinstance(v, int) and not isinstance(v, bool) and v]
     rows += [

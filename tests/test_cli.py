@@ -21,7 +21,7 @@ import yaml
 import simulator as sim
 from simulator import plots
 from simulator.cli import app, main
-from simulator.result import facts
+from simulator.result import sources
 from simulator.scenario.profiles import CLUSTERS
 from simulator.validation import published
 
@@ -152,7 +152,7 @@ def test_models_counts_one_model(myriad, tmp_path):
 
 def test_sources_equals_facts(myriad, file):
     rows = data(myriad("sources", file, "--json"))
-    assert pd.DataFrame(rows)["fact"].tolist() == facts(sim.Scenario.load(file))["fact"].tolist()
+    assert pd.DataFrame(rows)["fact"].tolist() == sources(sim.Scenario.load(file))["fact"].tolist()
     rows = data(myriad("sources", "h100-rail-10240", "--json"))
     assert len(rows) == len(CLUSTERS.load("h100-rail-10240").provenance())
     assert {"profile", "fact", "value", "grade", "source", "date"} == set(rows[0])

@@ -46,6 +46,16 @@ class Job(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _batch_counts_sequences(self) -> Job:
+        if self.tokens_per_step > 1e9:
+            raise ValueError(
+                f"global_batch = {self.global_batch} sequences of {self.sequence_length} = {self.tokens_per_step:.3g} tokens per step is "
+                f"beyond every published run; global_batch counts sequences: for {self.global_batch} tokens "
+                f"write {max(1, self.global_batch // self.sequence_length)}"
+            )
+        return self
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens in one optimizer step."""

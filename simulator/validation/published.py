@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from simulator.closed_forms import estimate
 from simulator.errors import ProfileError, SimulatorError
 from simulator.scenario.scenario import Scenario
 from simulator.validation.row import Row
@@ -100,7 +101,7 @@ def measured_step_s(row: Mapping[str, Any]) -> float:
 
 
 def validate(
-    predict: Callable[[Scenario], float],
+    predict: Callable[[Scenario], float] = estimate,
     rows: pd.DataFrame | None = None,
     complete_only: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -110,7 +111,7 @@ def validate(
     Parameters
     ----------
     predict : callable
-        Returns the seconds of one step of a scenario.
+        Returns the seconds of one step of a scenario; the closed-form estimate by default.
     rows : DataFrame, optional
         Rows in the columns of `published_runs`; all of them when left out.
     complete_only : bool
