@@ -100,7 +100,7 @@ def moe_layers(program: StepProgram, scenario: Scenario) -> np.ndarray:
     tasks for each.
     """
     model, plan, job = scenario.model, scenario.plan, scenario.job
-    order = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
+    pipeline = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
     sparse = {name: any(op.routed for segment in b.forward for op in segment) for name, b in blocks(model, plan, job).items()}
     held = [sum(sparse[name] for name in names) for names in stage_blocks(model, plan, job)]
     first = np.concatenate([[0], np.cumsum(held)])
@@ -112,7 +112,7 @@ def moe_layers(program: StepProgram, scenario: Scenario) -> np.ndarray:
             queues.setdefault((program.rank_class[node], action), []).append(node)
     layer = np.full(len(program), -1)
     for (stage, action), nodes in queues.items():
-        part = order.held[stage][action.chunk]
+        part = pipeline.held[stage][action.chunk]
         order = np.arange(len(nodes)) * held[part] // len(nodes)
         layer[nodes] = first[part] + (order if action.kind == "F" else held[part] - 1 - order)
     return layer

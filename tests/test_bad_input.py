@@ -160,8 +160,8 @@ plans = st.fixed_dictionaries(
 jobs = st.fixed_dictionaries(
     {"tokens": st.just(10**30)},
     optional={
-        "global_batch": st.sampled_from([1, 3, 64, 77, 10**9, 10**15]),
-        "sequence_length": st.sampled_from([1, 100, 4096, 10**7]),
+        "global_batch": st.sampled_from([1, 3, 64, 77, 10**5]),
+        "sequence_length": st.sampled_from([1, 100, 4096]),
         "expert_load": st.sampled_from([1.0, 1.5, 3.0, 1000.0]),
         "optimizer": st.sampled_from(["adam", "sgd", "muon"]),
     },

@@ -417,3 +417,8 @@ def test_what_yaml_cannot_say_is_not_half_written(tmp_path):
     with pytest.raises(yaml.YAMLError):
         save_yaml({"a": 1, "b": object()}, tmp_path / "x.yaml")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_in_tokens_is_refused():
+    with pytest.raises(ProfileError, match=r"global_batch counts sequences: for 16777216 tokens write 4096"):
+        Job(tokens="15e12", global_batch=16777216, sequence_length=4096)
