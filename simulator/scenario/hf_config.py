@@ -1,6 +1,6 @@
 """Read a Hugging Face ``config.json`` through a table of aliases.
 
-The field names were read from the configuration classes of the model families; see ``docs/models.md`` for the list.
+The field names were read from the configuration classes of the model families.
 """
 
 from __future__ import annotations
