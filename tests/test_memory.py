@@ -17,11 +17,11 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
 from simulator.scenario.plan import Overlap, Plan, Precision, Reserve
 from simulator.scenario.scenario import Scenario
+from simulator.schedules import schedule
 from simulator.simulate import classify, node_seconds, simulate_step
+from simulator.workload.build import build_step
 from simulator.workload.memory import memory_per_stage
-from simulator.schedules import in_flight, schedule
 from simulator.workload.stages import blocks, stage_blocks
-from simulator.workload.step import build_step
 
 NOTHING = Reserve(context="0 GB", communication="0 GB", fragmentation=0)
 SIZES = {"hidden": 8, "vocab": 32, "heads": 4, "kv_heads": 2, "head_dim": 2, "ffn": 16, "source": "made up"}
@@ -166,6 +166,13 @@ def test_selective_recompute(modules, dropped):
 # --- schedules ---
 
 
+def in_flight(name: str, pp: int, vpp: int, micro_batches: int) -> np.ndarray:
+    """Return the micro-batches that each rank holds, chunk by chunk, where no backward is split: (pp, moments, vpp)."""
+    whole, rest = np.moveaxis(schedule(name, pp, vpp, micro_batches).in_flight, 2, 0)
+    assert not rest.any()
+    return whole
+
+
 @given(pp=st.integers(1, 8), micro_batches=st.integers(1, 24))
 def test_1f1b_holds_what_is_behind_it_in_the_pipeline(pp, micro_batches):
     held = in_flight("1f1b", pp, 1, micro_batches).sum(axis=2).max(axis=1)
@@ -192,7 +199,7 @@ def test_in_flight_is_what_the_table_shows(name, pp, rounds, per):
     m = rounds * pp
     size = np.arange(1, vpp + 1)  # chunks of different weight
     found = (in_flight(name, pp, vpp, m) @ size).max(axis=1)
-    for rank, row in enumerate(schedule(name, pp, vpp, m)):
+    for rank, row in enumerate(schedule(name, pp, vpp, m).table):
         held, peak = 0, 0
         for action in row:
             held += size[action.chunk] if action.kind == "F" else -size[action.chunk]
@@ -291,9 +298,7 @@ def test_mistake_average_stage():
     assert simulate_step(s).peak_memory_bytes == total.max()
 
 
-@given(
-    tp=st.integers(1, 8), cp=st.integers(1, 4), pp=st.integers(1, 16), ep=st.integers(1, 64), etp=st.integers(1, 8)
-)
+@given(tp=st.integers(1, 8), cp=st.integers(1, 4), pp=st.integers(1, 16), ep=st.integers(1, 64), etp=st.integers(1, 8))
 def test_mistake_minimum_accelerators_as_a_product(tp, cp, pp, ep, etp):
     """Attention and expert mesh lie over the same ranks: pp * max(tp * cp, etp * ep) when one divides the other, else their lcm."""
     dense, expert = tp * cp, etp * ep

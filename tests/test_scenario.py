@@ -268,13 +268,12 @@ def test_a_bare_number_or_a_wrong_dimension_is_refused_with_the_form_expected(fi
         (
             "plan",
             {"vpp": 2},
-            "plan: schedule = 1f1b with vpp = 2: 'interleaved' needs vpp > 1 and the others vpp = 1; write schedule: interleaved",
+            "plan: schedule = 1f1b with vpp = 2 model chunks per rank; write vpp: 1, or schedule: interleaved",
         ),
         (
             "plan",
             {"schedule": "interleaved"},
-            "plan: schedule = interleaved with vpp = 1: 'interleaved' needs vpp > 1 and the others vpp = 1; "
-            "write vpp: 2, or schedule: 1f1b",
+            "plan: schedule = interleaved with vpp = 1 model chunks per rank; write vpp: 2 or more",
         ),
         (
             "job",
