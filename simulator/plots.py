@@ -14,16 +14,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
 from simulator.errors import SimulatorError
 from simulator.result import StepResult
+from simulator.schedules import Schedule, actions
 from simulator.timeline import Timeline
 
 #: colour of everything drawn, kept apart by all common kinds of colour blindness (after Paul Tol's "muted" and "light" schemes)
 COLOURS = {
     "forward": "#88CCEE",
     "backward": "#33629B",
+    "input gradient": "#44AA99",
+    "weight gradient": "#DDCC77",
     "optimizer": "#117733",
     "exposed communication": "#CC6677",
     "compute: gemm": "#332288",
@@ -111,6 +115,57 @@ def plot_timeline(
     idle = result.breakdown().set_index("part")["share"].get("idle", 0.0)
     _frame(ax, f"{_headline(result)}, {_percent(idle)} idle", f"time since the step began ({unit})", "pipeline stage")
     _legend(ax, [*(Patch(color=COLOURS[k], label=k) for k in KINDS), Patch(facecolor="white", edgecolor="0.6", label="idle")])
+    return ax
+
+
+#: kinds of actions of a schedule -> what they are called in pictures
+ACTIONS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+
+
+def plot_schedule(schedule: Schedule, times: tuple[float, float, float] = (1.0, 1.0, 1.0), ax: Axes | None = None) -> Axes:
+    """Draw the table of a pipeline schedule as a grid, one row per rank, and return the Axes.
+
+    Parameters
+    ----------
+    schedule : Schedule
+    times : tuple of float
+        Durations of a forward, an input gradient and a weight gradient; a whole backward takes the last two together.
+    ax : Axes, optional
+
+    Notes
+    -----
+    All stages are alike and messages take no time. The numbers are micro-batches; chunks after the first are paler. A pair
+    is drawn as two halves, the forward above the backward. Blank is idle.
+    """
+    spans = schedule.spans(times)
+    length = max(end for *_, end in spans)
+    ax = _axes(ax, 11, 0.9 + 0.34 * schedule.pp)
+    cells: dict[tuple[str, float], list[list[tuple[float, float]]]] = {}
+    narrowest = min(end - start for _, _, start, end in spans) / length * ax.bbox.width / ax.figure.dpi * 72  # points
+    for rank, entry, start, end in spans:
+        parts = tuple(actions((entry,)))
+        for i, action in enumerate(parts):
+            high, low = (rank - 0.45 + 0.9 * i / len(parts), rank - 0.45 + 0.9 * (i + 1) / len(parts))
+            pale = 0.55 * action.chunk / (schedule.vpp - 1) if schedule.vpp > 1 else 0.0
+            cells.setdefault((action.kind, pale), []).append([(start, high), (end, high), (end, low), (start, low)])
+            if narrowest > 8:
+                light = pale < 0.3 and action.kind in "BI"
+                name, size = str(action.micro_batch), 7 if len(parts) == 1 else 6
+                ax.text(
+                    (start + end) / 2, (high + low) / 2, name, ha="center", va="center", fontsize=size, color="white" if light else "black"
+                )
+    for (kind, pale), corners in cells.items():
+        colour = pale + (1 - pale) * np.array(to_rgb(COLOURS[ACTIONS[kind]]))
+        ax.add_collection(
+            PolyCollection(corners, facecolors=colour, edgecolors="white", linewidths=0.5, label=ACTIONS[kind]), autolim=False
+        )
+    ax.set_xlim(0, length)
+    ax.set_ylim(schedule.pp - 0.45, -0.55)
+    ax.set_yticks(range(schedule.pp))
+    waits = 1 - sum(end - start for _, _, start, end in spans) / (length * schedule.pp)
+    title = f"{schedule.name}: {schedule.pp} ranks, {schedule.micro_batches} micro-batches, {_percent(waits)} idle"
+    _frame(ax, title, "time", "pipeline rank")
+    _legend(ax, [Patch(color=COLOURS[ACTIONS[k]], label=ACTIONS[k]) for k in ACTIONS if any(k == kind for kind, _ in cells)])
     return ax
 
 

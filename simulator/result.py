@@ -13,6 +13,7 @@ from simulator.compute import peak_flop_per_s
 from simulator.feasibility import memory
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.scenario import Scenario
+from simulator.schedules import actions, schedule
 from simulator.timeline import Timeline
 from simulator.workload.flop import count, hardware_flop
 from simulator.workload.memory import PARTS
@@ -21,7 +22,8 @@ from simulator.workload.stages import stage_blocks
 #: mechanisms that a real step has and this one does not
 NOT_MODELLED = (
     "failures, restarts and checkpoints (training days are of uninterrupted steps)",
-    "overlap of expert all-to-all with compute, and of tensor-parallel collectives with anything but gradients",
+    "overlap of expert all-to-all with compute outside pairs of forward and backward",
+    "overlap of tensor-parallel collectives with anything but gradients",
     "contention between different collectives on one link",
     "jitter and clock or power limits",
     "input pipeline and logging",
@@ -109,6 +111,37 @@ class StepResult:
         table = pd.DataFrame(rows, columns=["part", "seconds", "hidden_s"])
         table.insert(2, "share", table["seconds"] / self.step_time_s)
         return table
+
+    def phases(self) -> pd.DataFrame:
+        """Return how each class of ranks spends the step, as profilers of pipelines divide it.
+
+        Returns
+        -------
+        DataFrame
+            One row per class: ``stage``, ``ranks``, seconds of forwards, whole backwards, input gradients and weight gradients
+            on their own (``forward_s``, ``backward_s``, ``input_s``, ``weight_s``), of pairs (``pair_s``), of what follows the
+            last of them until all ranks are done (``optimizer_s``: reduction, norm, optimizer, gather and their waiting) and
+            of waiting before and between them (``bubble_s``). They add up to the step; communication of a forward or
+            backward is part of it.
+        """
+        plan, job = self.scenario.plan, self.scenario.job
+        order = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
+        spans = self.timeline.table()
+        spans = spans[(spans["action"] != "") & ~spans["stream"].isin(("pp", "dp"))].groupby(["rank_class", "action"])
+        begin, end = spans["start_s"].min().to_dict(), spans["end_s"].max().to_dict()
+        stage = dict(zip(self.timeline.rank_class.tolist(), self.timeline.stage.tolist(), strict=True))
+        names = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s", "pair": "pair_s"}
+        rows = []
+        for c, ranks in enumerate(self.timeline.ranks.tolist()):
+            row, last = dict.fromkeys(names.values(), 0.0), 0.0
+            for entry in order.table[stage[c]]:
+                parts = [(c, str(action)) for action in actions((entry,))]
+                last = max(end[part] for part in parts)
+                row[names["pair" if len(parts) > 1 else parts[0][1].strip("0123456789")]] += last - min(begin[part] for part in parts)
+            row["optimizer_s"] = self.step_time_s - last
+            row["bubble_s"] = max(self.step_time_s - sum(row.values()), 0.0)  # rounding can leave -1e-16
+            rows.append({"rank_class": c, "stage": stage[c], "ranks": ranks} | row)
+        return pd.DataFrame(rows)
 
     def memory(self) -> pd.DataFrame:
         """Return peak bytes per pipeline stage: one row per stage, a column per part, ``total_bytes`` and ``capacity_bytes``."""

@@ -55,7 +55,10 @@ def test_attended_keys_are_counted_one_by_one(sequence, window):
 
 
 def test_products_of_a_dense_layer():
-    """(m, k) x (k, n): 2 m k n FLOP and the bytes of three bf16 matrices; backward one product for each operand."""
+    """(m, k) x (k, n): 2 m k n FLOP and the bytes of three bf16 matrices; backward one product for each operand.
+
+    The weight gradient is added to the fp32 main gradient: read and written, 8 bytes an element.
+    """
     block = layer(DENSE, False)
     shapes = {"attn.qkv": (S, H, 8 * 16), "attn.out": (S, 64, H), "mlp.up": (S, H, 2 * 96), "mlp.down": (S, 96, H)}
     for name, (m, k, n) in shapes.items():
@@ -64,7 +67,8 @@ def test_products_of_a_dense_layer():
         assert (dgrad.m, dgrad.k, dgrad.n) == (m, n, k)
         assert (wgrad.m, wgrad.k, wgrad.n) == (k, m, n)
         assert there.flop == dgrad.flop == wgrad.flop == 2 * m * k * n
-        assert there.bytes == dgrad.bytes == wgrad.bytes == 2 * (m * k + k * n + m * n)
+        assert there.bytes == dgrad.bytes == 2 * (m * k + k * n + m * n)
+        assert wgrad.bytes == 2 * (m * k + m * n) + 8 * k * n
 
 
 def test_core_attention():
@@ -214,13 +218,17 @@ def test_tied_head_has_no_matrix_of_its_own():
 
 
 def test_fp8_layers():
-    """Inputs are cast from bf16 once forward and twice for the gradient, and carry a scale per 128; head and router stay bf16."""
+    """Inputs are cast from bf16 once forward and twice for the gradient, and again along the other axis for the weights' one.
+
+    Each element carries a scale per 128; head and router stay bf16.
+    """
     plan = Plan(dp_shard=1, precision=Precision(gemm="fp8"))
     block, e = transformer_layer(MOE, MOE.kinds[1], plan, JOB), 1 + 4 / 128
     op = only(block.forward, "attn.qkv")
     assert (op.dtype, op.bytes) == ("fp8", e * (S * H + H * 128) + 2 * S * 128)
     assert only(block.forward, "attn.qkv.cast").bytes == S * H * (2 + e)
-    assert only(block.backward, "attn.qkv.cast").bytes == S * 128 * (2 + 2 * e)
+    assert only(block.backward, "attn.qkv.cast", grad="input").bytes == S * 128 * (2 + 2 * e)
+    assert only(block.backward, "attn.qkv.cast", grad="weight").bytes == S * H * 2 * e
     assert only(block.forward, "router").dtype == only(head(MOE, plan, JOB).forward, "head.logits").dtype == "bf16"
 
 

@@ -14,6 +14,7 @@ from small import dense, moe, scenario
 import simulator as sim
 from simulator import plots
 from simulator.scenario.plan import Overlap, Plan
+from simulator.schedules import actions, schedule
 from simulator.workload.memory import PARTS
 
 mpl.use("Agg")
@@ -96,7 +97,7 @@ class TestTimeline:
 
     def test_chunks_are_named_as_in_the_schedule(self, ax: Axes):
         plan = Plan(pp=2, vpp=2, schedule="interleaved")
-        plots.plot_timeline(sim.simulate_step(scenario(dense(hidden=2048), 2, plan, 4)), ax=ax)
+        plots.plot_timeline(sim.simulate_step(scenario(dense(hidden=2048), 2, plan, 4, sequence_length=1024)), ax=ax)
         assert {"0F0", "1B3"} <= set(words(ax))
 
     def test_bars_are_as_long_as_the_table_says(self, result: sim.StepResult):
@@ -303,3 +304,27 @@ def test_drawing_leaves_the_tables_alone(result: sim.StepResult, ax: Axes):
     plots.plot_memory(result, ax=ax)
     assert result.breakdown().equals(before[0])
     assert result.memory().equals(before[1])
+
+
+class TestSchedule:
+    @pytest.mark.parametrize(("name", "vpp"), [("1f1b", 1), ("zb-h2", 1), ("interleaved", 3), ("zb-v", 2), ("dualpipe", 2)])
+    def test_draws_every_action_once(self, name: str, vpp: int, ax: Axes):
+        order = schedule(name, 4, vpp, 12)
+        assert plots.plot_schedule(order, ax=ax) is ax
+        everything = [action for row in order.table for action in actions(row)]
+        for kind, label in plots.ACTIONS.items():
+            assert len(extents(ax, label)) == sum(action.kind == kind for action in everything)
+        kinds = {action.kind for action in everything}
+        assert legend(ax) == [label for kind, label in plots.ACTIONS.items() if kind in kinds]
+
+    def test_cells_are_as_long_as_their_times_and_numbered(self, ax: Axes):
+        plots.plot_schedule(schedule("zb-h1", 3, 1, 5), times=(1.0, 1.5, 0.5), ax=ax)
+        for label, seconds in (("forward", 1.0), ("input gradient", 1.5), ("weight gradient", 0.5)):
+            left, right, _ = extents(ax, label).T
+            assert right - left == pytest.approx(seconds)
+        assert sorted(words(ax)) == sorted(3 * 3 * [str(n) for n in range(5)])
+        assert "zb-h1: 3 ranks, 5 micro-batches" in ax.get_title("left")
+
+    def test_crowded_cells_bear_no_numbers(self, ax: Axes):
+        plots.plot_schedule(schedule("1f1b", 8, 1, 256), ax=ax)
+        assert not ax.texts

@@ -36,7 +36,8 @@ def group(plan: Plan, axis: str) -> Group:
     """Return the group of `axis`.
 
     ``dp`` and ``edp`` are the groups over which dense and expert state is sharded (context-parallel ranks hold the same
-    parameters, so ``dp`` spans ``dp_shard * cp``); ``dp_replicate`` joins their replicas; ``world`` is everyone.
+    parameters, so ``dp`` spans ``dp_shard * cp``); ``dp_replicate`` joins their replicas; ``copies`` joins the two ranks of a
+    pipeline, r and pp - 1 - r, that hold the same stages for opposite directions; ``world`` is everyone.
     """
     dense = plan.tp * plan.cp * plan.dp_shard
     return {
@@ -47,6 +48,7 @@ def group(plan: Plan, axis: str) -> Group:
         "dp": lambda: Group(plan.shard, plan.tp),
         "edp": lambda: Group(plan.expert_shard, plan.etp * plan.ep),
         "dp_replicate": lambda: Group(plan.dp_replicate, dense),
+        "copies": lambda: Group(plan.copies, dense * plan.dp_replicate),
         "pp": lambda: Group(plan.pp, dense * plan.dp_replicate),
         "world": lambda: Group(plan.world, 1),
     }[axis]()

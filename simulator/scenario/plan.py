@@ -35,6 +35,8 @@ class Precision(Frozen):
         Model weights, main gradients, master weights (``None`` if the weights are their own) and optimizer moments.
     gemm : str
         Linear layers; attention stays in bf16.
+    activations : str
+        What an MLP keeps of its up-projection for the gradient of the activation function (DeepSeek-V3: fp8).
     dispatch, combine : str
         Expert all-to-all to the experts (activations forward, gradients backward) and back from them.
     gradient_reduce : str
@@ -46,6 +48,7 @@ class Precision(Frozen):
     master: Dtype | None = "fp32"
     moments: Dtype = "fp32"
     gemm: Dtype = "bf16"
+    activations: Dtype = "bf16"
     dispatch: Dtype = "bf16"
     combine: Dtype = "bf16"
     gradient_reduce: Dtype = "fp32"
@@ -114,6 +117,11 @@ class _Degrees:
     def shard(self):
         """Ranks that share one copy of the sharded dense state: dp_shard * cp."""
         return self.dp_shard * self.cp
+
+    @property
+    def copies(self):
+        """Copies of the model that one pipeline holds: DualPipe's two directions each have their own."""
+        return 2 if self.schedule == "dualpipe" else 1
 
     @property
     def expert_shard(self):

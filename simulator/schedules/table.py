@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -210,7 +210,9 @@ class Schedule:
         found = Counter(actions(row))
         if sum(found.values()) < 2 * len(self.expected(0)):  # before looking for each of what may be millions
             numbers = f"schedule {self.name}, rank {rank}: {sum(found.values())} actions for {self.micro_batches} micro-batches"
-            yield Problem("no action is lost", numbers, "give each micro-batch its F and its B, or its I and W")
+            yield Problem(
+                "no action is lost", numbers, f"give each micro-batch its F and its B, or its I and W; the row: {' '.join(map(str, row))}"
+            )
             return
         wanted = {(chunk, i) for chunk in range(self.vpp) for i in self.expected(chunk)}
         lost, foreign = [], [str(a) for a in found if (a.chunk, a.micro_batch) not in wanted]
@@ -247,6 +249,30 @@ class Schedule:
         for rank, rows in enumerate(moments):
             counts[rank, : len(rows)] = np.reshape(sorted(rows), (-1, 2, self.vpp))
         return counts
+
+    def spans(self, times: Sequence[float] = (1.0, 1.0, 1.0), hop: float = 0.0) -> list[tuple[int, Entry, float, float]]:
+        """Return (rank, entry, start, end) of every entry when all stages are alike.
+
+        Parameters
+        ----------
+        times : sequence of float
+            Durations of F, I and W; B and pairs take what their parts take.
+        hop : float
+            Duration of a message between ranks.
+        """
+        f, i, w = times
+        lasts = {"F": f, "I": i, "W": w, "B": i + w}
+        free, ended, found = [0.0] * self.pp, {}, []
+        for rank, entry in self.order:
+            parts, start = tuple(actions((entry,))), free[rank]
+            for a in parts:
+                source = self.source(rank, a)
+                if source is not None:
+                    start = max(start, ended[a.kind == "F", *source, a.micro_batch] + (hop if source[0] != rank else 0.0))
+            free[rank] = start + sum(lasts[a.kind] for a in parts)
+            ended.update({(a.kind == "F", rank, a.chunk, a.micro_batch): free[rank] for a in parts if a.kind != "W"})
+            found.append((rank, entry, start, free[rank]))
+        return found
 
     def __str__(self) -> str:
         return "\n".join(" ".join(map(str, row)) for row in self.table) + "\n"

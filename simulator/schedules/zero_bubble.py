@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 
 from simulator.errors import PlanError, Problem
 from simulator.schedules.classic import numbered, round_of
-from simulator.schedules.table import Action, Entry, Schedule, actions
+from simulator.schedules.table import Action, Entry, Schedule, Table
 
 
 def _delayed_weights(forwards: list[Action], inputs: list[Action], ahead: int, delay: int) -> tuple[Entry, ...]:
@@ -98,105 +97,114 @@ def _v_row(pp: int, rank: int, m: int) -> tuple[Entry, ...]:
     return tuple(row)
 
 
-def automatic(pp: int, m: int, held: int, times: Sequence[float] = (1.0, 1.0, 1.0), hop: float = 0.0, name: str = "zb-auto") -> Schedule:
-    """Return a zero-bubble schedule made by simulation under a memory limit, as the paper's heuristic does.
+def automatic(
+    pp: int,
+    m: int,
+    held: int,
+    times: Sequence[float] = (1.0, 1.0, 1.0),
+    hop: float = 0.0,
+    kept: float = 1.0,
+    name: str = "zb-auto",
+) -> Schedule:
+    """Return the best zero-bubble schedule found under a memory limit, all stages alike.
 
     Parameters
     ----------
     pp, m : int
         Ranks and micro-batches.
     held : int
-        Micro-batches whose activations a rank may hold; F takes one, W gives it back.
+        Micro-batches whose activations a rank may hold, at least pp; F takes one, I and W give it back.
     times : sequence of float
-        Relative durations of F, I and W.
+        Durations of F, I and W.
     hop : float
         Duration of a message.
+    kept : float
+        Share of the activations that W gives back, because the weight gradient needs them; I gives back the rest.
 
     Notes
     -----
-    Ranks act in order of time. An input gradient that has arrived goes first; else a forward, if memory allows and it does
-    not come later than the next gradient; weight gradients fill what would be idle, and are forced when memory is full.
+    After the heuristic of the paper, section 3.1: as many warm-up forwards as are worth their memory, then I and F in turn;
+    W goes where its rank would wait, and where memory is full. What the paper leaves to a search over binary choices is
+    searched here, too: how much longer than 1F1B's the warm-up of the earlier ranks is, and what share of a W must fit into
+    a gap. ZB-H1 and ZB-H2 take part where they fit, so that the result is never slower. Ties go
+    to the shortest longest row (`longest_row`), then to them.
     """
-    f, i_, w = times
-    clock = [0.0] * pp
-    done_f = [[0.0] * m if rank == 0 else [float("inf")] * m for rank in range(pp)]  # arrival of inputs
-    done_i = [[float("inf")] * m for _ in range(pp)]  # arrival of gradients
-    nf, ni, nw = [0] * pp, [0] * pp, [0] * pp
-    rows: list[list[Entry]] = [[] for _ in range(pp)]
-    while any(n < m for n in nw):
-        best: tuple[float, int, int, str] | None = None
-        for rank in range(pp):
-            choice = _choose(clock[rank], nf[rank], ni[rank], nw[rank], m, held, done_f[rank], done_i[rank], f, w)
-            if choice is not None:
-                start, kind = choice
-                candidate = (start, "IFW".index(kind), rank, kind)
-                best = candidate if best is None else min(best, candidate)
-        assert best is not None  # held >= pp keeps some rank able to act
-        start, _, rank, kind = best
-        if kind == "F":
-            clock[rank] = start + f
-            rows[rank].append(Action("F", 0, nf[rank]))
-            if rank + 1 < pp:
-                done_f[rank + 1][nf[rank]] = clock[rank] + hop
-            else:
-                done_i[rank][nf[rank]] = clock[rank]
-            nf[rank] += 1
-        elif kind == "I":
-            clock[rank] = start + i_
-            rows[rank].append(Action("I", 0, ni[rank]))
-            if rank:
-                done_i[rank - 1][ni[rank]] = clock[rank] + hop
-            ni[rank] += 1
-        else:
-            clock[rank] = start + w
-            rows[rank].append(Action("W", 0, nw[rank]))
-            nw[rank] += 1
-    return Schedule(name, pp, 1, m, tuple(map(tuple, rows)))
+    f, i, _ = times
+    longer = dict.fromkeys((0.0, 1.0, (i + 2 * hop) / f))
+    warm_ups = dict.fromkeys(tuple(min(held, m, pp - r + int(x * (pp - 1 - r) + 1e-9)) for r in range(pp)) for x in longer)
+    by_hand = [zb_h1(pp, 1, m)] if held >= pp else []
+    by_hand += [zb_h2(pp, 1, m)] if held >= 2 * pp - 1 and m >= 2 * pp - 1 else []
+    found = [(s.table, row_ends(s, times, hop)) for s in by_hand]
+    found += [_filled(pp, m, warm_up, held, times, hop, kept, share) for warm_up in warm_ups for share in (1.0, 0.5, 0.0)]
+    table, _ = min(found, key=lambda one: (round(max(one[1]), 9), longest_row(one[1], f, hop)))
+    return Schedule(name, pp, 1, m, table)
 
 
-def _choose(
-    now: float, nf: int, ni: int, nw: int, m: int, held: int, inputs: Sequence[float], gradients: Sequence[float], f: float, w: float
-) -> tuple[float, str] | None:
-    """Return when and what a rank would do next, or None when it knows of nothing yet."""
-    gradient = gradients[ni] if ni < nf else float("inf")
-    forward = inputs[nf] if nf < m and nf - nw < held else float("inf")
-    if gradient <= now:
-        return now, "I"
-    soonest = min(gradient, forward)
-    if forward <= now and forward + f <= max(gradient, now + f):
-        return now, "F"
-    if ni > nw and (soonest >= now + w or nf - nw >= held or soonest == float("inf")):
-        return now, "W"
-    if soonest < float("inf"):
-        return max(now, soonest), "I" if gradient <= forward else "F"
-    return None
+def _filled(
+    pp: int, m: int, warm_up: Sequence[int], held: int, times: Sequence[float], hop: float, kept: float, share: float
+) -> tuple[Table, list[float]]:
+    """Return the table in which rank r runs at most ``warm_up[r]`` forwards ahead of its input gradients, and when its rows end.
 
-
-def makespan(schedule: Schedule, times: Sequence[float] = (1.0, 1.0, 1.0), hop: float = 0.0) -> float:
-    """Return when the last action of `schedule` ends, all stages alike; F, I and W take `times`, B what I and W take."""
+    The order of F and I is then given, and each rank fills in its W: into a gap of at least `share` of one before the next
+    F or I, and before an F for which memory lacks.
+    """
     f, i, w = times
-    seconds = {"F": f, "I": i, "W": w, "B": i + w}
-    free, ended = [0.0] * schedule.pp, {}
-    for rank, entry in schedule.order:
-        for action in actions((entry,)):
-            source = schedule.source(rank, action)
-            side = "F" if action.kind == "F" else "G"
-            arrives = 0.0 if source is None else ended[side, *source, action.micro_batch] + (hop if source[0] != rank else 0.0)
-            free[rank] = max(free[rank], arrives) + seconds[action.kind]
-            if action.kind != "W":
-                ended[side, rank, action.chunk, action.micro_batch] = free[rank]
-    return max(free)
+    rows: list[list[Entry]] = [[] for _ in range(pp)]
+    clock, forwards, inputs, weights = [0.0] * pp, [0] * pp, [0] * pp, [0] * pp
+    arrived = {("F", 0, n): 0.0 for n in range(m)}
+    awake = list(range(pp))
+    while awake:
+        r = awake.pop()
+        while inputs[r] < m:
+            kind = "F" if forwards[r] < m and forwards[r] - inputs[r] < warm_up[r] else "I"
+            number = forwards[r] if kind == "F" else inputs[r]
+            if (kind, r, number) not in arrived:
+                break
+            arrives = arrived[kind, r, number]
+            while weights[r] < inputs[r]:
+                gap, used = arrives - clock[r], forwards[r] - inputs[r] + kept * (inputs[r] - weights[r])
+                full = kind == "F" and used + 1 > held + 1e-9
+                if not full and (gap < share * w - 1e-9 or gap <= 1e-9):
+                    break
+                rows[r].append(Action("W", 0, weights[r]))
+                weights[r], clock[r] = weights[r] + 1, clock[r] + w
+            rows[r].append(Action(kind, 0, number))
+            clock[r] = max(clock[r], arrives) + (f if kind == "F" else i)
+            if kind == "F":
+                forwards[r] += 1
+            else:
+                inputs[r] += 1
+            if kind == "F" and r == pp - 1:
+                arrived["I", r, number] = clock[r]
+            elif kind == "F" or r:
+                neighbour = r + 1 if kind == "F" else r - 1
+                arrived[kind, neighbour, number] = clock[r] + hop
+                awake.append(neighbour)
+    table = tuple((*row, *(Action("W", 0, n) for n in range(done, m))) for row, done in zip(rows, weights, strict=True))
+    return table, [end + w * (m - done) for end, done in zip(clock, weights, strict=True)]
 
 
-def _best(name: str, candidates: Sequence[Schedule]) -> Schedule:
-    return replace(min(candidates, key=makespan), name=name)
+def longest_row(ends: Sequence[float], forward: float, hop: float) -> float:
+    """Return the longest time from a rank's first to its last action; rank r starts when r forwards and messages have passed.
+
+    What the paper calls the cost of a schedule: steps follow one another at this pace when nothing makes all ranks wait.
+    """
+    return round(max(end - rank * (forward + hop) for rank, end in enumerate(ends)), 9)
+
+
+def row_ends(schedule: Schedule, times: Sequence[float] = (1.0, 1.0, 1.0), hop: float = 0.0) -> list[float]:
+    """Return when each rank ends, all stages alike; F, I and W take `times`, B what I and W take."""
+    ends = [0.0] * schedule.pp
+    for rank, _, _, end in schedule.spans(times, hop):
+        ends[rank] = end
+    return ends
 
 
 def zb_1p(pp: int, vpp: int, m: int) -> Schedule:
-    """Return the best schedule found that holds at most pp micro-batches, the memory of 1F1B: made by simulation, or ZB-H1."""
-    return _best("zb-1p", [zb_h1(pp, vpp, m), automatic(pp, m, pp)])
+    """Return the best schedule found that holds at most pp micro-batches, the memory of 1F1B, at F = I = W."""
+    return automatic(pp, m, pp, name="zb-1p")
 
 
 def zb_2p(pp: int, vpp: int, m: int) -> Schedule:
-    """Return the best schedule found that holds at most 2 pp micro-batches: made by simulation, or ZB-H2."""
-    return _best("zb-2p", ([zb_h2(pp, vpp, m)] if m >= 2 * pp - 1 else []) + [automatic(pp, m, 2 * pp)])
+    """Return the best schedule found that holds at most 2 pp micro-batches, at F = I = W."""
+    return automatic(pp, m, 2 * pp, name="zb-2p")

@@ -111,6 +111,8 @@ def _schedule(row: Row, degrees: dict[str, int]) -> str:
     printed = row.text("pp_schedule")
     if degrees["pp"] == 1:
         return "1f1b"
+    if printed in ("ZB-1p", "ZB-2p"):
+        return printed.lower()
     if re.search(r"\bZB|zero-bubble|DualPipe|V-half|V-min", printed):
         raise ProfileError(f"pipeline schedule not modelled: {printed.split(' (')[0]}")
     if degrees["vpp"] > 1:

@@ -18,7 +18,7 @@ import numpy as np
 
 from simulator.scenario.job import Job
 from simulator.scenario.model import LayerKind, Model
-from simulator.scenario.plan import ELEMENT_BYTES, Plan, Precision
+from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, Precision
 from simulator.units import Number
 from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op
 
@@ -65,7 +65,9 @@ def attended(sequence: Number, window: int | None, causal: bool = True) -> Numbe
 
 def _builder(plan: Plan) -> BlockBuilder:
     gemm = plan.precision.gemm
-    return BlockBuilder(gemm, ELEMENT_BYTES[gemm], plan.recompute, plan.recomputed, plan.overlap.tp)
+    return BlockBuilder(
+        gemm, ELEMENT_BYTES[gemm], plan.recompute, plan.recomputed, plan.overlap.tp, ELEMENT_BYTES[plan.precision.gradients]
+    )
 
 
 def _norm(
@@ -174,17 +176,30 @@ def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) 
     b.dense_parameters = b.dense_parameters + q_down + q_input * heads * qk + h * latent + mla.kv_rank * keys_values + heads * mla.v_dim * h
 
 
-def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: tuple[str, ...]) -> None:
-    """Dense MLP, column- then row-parallel: up (and gate), activation, down."""
+def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: tuple[str, ...], kept: Dtype) -> None:
+    """Dense MLP, column- then row-parallel: up (and gate), activation, down; the up-projection is `kept` for the backward."""
     h, local, mats = model.hidden, ffn / x.tp, 2 if model.gated else 1
     beside = _enter_tp(b, name, x, h, modules)
-    b.linear(f"{name}.up", x.tokens, h, mats * local, saved=x.tokens * mats * local * BF16, modules=modules, beside=beside)
+    saved, cast = _kept(x.tokens * mats * local, kept)
+    b.linear(f"{name}.up", x.tokens, h, mats * local, saved=saved, modules=modules, beside=beside)
     size = x.tokens * local * BF16
-    b.memory(f"{name}.activation", (mats + 1) * size, (2 * mats + 1) * size, x.tokens * local * b.element, (*modules, f"{name}_act"))
+    b.memory(
+        f"{name}.activation",
+        (mats + 1) * size + cast,
+        (2 * mats + 1) * size - cast,
+        x.tokens * local * b.element,
+        (*modules, f"{name}_act"),
+    )
     b.linear(f"{name}.down", x.tokens, local, h, modules=modules)
     _leave_tp(b, name, x, h, modules)
     bias = (mats * local + h) if model.mlp_bias else 0
     b.dense_parameters = b.dense_parameters + (mats + 1) * h * local + bias
+
+
+def _kept(elements: Number, dtype: Dtype) -> tuple[Number, Number]:
+    """Return the bytes of a tensor saved in `dtype`, and those that its cast writes: none when it stays what it is."""
+    saved = elements * ELEMENT_BYTES[dtype]
+    return saved, (saved if dtype != "bf16" else 0.0)
 
 
 def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> None:
@@ -204,36 +219,46 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     scores = x.split_tokens * e.count * FP32
     b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
     b.memory("router.topk", 4 * scores, 4 * scores, modules=moe)
-    copies = received * h
-    b.memory("moe.permute", (x.split_tokens * h + copies) * BF16, (x.split_tokens * h + copies) * BF16, modules=moe)
+    copies, rows_moved = received * h, (x.split_tokens + received) * h
+    # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
+    cast = precision.dispatch == b.dtype != "bf16"
+    there, back = (rows_moved * ELEMENT_BYTES[p] for p in (precision.dispatch if cast else "bf16", "bf16"))
+    if cast:
+        b.memory("moe.dispatch.cast", x.split_tokens * h * (BF16 + b.element), 0.0, modules=moe)
+    b.memory("moe.permute", there, back, modules=moe)
     out, back = (x.split_tokens * h * ELEMENT_BYTES[p] for p in (precision.dispatch, precision.combine))
     b.exchange("moe.dispatch", out, back, moe)
     gather, scatter = (
         Op("moe.etp", kind, bytes=copies * x.etp * BF16, axis="etp", routed=True) for kind in ("all_gather", "reduce_scatter")
     )
     b.collective(gather, scatter, moe)
-    per_expert = rows / local
+    per_expert, (saved, kept) = rows / local, _kept(rows * mats * ffn, precision.activations)
     b.linear(
         "moe.up",
         per_expert,
         h,
         mats * ffn,
-        saved=copies * x.etp * b.element + rows * mats * ffn * BF16,
+        saved=copies * x.etp * b.element + saved,
         modules=moe,
         groups=local,
         routed=True,
+        arrives=(cast, False),
     )
     size = rows * ffn * BF16
-    b.memory("moe.activation", (mats + 1) * size, (2 * mats + 1) * size, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
-    b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True)
+    b.memory(
+        "moe.activation", (mats + 1) * size + kept, (2 * mats + 1) * size - kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True
+    )
+    b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(False, cast))
     b.collective(scatter, gather, moe)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
-    b.memory("moe.unpermute", (x.split_tokens * h + copies) * BF16, (x.split_tokens * h + copies) * BF16, modules=moe)
+    b.memory("moe.unpermute", rows_moved * BF16, there, modules=moe)
+    if cast:
+        b.memory("moe.combine.cast", 0.0, x.split_tokens * h * (BF16 + b.element), modules=moe)
     expert = (mats + 1) * h * ffn + ((mats * ffn + h) if model.mlp_bias else 0)
     b.expert_parameters = b.expert_parameters + local * expert
     b.dense_parameters = b.dense_parameters + e.count * h + (e.count if model.mlp_bias else 0)
     if e.shared_ffn:
-        _mlp(b, model, x, "shared", e.shared_ffn, moe)
+        _mlp(b, model, x, "shared", e.shared_ffn, moe, precision.activations)
         b.dense_parameters = b.dense_parameters + (h if e.shared_gate else 0)
 
 
@@ -248,7 +273,7 @@ def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job) -> Bl
     if kind.moe:
         _experts(b, model, x, plan.precision)
     else:
-        _mlp(b, model, x, "mlp", model.ffn, ("mlp",))
+        _mlp(b, model, x, "mlp", model.ffn, ("mlp",), plan.precision.activations)
     _residual(b, x, h)
     return b.build(layer_input)
 

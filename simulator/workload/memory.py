@@ -36,7 +36,8 @@ def state_bytes(dense: Number, expert: Number, plan: Plan, job: Job) -> dict[str
 
     Notes
     -----
-    ZeRO-1 shards the optimizer state, ZeRO-2 also the gradients, ZeRO-3 also the parameters.
+    ZeRO-1 shards the optimizer state, over the copies of the model in a DualPipe pipeline, too; ZeRO-2 also shards the
+    gradients, ZeRO-3 also the parameters.
     """
     p, sharded = plan.precision, dense / plan.shard + expert / plan.expert_shard
     whole = dense + expert
@@ -45,7 +46,7 @@ def state_bytes(dense: Number, expert: Number, plan: Plan, job: Job) -> dict[str
     return {
         "weights": ELEMENT_BYTES[p.parameters] * (sharded if plan.zero >= 3 else whole),
         "gradients": ELEMENT_BYTES[p.gradients] * (sharded if plan.zero >= 2 else whole),
-        "optimizer": per_parameter * (sharded if plan.zero >= 1 else whole),
+        "optimizer": per_parameter * (sharded / plan.copies if plan.zero >= 1 else whole),
     }
 
 
@@ -131,5 +132,5 @@ class _WithStageAxis:
     """A plan whose shard counts have a trailing axis for the stages."""
 
     def __init__(self, plan: Plan):
-        self.precision, self.zero = plan.precision, plan.zero
+        self.precision, self.zero, self.copies = plan.precision, plan.zero, plan.copies
         self.shard, self.expert_shard = np.asarray(plan.shard)[..., None], np.asarray(plan.expert_shard)[..., None]

@@ -71,6 +71,7 @@ STREAMS = {
     "dp": "dp",
     "edp": "dp",
     "dp_replicate": "dp",
+    "copies": "dp",
     "world": "dp",
 }
 
@@ -147,6 +148,8 @@ class BlockBuilder:
         Modules that selective recompute drops.
     overlap : bool
         Whether collectives of a linear layer's backward run beside its gradients.
+    gradient : float
+        Bytes of one element of the main gradients, to which every weight gradient is added in place.
     """
 
     dtype: str
@@ -154,6 +157,7 @@ class BlockBuilder:
     recompute: str = "none"
     recomputed: frozenset[str] = frozenset()
     overlap: bool = True
+    gradient: float = FP32
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
@@ -181,13 +185,17 @@ class BlockBuilder:
         modules: Iterable[str] = (),
         beside: tuple[Op | None, Op | None] = (None, None),
         dtype: str | None = None,
+        arrives: tuple[bool, bool] = (False, False),
         **more: Any,
     ) -> None:
         """Append a linear layer (m, k) -> (m, n).
 
-        Its input gradient is (m, n) x (n, k), its weight gradient (k, m) x (m, n); low-precision inputs are cast from
-        bf16, once forward and twice (row- and column-wise) for the gradient. `beside` are collectives that run next to
-        the input and the weight gradient; `dtype` keeps a layer out of low precision.
+        Its input gradient is (m, n) x (n, k), its weight gradient (k, m) x (m, n), added to the main gradient as it is
+        written (Megatron's gradient accumulation fusion). Low-precision inputs are cast from bf16, once forward and twice
+        (row- and column-wise) for the output's gradient; before the weight gradient the saved input is read and cast again
+        along the other axis (DeepSeek-V3 report, section 3.3). `arrives` says whether the input and the output's gradient
+        come in low precision already. `beside` are collectives that run next to the input and the weight gradient; `dtype`
+        keeps a layer out of low precision.
         """
         d, e, groups = dtype or self.dtype, BF16 if dtype else self.element, more.get("groups", 1.0)
         routed = more.get("routed", False)
@@ -195,14 +203,19 @@ class BlockBuilder:
         there = gemm(name, m, k, n, d, e, **more)
         dgrad = gemm(name, m, n, k, d, e, grad="input", **more)
         wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
+        wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (2 * self.gradient - BF16))
         forward: list[Segment] = [(there,)]
         backward: list[Segment] = []
         for grad, other in zip((dgrad, wgrad), beside, strict=True):
             ops = (grad, other) if other else (grad,)
             backward += [ops] if self.overlap else [(op,) for op in ops]
         if e < BF16:
-            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * k * (BF16 + e), routed=routed),))
-            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * n * (BF16 + 2 * e), grad="input", routed=routed),))
+            there, back = (0.0 if known else BF16 + e for known in arrives)
+            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * k * there, routed=routed),))
+            back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
+            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * n * back, grad="input", routed=routed),))
+            again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", routed=routed)
+            backward.insert(next(i for i, ops in enumerate(backward) if any(op is wgrad for op in ops)), (again,))
         self.add(forward, backward, saved, modules)
 
     def collective(self, forward: Op, backward: Op, modules: Iterable[str] = ()) -> None:

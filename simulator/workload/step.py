@@ -109,7 +109,8 @@ def fused(segments: Iterable[Segment], plan: Plan) -> Body:
 def gradient_ops(block: Block, plan: Plan) -> tuple[Op, ...]:
     """Return the collectives that sum a block's gradients over its replicas.
 
-    ZeRO shards reduce-scatter over the sharding group, then the replicas of a shard all-reduce it.
+    ZeRO shards reduce-scatter over the sharding group, then the replicas of a shard all-reduce it, then the two copies of
+    the model in a DualPipe pipeline share it out.
     """
     element = ELEMENT_BYTES[plan.precision.gradient_reduce]
     kind = "reduce_scatter" if plan.zero else "all_reduce"
@@ -119,15 +120,19 @@ def gradient_ops(block: Block, plan: Plan) -> tuple[Op, ...]:
         ops.append(
             Op(f"gradients.{axis}.replicas", "all_reduce", bytes=parameters * element / (shard if plan.zero else 1), axis="dp_replicate")
         )
+        ops.append(Op(f"gradients.{axis}.copies", kind, bytes=parameters * element / (shard if plan.zero else 1), axis="copies"))
     return tuple(ops)
 
 
 def parameter_ops(block: Block, plan: Plan) -> tuple[Op, ...]:
     """Return the collectives that gather a block's parameters from their shards."""
     element = ELEMENT_BYTES[plan.precision.parameters]
+    dense, expert = block.dense_parameters * element, block.expert_parameters * element
     return (
-        Op("parameters.dp", "all_gather", bytes=block.dense_parameters * element, axis="dp"),
-        Op("parameters.edp", "all_gather", bytes=block.expert_parameters * element, axis="edp"),
+        Op("parameters.dp.copies", "all_gather", bytes=dense / plan.shard, axis="copies"),
+        Op("parameters.dp", "all_gather", bytes=dense, axis="dp"),
+        Op("parameters.edp.copies", "all_gather", bytes=expert / plan.expert_shard, axis="copies"),
+        Op("parameters.edp", "all_gather", bytes=expert, axis="edp"),
     )
 
 
@@ -141,7 +146,9 @@ def optimizer_ops(dense, expert, model: Model, plan: Plan, job: Job) -> tuple[Op
     for dense and a, b = expert width, hidden for expert matrices.
     """
     p = plan.precision
-    owned_dense, owned_expert = (dense / plan.shard, expert / plan.expert_shard) if plan.zero else (dense, expert)
+    owned_dense, owned_expert = (
+        (dense / plan.shard / plan.copies, expert / plan.expert_shard / plan.copies) if plan.zero else (dense, expert)
+    )
     state = (ELEMENT_BYTES[p.master] if p.master else 0.0) + MOMENTS[job.optimizer] * ELEMENT_BYTES[p.moments]
     per_parameter = ELEMENT_BYTES[p.gradients] + 2 * state + ELEMENT_BYTES[p.parameters]
     owned = owned_dense + owned_expert
