@@ -112,8 +112,8 @@ def bound_s(plan: Plan | PlanColumns, t: StageTimes, micro_batches: Number, orde
     return reduced + t.norm_s + _after(plan, t, order).max(axis=-1)
 
 
-def pair_s(t: StageTimes, forward: int, backward: int, share: float) -> Number:
-    """Return the seconds of a forward on one stage interleaved with a backward on another.
+def pair_s(t: StageTimes, forward: int, backward: int, share: float) -> tuple[Number, Number]:
+    """Return when a forward on one stage and a backward on another end that start together and interleave, seconds.
 
     Parameters
     ----------
@@ -125,13 +125,13 @@ def pair_s(t: StageTimes, forward: int, backward: int, share: float) -> Number:
     The two take turns segment by segment on shared streams, as in the step program. Compute is slowed by
     ``1 + share / (1 - share)`` for the part of the time in which communication runs.
     """
-    compute = t.forward_compute_s[..., forward] + t.backward_compute_s[..., backward]
-    talk = t.forward_s[..., forward] + t.backward_s[..., backward] - compute
-    slow = 1 + share / (1 - share) * np.minimum(1.0, talk / np.maximum(compute, 1e-12))
     threads = (
         [run for block in t.stage_blocks[forward] for run in block.forward_runs],
         [run for block in reversed(t.stage_blocks[backward]) for run in block.backward_runs],
     )
+    parts = [part for thread in threads for run in thread for part in run]
+    compute, talk = (sum((seconds for stream, seconds in parts if stream == name), 0.0) for name in ("compute", "ep"))
+    slow = 1 + share / (1 - share) * np.minimum(1.0, talk / np.maximum(compute, 1e-12))
     ends: list[Number] = [0.0, 0.0]
     streams: dict[str, Number] = {}
     for turn in range(max(map(len, threads))):
@@ -144,7 +144,7 @@ def pair_s(t: StageTimes, forward: int, backward: int, share: float) -> Number:
                     streams[stream] = done
                     last = np.maximum(last, done)
                 ends[which] = last
-    return np.maximum(*ends)
+    return ends[0], ends[1]
 
 
 def estimate_s(plan: Plan | PlanColumns, t: StageTimes, micro_batches: int, order_of) -> Number:
@@ -159,7 +159,8 @@ def estimate_s(plan: Plan | PlanColumns, t: StageTimes, micro_batches: int, orde
     -----
     The schedule is replayed action by action with the same prices. Long steps are replayed for six and eight rounds of
     pp micro-batches and continued at that pace. Where ZeRO-2 reduces and ZeRO-3 gathers for every micro-batch, the blocks of
-    an action and the data-parallel stream beside them are replayed too.
+    an action and the data-parallel stream beside them are replayed too; pairs then count as forward and backward one after
+    the other, which is too long.
     """
     pp = single(plan.pp)
     long, short = 8 * pp, 6 * pp
@@ -208,11 +209,11 @@ def _reduced(plan: Plan | PlanColumns, t: StageTimes, ends: Number, order: Sched
     """Return when all gradients are summed: chunk by chunk behind the last backward of each, or all of them after it."""
     if plan.zero < 2 and not plan.overlap.grad_reduce:
         return (ends.max(axis=-1) + _per_rank(t.reduce_s, order)).max(axis=-1)
-    held, done = np.array(order.held), 0.0
+    held, done, ranks = np.array(order.held), 0.0, np.arange(order.pp)
     late = _by_composition(t, lambda stage: _late(stage, order.splits))
-    for chunk in range(order.vpp - 1, -1, -1):
-        stage = held[:, chunk]
-        done = np.maximum(done + t.reduce_s[..., stage], ends[..., chunk] + late[..., stage])
+    for chunk in np.array(order.finishes).T:  # of each rank, the next chunk to be done
+        stage = held[ranks, chunk]
+        done = np.maximum(done + t.reduce_s[..., stage], ends[..., ranks, chunk] + late[..., stage])
     return done.max(axis=-1)
 
 

@@ -15,7 +15,11 @@ from simulator.units import Number
 
 
 def replay(
-    order: Schedule, seconds: Mapping[str, Number], pairs: Mapping[tuple[int, int], Number], hop: Number, ready: Number | None = None
+    order: Schedule,
+    seconds: Mapping[str, Number],
+    pairs: Mapping[tuple[int, int], tuple[Number, Number]],
+    hop: Number,
+    ready: Number | None = None,
 ) -> np.ndarray:
     """Return when each chunk of each rank ends its last backward, seconds.
 
@@ -24,8 +28,8 @@ def replay(
     order : Schedule
     seconds : mapping of str to ndarray (..., stages)
         One F, B, I or W on each stage.
-    pairs : mapping of (int, int) to Number
-        A pair of forward and backward, by their stages.
+    pairs : mapping of (int, int) to (Number, Number)
+        When the forward and the backward of a pair end, by their stages; they start together.
     hop : Number (...)
         A message between ranks.
     ready : ndarray (..., pp, vpp), optional
@@ -48,20 +52,23 @@ def replay(
     last: list[list[Number]] = [[np.zeros(shape)] * order.vpp for _ in range(order.pp)]
     started = set()
     for rank, entry in order.order:
-        held, begin, parts = order.held[rank], free[rank], tuple(actions((entry,)))
+        held, parts = order.held[rank], tuple(actions((entry,)))
+        begins = []
         for action in parts:
             arrives = sent.pop((_side(action), rank, action.chunk, action.micro_batch), None) if action.kind != "W" else None
-            begin = begin if arrives is None else np.maximum(begin, arrives)
+            begins.append(free[rank] if arrives is None else np.maximum(free[rank], arrives))
         if len(parts) == 1:
-            end = begin + durations[parts[0].kind][held[parts[0].chunk]]
-        else:
-            end = begin + pairs[held[parts[0].chunk], held[parts[1].chunk]]
-        for action in parts:
+            ends = [begins[0] + durations[parts[0].kind][held[parts[0].chunk]]]
+        else:  # the backward stands behind the forward in the streams; one that comes late runs by itself
+            forward, backward = (held[action.chunk] for action in parts)
+            ends = [begins[0] + last for last in pairs[forward, backward]]
+            ends[1] = np.maximum(ends[1], begins[1] + durations["B"][backward])
+        for i, action in enumerate(parts):
             if action.kind == "F" and (rank, action.chunk) not in started:
                 started.add((rank, action.chunk))
-                end = end if ready is None else np.maximum(end, ready[..., rank, action.chunk])
-        free[rank] = end
-        for action in parts:
+                ends[i] = ends[i] if ready is None else np.maximum(ends[i], ready[..., rank, action.chunk])
+        free[rank] = ends[0] if len(ends) == 1 else np.maximum(*ends)
+        for action, end in sorted(zip(parts, ends, strict=True), key=lambda part: float(np.mean(part[1]))):
             if action.kind in "BW":
                 last[rank][action.chunk] = end
             target = order.target(rank, action)

@@ -114,6 +114,12 @@ class Schedule:
         return any(isinstance(entry, Pair) for row in self.table for entry in row)
 
     @cached_property
+    def finishes(self) -> tuple[tuple[int, ...], ...]:
+        """For each rank, its chunks in the order in which their last backward ends."""
+        last = [{a.chunk: n for n, a in enumerate(actions(row)) if a.kind in "BW"} for row in self.table]
+        return tuple(tuple(sorted(range(self.vpp), key=lambda chunk, at=at: at.get(chunk, -1))) for at in last)
+
+    @cached_property
     def messages_before(self) -> tuple[int, ...]:
         """For each stage, the messages that a micro-batch has taken to get there; the turn of a V needs none."""
         path = self.paths[0]
