@@ -41,7 +41,7 @@ def run(order: Schedule, times: tuple[float, float, float], pair: float | None =
     f, i, w = times
     pair = f + i + w if pair is None else pair
     cost, one = {"F": f, "B": i + w, "I": i, "W": w}, np.ones(order.stages)
-    pairs = {places: np.array(pair) for places in itertools.product(range(order.stages), repeat=2)}
+    pairs = {places: (np.array(pair), np.array(pair)) for places in itertools.product(range(order.stages), repeat=2)}
     ends = replay(order, {kind: seconds * one for kind, seconds in cost.items()}, pairs, np.array(0.0)).max(axis=-1)
     work = np.array([sum(pair if isinstance(e, Pair) else cost[e.kind] for e in row) for row in order.table])
     first = [next(actions(row)) for row in order.table]
