@@ -7,6 +7,7 @@ communication does beside the actions is not seen here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,40 +44,153 @@ def replay(
     -----
     An entry starts when its rank is free and its messages are there; a rank's messages leave one after the other:
     ``end = max(end of the rank's previous entry, arrival) + duration``, ``arrival = max(previous arrival, end) + hop``.
+    Actions go in `waves`: those that wait for nothing in each other are computed together.
     """
-    shape = next(iter(seconds.values())).shape[:-1]
-    durations = {kind: [x[..., s].copy() for s in range(x.shape[-1])] for kind, x in seconds.items()}
-    free: list[Number] = [np.zeros(shape)] * order.pp
-    line: list[Number] = [0.0] * order.pp
-    sent: dict[tuple[str, int, int, int], Number] = {}
-    last: list[list[Number]] = [[np.zeros(shape)] * order.vpp for _ in range(order.pp)]
-    started = set()
+    w, shape = waves(order), next(iter(seconds.values())).shape[:-1]
+    durations = np.stack([np.moveaxis(seconds[kind], -1, 0) for kind in KINDS if kind in seconds])  # (kinds, stages, ...)
+    free, end, line, sent = (np.zeros((w.actions + 1, *shape)) for _ in range(4))  # the last row stands for nothing to wait for
+    together = {stages: np.stack(np.broadcast_arrays(*ends, np.zeros(shape))[:2]) for stages, ends in pairs.items()}
+    first = None if ready is None else np.moveaxis(np.asarray(ready), (-2, -1), (0, 1))
+    for wave in w.waves:
+        begin = np.maximum(free[wave.before], sent[wave.source])
+        ends = begin + durations[wave.kind, wave.stage]
+        if len(wave.paired):  # the backward stands behind the forward in the streams; one that comes late runs by itself
+            forward, backward = wave.paired.T
+            both = np.stack([together[stages] for stages in wave.stages])
+            ends[forward] = begin[forward] + both[:, 0]
+            ends[backward] = np.maximum(begin[forward] + both[:, 1], ends[backward])
+        if first is not None and len(wave.firsts):
+            ends[wave.firsts] = np.maximum(ends[wave.firsts], first[wave.rank[wave.firsts], wave.chunk[wave.firsts]])
+        end[wave.action] = free[wave.action] = ends
+        leaves = np.maximum(line[wave.line], ends)
+        line[wave.action] = np.where(wave.travels.reshape(-1, *[1] * len(shape)), leaves + hop, line[wave.line])
+        sent[wave.action] = np.where(wave.travels.reshape(-1, *[1] * len(shape)), leaves + hop, ends)
+        if len(wave.paired):
+            _leave_in_turn(wave, ends, hop, line, sent, free)
+    return np.moveaxis(end[w.last], (0, 1), (-2, -1))
+
+
+def _leave_in_turn(wave: _Wave, ends: np.ndarray, hop: Number, line: np.ndarray, sent: np.ndarray, free: np.ndarray) -> None:
+    """Send the two messages of every pair in the order of their ends, and free the rank when both have ended."""
+    forward, backward = wave.paired.T
+    nodes = wave.action[forward], wave.action[backward]
+    free[nodes[0]] = free[nodes[1]] = np.maximum(ends[forward], ends[backward])
+    before, extra = line[wave.line[forward]], [1] * np.ndim(hop)
+    go = [wave.travels[which].reshape(-1, *extra) for which in (forward, backward)]
+    sooner = ends[forward] <= ends[backward]
+
+    def leave(clock: np.ndarray, which: np.ndarray, travels: np.ndarray) -> np.ndarray:
+        return np.where(travels, np.maximum(clock, ends[which]) + hop, clock)
+
+    lines = [leave(before, forward, go[0]), leave(before, backward, go[1])]
+    after = leave(lines[0], backward, go[1]), leave(lines[1], forward, go[0])
+    sent[nodes[0]] = np.where(go[0], np.where(sooner, lines[0], after[1]), ends[forward])
+    sent[nodes[1]] = np.where(go[1], np.where(sooner, after[0], lines[1]), ends[backward])
+    line[nodes[0]] = line[nodes[1]] = np.where(sooner, after[0], after[1])
+
+
+KINDS = ("F", "B", "I", "W")
+
+
+@dataclass(frozen=True)
+class _Wave:
+    """Actions that wait for nothing in each other: their numbers, and those of what each waits for.
+
+    Parameters
+    ----------
+    action : ndarray (n,)
+        Number of the action.
+    kind, stage, rank, chunk : ndarray (n,)
+    before, source, line : ndarray (n,)
+        The rank's previous entry, the action whose message it needs, and the last one that has sent from its rank.
+    travels : ndarray (n,)
+        Whether its result goes to another rank.
+    firsts : ndarray
+        Places of first forwards of a chunk.
+    paired : ndarray (pairs, 2)
+        Places of the forward and backward of each pair.
+    stages : list of (int, int)
+        Stages of the two.
+    """
+
+    action: np.ndarray
+    kind: np.ndarray
+    stage: np.ndarray
+    rank: np.ndarray
+    chunk: np.ndarray
+    before: np.ndarray
+    source: np.ndarray
+    line: np.ndarray
+    travels: np.ndarray
+    firsts: np.ndarray
+    paired: np.ndarray
+    stages: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Waves:
+    """The `_Wave` of a schedule in order, how many actions there are, and the last backward of each rank and chunk."""
+
+    waves: list[_Wave]
+    actions: int
+    last: np.ndarray
+
+
+def waves(order: Schedule) -> _Waves:
+    """Return the actions of a schedule in waves, numbered in the order of its dry run; worked out once for each schedule."""
+    if "_waves" not in order.__dict__:
+        order.__dict__["_waves"] = _in_waves(order)
+    return order.__dict__["_waves"]
+
+
+def _in_waves(order: Schedule) -> _Waves:
+    kinds = [k for k in KINDS if any(a.kind == k for row in order.table for a in actions(row))]
+    rows: list[tuple] = []
+    nothing, number = -1, 0
+    before, line = [nothing] * order.pp, [nothing] * order.pp
+    messages: dict[tuple, int] = {}
+    level: list[int] = []
+    last = np.full((order.pp, order.vpp), nothing)
+    started: set[tuple[int, int]] = set()
     for rank, entry in order.order:
-        held, parts = order.held[rank], tuple(actions((entry,)))
-        begins = []
-        for action in parts:
-            arrives = sent.pop((_side(action), rank, action.chunk, action.micro_batch), None) if action.kind != "W" else None
-            begins.append(free[rank] if arrives is None else np.maximum(free[rank], arrives))
-        if len(parts) == 1:
-            ends = [begins[0] + durations[parts[0].kind][held[parts[0].chunk]]]
-        else:  # the backward stands behind the forward in the streams; one that comes late runs by itself
-            forward, backward = (held[action.chunk] for action in parts)
-            ends = [begins[0] + last for last in pairs[forward, backward]]
-            ends[1] = np.maximum(ends[1], begins[1] + durations["B"][backward])
-        for i, action in enumerate(parts):
-            if action.kind == "F" and (rank, action.chunk) not in started:
-                started.add((rank, action.chunk))
-                ends[i] = ends[i] if ready is None else np.maximum(ends[i], ready[..., rank, action.chunk])
-        free[rank] = ends[0] if len(ends) == 1 else np.maximum(*ends)
-        for action, end in sorted(zip(parts, ends, strict=True), key=lambda part: float(np.mean(part[1]))):
+        parts = tuple(actions((entry,)))
+        sources = [
+            messages.pop((_side(a), rank, a.chunk, a.micro_batch), nothing) if a.kind != "W" else nothing for a in parts
+        ]
+        mine = 1 + max((level[n] for n in (before[rank], line[rank], *sources) if n != nothing), default=-1)
+        was = before[rank], line[rank]
+        for action, source in zip(parts, sources, strict=True):
+            target, place = order.target(rank, action), (rank, action.chunk)
+            first = action.kind == "F" and place not in started
+            started |= {place} if first else set()
+            travels = target is not None and target[0] != rank
+            stage = order.held[rank][action.chunk]
+            rows.append((mine, number, kinds.index(action.kind), stage, rank, action.chunk, was[0], source, was[1], travels, first, len(parts)))
+            level.append(mine)
+            if target is not None:
+                messages[_side(action), *target, action.micro_batch] = number
             if action.kind in "BW":
-                last[rank][action.chunk] = end
-            target = order.target(rank, action)
-            if target is not None and target[0] == rank:
-                sent[_side(action), *target, action.micro_batch] = end
-            elif target is not None:
-                line[rank] = sent[_side(action), *target, action.micro_batch] = np.maximum(line[rank], end) + hop
-    return np.stack([np.stack(row, axis=-1) for row in last], axis=-2)
+                last[place] = number
+            before[rank] = number
+            line[rank] = number if travels else line[rank]
+            number += 1
+        if len(parts) > 1 and any(row[9] for row in rows[-2:]):
+            line[rank] = number - 1
+    return _Waves(_cut(np.array(rows)), number, last)
+
+
+def _cut(rows: np.ndarray) -> list[_Wave]:
+    """Cut the actions into waves by their level."""
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    found = []
+    for part in np.split(rows, np.flatnonzero(np.diff(rows[:, 0])) + 1):
+        _, action, kind, stage, rank, chunk, before, source, line, travels, first, parts = part.T
+        paired = np.flatnonzero(parts > 1).reshape(-1, 2)
+        stages = [(int(stage[f]), int(stage[b])) for f, b in paired]
+        found.append(
+            _Wave(action, kind, stage, rank, chunk, before, source, line, travels.astype(bool), np.flatnonzero(first), paired, stages)
+        )
+    return found
 
 
 def _side(action: Action) -> str:

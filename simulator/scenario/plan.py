@@ -213,6 +213,10 @@ class Plan(Frozen, _Degrees):
         """Stages that one copy of the model is divided into; DualPipe's two chunks are two copies."""
         return self.pp if self.schedule == "dualpipe" else self.pp * self.vpp
 
+    def with_rank_axis(self) -> Plan:
+        """Return the plan itself: one number broadcasts over ranks as it is."""
+        return self
+
     def on(self, accelerators: int) -> Plan:
         """Return this plan with `dp_shard` filled so that it covers `accelerators`, if it was left out."""
         if self.dp_shard is not None:
@@ -255,11 +259,13 @@ class PlanColumns(_Degrees):
         """Return the plans at `index`."""
         return PlanColumns(**{name: getattr(self, name)[index] for name in COLUMNS}, like=self.like)
 
+    def with_rank_axis(self) -> PlanColumns:
+        """Return the plans with a trailing axis, along which ranks of each may be laid."""
+        return PlanColumns(**{name: getattr(self, name)[..., None] for name in COLUMNS}, like=self.like)
+
     def row(self, index: int) -> Plan:
         """Return one of the plans."""
-        numbers = {name: int(getattr(self, name)[index]) for name in COLUMNS}
-        schedule = "interleaved" if numbers["vpp"] > 1 else ("1f1b" if self.like.schedule == "interleaved" else self.like.schedule)
-        return self.like.model_copy(update=numbers | {"schedule": schedule})
+        return self.like.model_copy(update={name: int(getattr(self, name)[index]) for name in COLUMNS})
 
 
 #: the columns of `PlanColumns`

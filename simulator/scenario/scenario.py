@@ -68,6 +68,11 @@ class Scenario(Frozen):
         data["cluster"] = described(CLUSTERS, self.cluster)
         save_yaml(data, path)
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.job.global_batch // (self.plan.dp * self.plan.micro_batch)
+
     def with_plan(self, **changes: Any) -> Scenario:
         """Return the same question for a plan with `changes`; degrees that fill the cluster are filled again."""
         data = self.plan.model_dump() | {"dp_shard": None} | changes

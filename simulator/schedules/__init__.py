@@ -32,7 +32,7 @@ SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
 __all__ = ["SCHEDULES", "Action", "Entry", "Pair", "Schedule", "Table", "actions", "read_table", "repeating", "schedule"]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1024)
 def schedule(name: str, pp: int, vpp: int, micro_batches: int, table: str | None = None) -> Schedule:
     """Return a schedule by name.
 
@@ -59,13 +59,17 @@ def schedule(name: str, pp: int, vpp: int, micro_batches: int, table: str | None
     return SCHEDULES[name](pp, vpp, micro_batches)
 
 
-#: rounds of pp micro-batches after which the memory of a schedule repeats itself, or what a formula knows of it
-_ROUNDS = {"gpipe": 1, "1f1b": 1, "interleaved": 3, "interleaved-overlapped": 3, "interleaved-zb": 3, "zb-h1": 3, "zb-h2": 3, "zb-v": 3}
-
-
 def repeating(name: str, pp: Number, micro_batches: Number) -> Number:
-    """Return the fewest micro-batches whose schedule has the memory peaks of the one with `micro_batches`."""
-    if name not in _ROUNDS:
-        return micro_batches
-    whole = np.logical_or(np.asarray(micro_batches) % pp == 0, name in ("1f1b", "gpipe"))
-    return np.where(whole, np.minimum(micro_batches, _ROUNDS[name] * np.asarray(pp)), micro_batches)
+    """Return a number of micro-batches, three rounds or less, whose schedule has the memory peaks of the one with `micro_batches`.
+
+    Notes
+    -----
+    Peaks are reached in the first rounds; what m leaves over of whole rounds stays over. Rounds have pp micro-batches, in
+    interleaved schedules ``m / (m // pp)``. 1F1B needs one round, GPipe's formula none.
+    """
+    m = np.asarray(micro_batches)
+    if name in ("gpipe", "1f1b"):
+        return np.minimum(m, pp)
+    whole = np.maximum(m // pp, 1)
+    few = 3 * m // whole if name.startswith("interleaved") else 3 * np.asarray(pp) + m % pp
+    return np.where(whole > 3, few, m)

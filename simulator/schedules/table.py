@@ -114,6 +114,15 @@ class Schedule:
         return any(isinstance(entry, Pair) for row in self.table for entry in row)
 
     @cached_property
+    def alone(self) -> np.ndarray:
+        """Forwards and backwards of each chunk that run outside pairs, (2, pp, vpp); I and W together are one backward."""
+        found = np.zeros((2, self.pp, self.vpp))
+        for rank, row in enumerate(self.table):
+            for kind, chunk, _ in (entry for entry in row if isinstance(entry, Action) and entry.kind != "W"):
+                found[0 if kind == "F" else 1, rank, chunk] += 1
+        return found
+
+    @cached_property
     def finishes(self) -> tuple[tuple[int, ...], ...]:
         """For each rank, its chunks in the order in which their last backward ends."""
         last = [{a.chunk: n for n, a in enumerate(actions(row)) if a.kind in "BW"} for row in self.table]
@@ -242,18 +251,17 @@ class Schedule:
         Shape (pp, moments, 2, vpp): with all their activations, and with only what the weight gradient still needs, chunk by
         chunk. F takes the activations, B gives them back, I gives back what W does not need. Short rows are padded with zeros.
         """
+        takes = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}
         moments = []
         for row in self.table:
-            whole, rest, seen = [0] * self.vpp, [0] * self.vpp, {(0,) * 2 * self.vpp}
-            for kind, chunk, _ in actions(row):
-                whole[chunk] += {"F": 1, "W": 0}.get(kind, -1)
-                rest[chunk] += {"I": 1, "W": -1}.get(kind, 0)
-                if kind in "FI":
-                    seen.add((*whole, *rest))
-            moments.append([m for m in seen if not any(m != n and all(a <= b for a, b in zip(m, n, strict=True)) for n in seen)])
+            parts = list(actions(row))
+            steps = np.zeros((len(parts) + 1, 2, self.vpp))
+            steps[np.arange(1, len(parts) + 1), :, [chunk for _, chunk, _ in parts]] = [takes[kind] for kind, _, _ in parts]
+            peaks = [0] + [n for n, (kind, _, _) in enumerate(parts, start=1) if kind in "FI"]
+            moments.append(_largest(np.cumsum(steps, axis=0)[peaks].reshape(len(peaks), -1)))
         counts = np.zeros((self.pp, max(map(len, moments)), 2, self.vpp))
         for rank, rows in enumerate(moments):
-            counts[rank, : len(rows)] = np.reshape(sorted(rows), (-1, 2, self.vpp))
+            counts[rank, : len(rows)] = rows.reshape(-1, 2, self.vpp)
         return counts
 
     def spans(self, times: Sequence[float] = (1.0, 1.0, 1.0), hop: float = 0.0) -> list[tuple[int, Entry, float, float]]:
@@ -282,6 +290,16 @@ class Schedule:
 
     def __str__(self) -> str:
         return "\n".join(" ".join(map(str, row)) for row in self.table) + "\n"
+
+
+def _largest(rows: np.ndarray) -> np.ndarray:
+    """Return the rows of which no other is at least as large in every entry, in order."""
+    kept, left = [], rows
+    while len(left):
+        first = left[left.sum(axis=1).argmax()]
+        kept.append(first)
+        left = left[(left > first).any(axis=1)]
+    return np.array(sorted(map(tuple, kept)))
 
 
 def read_table(text: str, name: str = "user") -> Table:

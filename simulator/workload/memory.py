@@ -9,6 +9,8 @@ Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Mode
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,24 +52,63 @@ def state_bytes(dense: Number, expert: Number, plan: Plan, job: Job) -> dict[str
     }
 
 
-def _per_stage(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], field: str) -> Number:
-    """Return the sum of a block's field over every virtual stage, as a trailing axis."""
-    values = [sum((getattr(blocks[name], field) for name in stage), 0.0) for stage in stages]
-    return np.stack(np.broadcast_arrays(*values), axis=-1)
-
-
 def _gathered(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan) -> Number:
     """Whole weights (ZeRO-3) and whole gradients (ZeRO-2, ZeRO-3) of the two largest blocks in turn on each stage."""
     element = ELEMENT_BYTES[plan.precision.parameters] * (plan.zero >= 3) + ELEMENT_BYTES[plan.precision.gradients] * (plan.zero >= 2)
-    values = []
-    for stage in stages:
-        sizes = [blocks[name].dense_parameters + blocks[name].expert_parameters for name in dict.fromkeys(stage)]
-        values.append(2 * element * np.maximum.reduce(np.broadcast_arrays(*sizes)) if sizes else 0.0)
-    return np.stack(np.broadcast_arrays(*values), axis=-1)
+    sizes = {name: block.dense_parameters + block.expert_parameters for name, block in blocks.items()}
+    return 2 * element * _largest(stages, sizes)
+
+
+def _largest(stages: tuple[StageBlocks, ...], sizes: Mapping[str, Number]) -> Number:
+    """Return the largest size among the blocks of every stage, as a trailing axis; 0 where there is none."""
+    known = {kinds: np.maximum.reduce(np.broadcast_arrays(0.0, *(sizes[k] for k in kinds))) for kinds in set(map(frozenset, stages))}
+    return np.stack(np.broadcast_arrays(*(known[frozenset(stage)] for stage in stages)), axis=-1)
+
+
+class _Held(NamedTuple):
+    """What ranks hold: stages by rank and chunk, (ranks, vpp), and micro-batches, (ranks, moments, 2, vpp)."""
+
+    stages: np.ndarray
+    counts: np.ndarray
+
+
+def _held(plan: Plan, micro_batches: int) -> _Held:
+    """Return what every rank of a schedule holds."""
+    order = schedule(plan.schedule, single(plan.pp), single(plan.vpp), micro_batches_kept(plan, micro_batches), plan.table)
+    counts = order.in_flight
+    if plan.schedule == "gpipe":  # holds every micro-batch; no need to write them all down
+        counts = np.array([micro_batches, 0.0]).reshape(1, 1, 2, 1).repeat(single(plan.pp), axis=0)
+    return _Held(np.array(order.held), counts)
+
+
+@lru_cache(maxsize=8192)
+def _decisive(plan: Plan, micro_batches: int, stages: tuple[StageBlocks, ...]) -> _Held:
+    """Return what those ranks hold that may need the most memory; `plan` says schedule, pp and vpp.
+
+    Notes
+    -----
+    Of ranks that hold the same blocks chunk by chunk, one counts for nothing when another holds at least as many
+    micro-batches at some moment for each of its own.
+    """
+    held = _held(plan, micro_batches)
+    counts = held.counts.reshape(len(held.stages), -1, 2 * held.stages.shape[1])
+    kept: dict[tuple, list[int]] = {}
+    for rank in np.argsort(-counts.sum(axis=-1).max(axis=-1), kind="stable").tolist():
+        rivals = kept.setdefault(tuple(stages[stage] for stage in held.stages[rank]), [])
+        if not any((counts[rank][:, None] <= counts[other]).all(axis=-1).any(axis=-1).all() for other in rivals):
+            rivals.append(rank)
+    ranks = sorted(rank for ranks in kept.values() for rank in ranks)
+    return _Held(held.stages[ranks], held.counts[ranks])
 
 
 def memory_per_stage(
-    model: Model, plan: Plan, job: Job, stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], micro_batches: int
+    model: Model,
+    plan: Plan,
+    job: Job,
+    stages: tuple[StageBlocks, ...],
+    blocks: Mapping[str, Block],
+    micro_batches: int,
+    decisive: bool = False,
 ) -> dict[str, Number]:
     """Return the peak bytes of each pipeline rank, part by part.
 
@@ -79,10 +120,12 @@ def memory_per_stage(
         Blocks by name, with scalar or per-plan sizes.
     micro_batches : int
         Micro-batches per step, the same for every plan here.
+    decisive : bool
+        Look only at ranks that may need the most, instead of all.
 
     Returns
     -------
-    dict of str to ndarray (..., pp)
+    dict of str to ndarray (..., ranks)
         The `PARTS` and ``total``.
 
     Notes
@@ -91,32 +134,35 @@ def memory_per_stage(
     largest moment counts. What recompute brings back lives for one block at a time. ``total`` includes the reserve:
     (everything + communication) / (1 - fragmentation) + context.
     """
-    order = schedule(plan.schedule, single(plan.pp), single(plan.vpp), micro_batches_kept(plan, micro_batches), plan.table)
-    counts = order.in_flight
-    if plan.schedule == "gpipe":  # holds every micro-batch; no need to write them all down
-        counts = np.array([micro_batches, 0.0]).reshape(1, 1, 2, 1).repeat(single(plan.pp), axis=0)
-    places = np.array(order.held).T  # (vpp, pp): the stage in each place
+    if decisive:
+        bare = Plan.model_construct(schedule=plan.schedule, pp=single(plan.pp), vpp=single(plan.vpp), table=plan.table)
+        order = _decisive(bare, micro_batches if plan.schedule == "gpipe" else micro_batches_kept(plan, micro_batches), stages)
+    else:
+        order = _held(plan, micro_batches)
+    counts, places = order.counts, order.stages.T  # (vpp, ranks): the stage in each place
+    kinds = tuple(blocks)
+    numbers = np.array([[stage.count(kind) for stage in stages] for kind in kinds], dtype=float)[:, places]  # (kinds, vpp, ranks)
 
-    def on_ranks(per_stage: Number) -> Number:
-        return per_stage[..., places]
+    def held(field: str) -> Number:
+        """Return the sum of a block's field over the stage in each place, (..., vpp, ranks)."""
+        values = np.stack(np.broadcast_arrays(*(getattr(blocks[kind], field) for kind in kinds)), axis=-1)
+        found = values @ numbers.reshape(len(kinds), -1)
+        return found.reshape(*found.shape[:-1], *places.shape)
 
-    dense, expert = (on_ranks(_per_stage(stages, blocks, f)).sum(axis=-2) for f in ("dense_parameters", "expert_parameters"))
+    dense, expert = (held(f).sum(axis=-2) for f in ("dense_parameters", "expert_parameters"))
     if model.tied_embeddings:  # a rank that holds the head without the embedding has its own copy of the shared matrix
         first, last = (np.any(places == stage, axis=0) for stage in (0, len(stages) - 1))
         dense = dense + (last & ~first) * np.asarray(model.vocab * model.hidden / plan.tp)[..., None]
-    columns = _WithStageAxis(plan)
-    parts = state_bytes(dense, expert, columns, job)
-    kept = [on_ranks(_per_stage(stages, blocks, f)) for f in ("saved_bytes", "weight_bytes")]
+    parts = state_bytes(dense, expert, plan.with_rank_axis(), job)
+    kept = [held("saved_bytes"), held("weight_bytes")]
     kept[1] = np.minimum(*np.broadcast_arrays(*kept))  # what recompute dropped is not there for the weight gradient either
-    saved = np.stack(np.broadcast_arrays(*kept), axis=-3)  # (..., 2, vpp, pp)
-    peaks = np.einsum("rtkc,...kcr->...rt", counts, saved)
-    again = [sum((blocks[name].recompute_bytes * 0.0 for name in stage), 0.0) for stage in stages]
-    for i, stage in enumerate(stages):
-        for name in dict.fromkeys(stage):
-            again[i] = np.maximum(again[i], blocks[name].recompute_bytes)
-    extra = on_ranks(np.stack(np.broadcast_arrays(*again), axis=-1)).max(axis=-2)
+    saved = np.stack(np.broadcast_arrays(*kept), axis=-3)  # (..., 2, vpp, ranks)
+    flat = np.moveaxis(saved.reshape(*saved.shape[:-3], -1, places.shape[1]), -1, 0)  # (ranks, ..., 2 vpp)
+    by_rank = counts.reshape(*counts.shape[:2], -1).swapaxes(1, 2)  # (ranks, 2 vpp, moments)
+    peaks = np.stack([of_rank @ moments for of_rank, moments in zip(flat, by_rank, strict=True)], axis=-2)  # (..., ranks, moments)
+    extra = _largest(stages, {k: b.recompute_bytes for k, b in blocks.items()})[..., places].max(axis=-2)
     parts["activations"] = peaks.max(axis=-1) + extra
-    parts["buffers"] = on_ranks(_gathered(stages, blocks, plan)).max(axis=-2) + plan.reserve.communication
+    parts["buffers"] = _gathered(stages, blocks, plan)[..., places].max(axis=-2) + plan.reserve.communication
     used = sum(parts.values())
     parts["reserved"] = used * (plan.reserve.fragmentation / (1 - plan.reserve.fragmentation)) + plan.reserve.context
     parts = {name: np.broadcast_to(value, np.shape(used)) for name, value in parts.items()}
@@ -126,11 +172,3 @@ def memory_per_stage(
 def micro_batches_kept(plan: Plan, micro_batches: int) -> int:
     """Return how many micro-batches of the schedule tell its memory: a few rounds where it repeats itself."""
     return micro_batches if plan.table else int(repeating(plan.schedule, single(plan.pp), micro_batches))
-
-
-class _WithStageAxis:
-    """A plan whose shard counts have a trailing axis for the stages."""
-
-    def __init__(self, plan: Plan):
-        self.precision, self.zero, self.copies = plan.precision, plan.zero, plan.copies
-        self.shard, self.expert_shard = np.asarray(plan.shard)[..., None], np.asarray(plan.expert_shard)[..., None]

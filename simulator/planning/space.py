@@ -1,0 +1,293 @@
+"""Which plans are legal: every combination of what a plan can say, within the user's constraints, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any, get_args
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from simulator.errors import PlanError, Problem, nearest
+from simulator.scenario.facts import Frozen
+from simulator.scenario.model import Model
+from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Module, Overlap, Plan, PlanColumns, Precision, Schedule
+from simulator.scenario.scenario import Scenario
+from simulator.workload.stages import stages_of
+
+#: what a degree may be when it is free and no fact of the question says more
+CHUNKS, MICRO_BATCHES, EXPERT_TENSOR, CONTEXT = (1, 2, 3, 4, 6, 8), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
+#: schedules that are searched when the choice is free: those that a trainer can be told by name; zb-1p and zb-2p are searched
+#: on demand, because each of their tables is itself the result of a search
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "interleaved-overlapped", "interleaved-zb", "zb-h1", "zb-h2", "zb-v", "dualpipe", "dualpipev")
+#: modules in the order in which selective recompute takes them on: cheapest seconds per byte first
+LADDER: tuple[Module, ...] = ("layernorm", "mlp_act", "moe_act", "mla_up_proj", "core_attn")
+Recomputes = tuple[tuple[str, tuple[Module, ...]], ...]
+
+
+class Space(Frozen):
+    """What the search may choose: for each choice the values allowed, None for every one that is legal.
+
+    Parameters
+    ----------
+    tp, cp, pp, vpp, ep, etp, micro_batch : tuple of int, optional
+        Free: every value that divides, with `CHUNKS`, `MICRO_BATCHES`, `EXPERT_TENSOR` and, above 8,192 tokens, `CONTEXT`.
+    zero : tuple of int
+        Sharding of the state.
+    schedule : tuple of str
+        Names, or ``zb-1p`` and ``zb-2p`` on top of `SCHEDULES`.
+    recompute : tuple of str, optional
+        ``none``, ``full`` or modules joined by ``+``, e.g. ``layernorm+moe_act``. Free: none, every first few of `LADDER` that
+        the model has, and full.
+    layout : tuple of str
+        ``even``, ``balanced`` by FLOP, or stages in letters.
+    dp_replicate, precision, dispatcher, overlap : tuple, optional
+        None keeps the scenario's plan: they change the numerics or need other software.
+    """
+
+    tp: tuple[int, ...] | None = None
+    cp: tuple[int, ...] | None = None
+    pp: tuple[int, ...] | None = None
+    vpp: tuple[int, ...] | None = None
+    ep: tuple[int, ...] | None = None
+    etp: tuple[int, ...] | None = None
+    micro_batch: tuple[int, ...] | None = None
+    dp_replicate: tuple[int, ...] | None = None
+    zero: tuple[int, ...] = Field(default=(0, 1, 2, 3), min_length=1)
+    schedule: tuple[Schedule, ...] = Field(default=SCHEDULES, min_length=1)
+    recompute: tuple[str, ...] | None = None
+    layout: tuple[str, ...] = Field(default=("balanced", "even"), min_length=1)
+    precision: tuple[Precision, ...] | None = None
+    dispatcher: tuple[str, ...] | None = None
+    overlap: tuple[Overlap, ...] | None = None
+
+    @field_validator("recompute")
+    @classmethod
+    def _modules_exist(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for word in (word for text in value or () if text not in ("none", "full") for word in text.split("+")):
+            if word not in get_args(Module):
+                raise ValueError(f"recompute {word!r}: {nearest(word, get_args(Module))}")
+        return value
+
+    @classmethod
+    def like(cls, plan: Plan, *fixed: str, **choices: Any) -> Space:
+        """Return the space in which the choices named `fixed` are those of `plan`, and `choices` as given."""
+        own = {name: ("even" if getattr(plan, name) is None else getattr(plan, name),) for name in fixed if name != "recompute"}
+        if "recompute" in fixed:
+            own["recompute"] = ("+".join(plan.recompute_modules) if plan.recompute == "selective" else plan.recompute,)
+        return cls(**(own | choices))
+
+    @property
+    def constraints(self) -> tuple[str, ...]:
+        """The names of the choices that the user has narrowed."""
+        free = Space()
+        return tuple(name for name in type(self).model_fields if getattr(self, name) != getattr(free, name))
+
+    def without(self, name: str) -> Space:
+        """Return the space in which one choice is free again."""
+        return self.model_copy(update={name: getattr(Space(), name)})
+
+    def recomputes(self, model: Model) -> Recomputes:
+        """Return the kinds of recompute as a plan writes them: (recompute, modules)."""
+        if self.recompute is not None:
+            return tuple((t, ("core_attn",)) if t in ("none", "full") else ("selective", tuple(t.split("+"))) for t in self.recompute)
+        has = {"mlp_act": not all(k.moe for k in model.kinds), "moe_act": model.experts is not None, "mla_up_proj": model.latent is not None}
+        ladder = [module for module in LADDER if has.get(module, True)]
+        steps = tuple(("selective", tuple(ladder[: n + 1])) for n in range(len(ladder)))
+        return (("none", ("core_attn",)), *steps, ("full", ("core_attn",)))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Legal plans: one row for each, degrees in columns, schedule with layout and recompute as numbers of a list.
+
+    Parameters
+    ----------
+    plans : PlanColumns
+        Their `like` is the plan of what no row differs in.
+    shape, recompute : ndarray
+        Number in `shapes` and in `recomputes`.
+    shapes : tuple of (str, str or None)
+        Schedule and layout.
+    recomputes : tuple of (str, tuple)
+        Recompute and its modules.
+    """
+
+    plans: PlanColumns
+    shape: np.ndarray
+    recompute: np.ndarray
+    shapes: tuple[tuple[str, str | None], ...]
+    recomputes: Recomputes
+
+    def __len__(self) -> int:
+        return len(self.shape)
+
+    def of_kind(self, **choices: Any) -> Table:
+        """Return the same rows with another sharding, precision, dispatcher or overlap."""
+        plans = PlanColumns(**{name: getattr(self.plans, name) for name in COLUMNS}, like=self.plans.like.model_copy(update=choices))
+        return Table(plans, self.shape, self.recompute, self.shapes, self.recomputes)
+
+    def take(self, index: np.ndarray) -> Table:
+        """Return the plans at `index`."""
+        return Table(self.plans.take(index), self.shape[index], self.recompute[index], self.shapes, self.recomputes)
+
+    def row(self, index: int) -> Plan:
+        """Return one of the plans."""
+        schedule, layout = self.shapes[self.shape[index]]
+        recompute, modules = self.recomputes[self.recompute[index]]
+        said = {"schedule": schedule, "layout": layout, "recompute": recompute, "recompute_modules": modules}
+        return self.plans.row(index).model_copy(update=said)
+
+    @cached_property
+    def groups(self) -> list[np.ndarray]:
+        """The rows of each combination of schedule, layout, pp and vpp."""
+        return grouped(self.shape, self.plans.pp, self.plans.vpp)
+
+
+def grouped(*keys: np.ndarray) -> list[np.ndarray]:
+    """Return the indices of rows that agree in all `keys`."""
+    code = np.zeros(len(keys[0]), dtype=np.int64)
+    for key in keys:
+        _, inverse = np.unique(key, return_inverse=True)
+        code = code * (int(inverse.max(initial=0)) + 1) + inverse
+    order = np.argsort(code, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(code[order])) + 1) if len(code) else []
+
+
+def divisors(n: int) -> list[int]:
+    """Return the divisors of `n`, ascending."""
+    return [int(d) for d in np.flatnonzero(n % np.arange(1, n + 1) == 0) + 1]
+
+
+def _degrees(scenario: Scenario, space: Space) -> dict[str, list[int]]:
+    """Return the values of every degree that are worth combining."""
+    model, job, n, like = scenario.model, scenario.job, scenario.cluster.accelerators, scenario.plan
+    own, layers = divisors(n), model.layers + model.mtp_layers
+    free = {
+        "tp": [t for t in own if t <= scenario.cluster.host.scale_up_domain],
+        "cp": [c for c in CONTEXT if c == 1 or job.sequence_length > 8192],
+        "pp": [p for p in own if p <= layers],
+        "vpp": list(CHUNKS),
+        "ep": divisors(model.experts.count) if model.experts else [1],
+        "etp": list(EXPERT_TENSOR),
+        "micro_batch": list(MICRO_BATCHES),
+        "dp_replicate": [like.dp_replicate],
+    }
+    return {name: list(dict.fromkeys(getattr(space, name) or values)) for name, values in free.items()}
+
+
+def _rules(p: PlanColumns, scenario: Scenario) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the rules of `simulator.feasibility.structure` on degrees: name and which plans keep it."""
+    model, job, experts = scenario.model, scenario.job, scenario.model.experts
+    sparse = all(kind.moe for kind in model.kinds)
+    wide = model.heads % p.tp == 0
+    wide &= (model.kv_heads % p.tp == 0) | (p.tp % model.kv_heads == 0)
+    yield "heads and widths divide by tp", wide & (sparse | (model.ffn % p.tp == 0))
+    inside = (p.dp_shard * p.cp * p.tp) % (p.etp * p.ep) == 0
+    yield "etp * ep divides dp * cp * tp", inside & (p.etp <= p.tp)
+    if experts:
+        fits = (experts.count % p.ep == 0) & (experts.ffn % p.etp == 0) & ((p.tp == 1) | p.sequence_parallel)
+        yield "experts divide by ep and etp", fits & ((p.ep == 1) | (job.routing == "balanced") | (job.expert_load <= p.ep))
+    else:
+        yield "expert axes need experts", (p.ep == 1) & (p.etp == 1)
+    yield "batch divides by dp * micro-batch", job.global_batch % (p.dp * p.micro_batch) == 0
+    parts = p.cp * np.where(p.cp > 1, 2, 1) * (p.tp if p.sequence_parallel else 1)
+    yield "sequence divides by cp and tp", job.sequence_length % parts == 0
+    yield "layers fill pp * vpp", p.pp * p.vpp <= model.layers + model.mtp_layers
+
+
+def _of_schedule(name: str, layout: str | None, p: PlanColumns, scenario: Scenario) -> np.ndarray:
+    """Return which plans a schedule and a layout exist for."""
+    model, job = scenario.model, scenario.job
+    chunks = (p.vpp == 2) if name in TWO_CHUNKS else (p.vpp > 1) if name in INTERLEAVED else (p.vpp == 1)
+    m = job.global_batch // (p.dp * p.micro_batch)
+    legal = chunks & ((p.vpp == 1) | (p.pp > 1))
+    if name in INTERLEAVED:
+        legal &= (m >= p.pp) & (m % np.maximum(m // p.pp, 1) == 0)
+    stages = np.where(name == "dualpipe", p.pp, p.pp * p.vpp)
+    for pp, vpp, count in set(zip(p.pp[legal].tolist(), p.vpp[legal].tolist(), stages[legal].tolist(), strict=True)):
+        if not _divides(model, layout, count, job.sequence_length):
+            legal &= (p.pp != pp) | (p.vpp != vpp)
+    return legal & _exists(name, p, m)
+
+
+def _divides(model: Model, layout: str | None, stages: int, sequence_length: int) -> bool:
+    try:
+        stages_of(model, layout, stages, sequence_length)
+    except PlanError:
+        return False
+    return True
+
+
+def _exists(name: str, p: PlanColumns, m: np.ndarray) -> np.ndarray:
+    """Return which plans have the micro-batches that a schedule needs; DualPipe divides ranks and micro-batches in two."""
+    least = {"zb-h2": 2 * p.pp - 1, "zb-v": 2 * p.pp - 1, "dualpipe": 2 * p.pp, "dualpipev": 2 * p.pp}.get(name, 1)
+    halves = (p.pp % 2 == 0) & (m % 2 == 0)
+    return (m >= least) & (halves | (name != "dualpipe"))
+
+
+def legal_table(scenario: Scenario, space: Space) -> Table:
+    """Return the legal plans of `scenario` within `space`, sharding, precision, dispatcher and overlap being the scenario's.
+
+    Raises
+    ------
+    PlanError
+        When there is none; names the constraint that leaves nothing, or the rule.
+    """
+    found = _table(scenario, space)
+    if isinstance(found, str):
+        raise PlanError([_nothing_left(scenario, space, found)])
+    return found
+
+
+def _table(scenario: Scenario, space: Space) -> Table | str:
+    """Return the legal plans, or the rule that leaves none."""
+    n, degrees = scenario.cluster.accelerators, _degrees(scenario, space)
+    grid = np.meshgrid(*degrees.values(), indexing="ij")
+    columns = {name: axis.ravel().astype(np.int64) for name, axis in zip(degrees, grid, strict=True)}
+    inner = columns["tp"] * columns["cp"] * columns["pp"] * columns["dp_replicate"]
+    keep = n % inner == 0
+    columns = {name: axis[keep] for name, axis in columns.items()} | {"dp_shard": n // inner[keep]}
+    plans = PlanColumns(**{name: columns[name] for name in COLUMNS}, like=scenario.plan.model_copy(update={"table": None}))
+    left = np.ones(len(plans), dtype=bool)
+    for rule, kept in (("degrees divide the accelerators", left), *_rules(plans, scenario)):
+        left = left & kept
+        if not left.any():
+            return rule
+    plans = plans.take(np.flatnonzero(left))
+    shapes = tuple((name, None if layout == "even" else layout) for name, layout in product(space.schedule, space.layout))
+    rows = [np.flatnonzero(_of_schedule(name, layout, plans, scenario)) for name, layout in shapes]
+    recomputes, index = space.recomputes(scenario.model), np.concatenate(rows)
+    if not len(index):
+        return "the schedule exists for pp, vpp and the micro-batches"
+    shape, kinds = np.repeat(np.arange(len(shapes)), [len(r) for r in rows]), len(recomputes)
+    return Table(plans.take(np.tile(index, kinds)), np.tile(shape, kinds), np.repeat(np.arange(kinds), len(index)), shapes, recomputes)
+
+
+def kinds_of(scenario: Scenario, space: Space) -> list[dict[str, Any]]:
+    """Return the combinations of sharding, precision, dispatcher and overlap that the accelerator can compute."""
+    like = scenario.plan
+    choices = [space.precision or (like.precision,), space.dispatcher or (like.dispatcher,), space.overlap or (like.overlap,), space.zero]
+    found = [dict(zip(("precision", "dispatcher", "overlap", "zero"), values, strict=True)) for values in product(*choices)]
+    peaks = scenario.cluster.accelerator.peak_flop_per_s
+    able = [kind for kind in found if kind["precision"].gemm in peaks]
+    if not able:
+        wanted = ", ".join(sorted({kind["precision"].gemm for kind in found}))
+        numbers = f"precision.gemm = {wanted}, {scenario.cluster.accelerator.name} has {', '.join(peaks)}"
+        raise PlanError([Problem("the accelerator computes in the datatype", numbers, f"use {' or '.join(peaks)}")])
+    return able
+
+
+def _nothing_left(s: Scenario, space: Space, rule: str) -> Problem:
+    """Return why no plan is legal: the constraints each of which alone leaves nothing, or the rule and the numbers."""
+    culprits = [name for name in space.constraints if isinstance(_table(s, space.without(name)), Table)]
+    sizes = f"{s.cluster.accelerators} accelerators, {s.model.heads} heads, {s.model.layers} layers and global_batch {s.job.global_batch}"
+    if culprits:
+        said = "; ".join(f"{name} = {' or '.join(map(str, getattr(space, name)))}" for name in culprits)
+        return Problem("some plan is legal", f"{said} leaves none: '{rule}' fails for {sizes}", f"free or widen {' or '.join(culprits)}")
+    widen = f"free {', '.join(space.constraints)}, or " if space.constraints else ""
+    remedy = f"{widen}choose a global_batch with more divisors in common with the accelerators"
+    return Problem("some plan is legal", f"'{rule}' fails for {sizes}", remedy)
