@@ -24,6 +24,7 @@ from simulator.errors import PlanError, Problem, ProfileError, SimulatorError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from simulator.ranks import RanksResult
     from simulator.result import StepResult
     from simulator.scenario.scenario import Scenario
 
@@ -173,8 +174,8 @@ def _show(table: pd.DataFrame, title: str | None = None) -> None:
     out.print(view)
 
 
-def _headline(result: StepResult) -> None:
-    from simulator.result import facts_by_grade
+def _headline(result: StepResult | RanksResult) -> None:
+    from simulator.outcome import facts_by_grade
     from simulator.units import readable
 
     s = result.scenario
@@ -206,7 +207,7 @@ def _all_at_once(folder: Path) -> Iterator[Path]:
             file.replace(folder / file.name)
 
 
-def _write(result: StepResult, folder: Path, tables: dict[str, pd.DataFrame]) -> list[Path]:
+def _write(result: StepResult | RanksResult, folder: Path, tables: dict[str, pd.DataFrame]) -> list[Path]:
     """Write `tables` and everything about one step below `folder`; return the files."""
     import matplotlib as mpl
 
@@ -214,21 +215,26 @@ def _write(result: StepResult, folder: Path, tables: dict[str, pd.DataFrame]) ->
     from matplotlib.figure import Figure
 
     from simulator import plots
+    from simulator.result import StepResult
 
+    events = isinstance(result, StepResult)  # a replay of every rank has no spans to draw, but ranks to list
     tables = tables | {"breakdown": result.breakdown(), "memory": result.memory(), "sources": result.sources()}
-    pictures = {"timeline": plots.plot_timeline, "memory": plots.plot_memory, "breakdown": plots.plot_breakdown}
+    tables |= {} if events else {"ranks": result.table(), "critical_path": result.critical_path()}
+    pictures = {"timeline": plots.plot_timeline} if events else {}
+    pictures |= {"memory": plots.plot_memory, "breakdown": plots.plot_breakdown}
     with _all_at_once(folder) as place:
         (place / "summary.json").write_text(json.dumps(result.summary(), indent=2) + "\n", encoding="utf-8")
         result.scenario.save(place / "scenario.yaml")
-        result.timeline.save_trace(place / "trace.json.gz")
+        if events:
+            result.timeline.save_trace(place / "trace.json.gz")
         for name, table in tables.items():
             table.to_csv(place / f"{name}.csv", index=False)
         for name, draw in pictures.items():
             figure = Figure(figsize=(11, 5), layout="constrained")
             draw(result, ax=figure.subplots())
             figure.savefig(place / f"{name}.png", dpi=130)
-    names = ("summary.json", "scenario.yaml", "trace.json.gz", *(f"{t}.csv" for t in tables), *(f"{p}.png" for p in pictures))
-    return [folder / name for name in names]
+    names = ["summary.json", "scenario.yaml", *(["trace.json.gz"] if events else [])]
+    return [folder / name for name in (*names, *(f"{t}.csv" for t in tables), *(f"{p}.png" for p in pictures))]
 
 
 def _report_files(files: list[Path]) -> None:
@@ -271,21 +277,36 @@ def simulate(
     sets: Sets = None,
     megatron: Annotated[Path | None, typer.Option(help="File with a Megatron-LM launch line to take the plan and batch from.")] = None,
     ranks: Annotated[Literal["classes", "all"], typer.Option(help="Simulate one rank of each kind, or every rank.")] = "classes",
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="With all ranks: jitter=0.02, routing.distribution=zipf, ...; repeatable."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="With all ranks: how many seeds.")] = 1,
     folder: OutDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Simulate one optimizer step of a plan, event by event."""
+    """Simulate one optimizer step of a plan: event by event, or every rank with its own durations."""
     from simulator.closed_forms import bound, estimate
+    from simulator.scenario.profiles import validated
+    from simulator.scenario.routing import Routing
+    from simulator.scenario.variation import Variation
     from simulator.simulate import simulate_step
 
     question = _load(scenario, sets, megatron)
-    result = simulate_step(question, ranks=ranks)
+    varied: dict[str, Any] = {}
+    for entry in vary or []:
+        _set(varied, entry)
+    routing = validated(Routing, varied.pop("routing"), "routing") if "routing" in varied else None
+    result = simulate_step(question, ranks, validated(Variation, varied, "variation") if varied else None, routing, seeds)
     files = _write(result, folder, {}) if folder else []
     if as_json:
         extra = {"bound_s": bound(question), "estimate_s": estimate(question), "breakdown": _records(result.breakdown())}
         _print_json(result.summary() | extra | {"files": [str(f) for f in files]})
         return
     _headline(result)
+    if ranks == "all":
+        _show(result.distribution(), "Step time over seeds")
+        _show(result.slowest(), "Slowest ranks beside the median of their stage")
     if files:
         _report_files(files)
 
@@ -354,8 +375,8 @@ def sources(
     scenario: Annotated[str, typer.Argument(help="A scenario file or the name of a shipped cluster.")], as_json: AsJson = False
 ) -> None:
     """Show every fact that an answer rests on, with its grade and source."""
-    from simulator.result import facts_by_grade
-    from simulator.result import sources as rests_on
+    from simulator.outcome import facts_by_grade
+    from simulator.outcome import sources as rests_on
     from simulator.scenario.profiles import CLUSTERS
 
     shipped = scenario in CLUSTERS.names() or not Path(scenario).exists()  # no such file: the nearest names are told

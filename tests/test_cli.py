@@ -21,7 +21,7 @@ import yaml
 import simulator as sim
 from simulator import plots
 from simulator.cli import app, main
-from simulator.result import sources
+from simulator.outcome import sources
 from simulator.scenario.profiles import CLUSTERS
 from simulator.validation import published
 
