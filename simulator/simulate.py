@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal, overload
 
 import numpy as np
@@ -20,9 +21,12 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
+from simulator.sharing import Beside
+from simulator.stage_times import pass_beside
 from simulator.timeline import Timeline
 from simulator.workload.build import build_step
 from simulator.workload.classes import RankClasses, rank_classes, rank_loads
+from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import StepProgram
 
 
@@ -84,9 +88,10 @@ def simulate_events(scenario: Scenario, every_rank: bool = False) -> StepResult:
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
     classes = classify(plan, cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank)
     program = build_step(model, plan, job, classes)
-    seconds = node_seconds(program, scenario)
+    slow = slowdowns(program, scenario)
+    seconds = node_seconds(program, scenario, slow)
     start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
-    return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario))
+    return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario, slow))
 
 
 def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routing: Routing | None = None, seeds: int = 1) -> RanksResult:
@@ -123,7 +128,7 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
     order = prepare(
         program.streams(), program.needs, program.meet, spans(program, scenario), plan.world // plan.pp, lambda n: describe(program, n)
     )
-    seconds = node_seconds(program, scenario)
+    seconds = node_seconds(program, scenario, slowdowns(program, scenario))
     times, first = np.empty(seeds), None
     for i in range(seeds):
         now = variation.model_copy(update={"seed": variation.seed + i})
@@ -146,38 +151,42 @@ def classify(plan: Plan, cluster: Cluster, heaviest: float, every_rank: bool) ->
     return rank_classes(plan, slowdown[host], load, every_rank)
 
 
-def node_seconds(program: StepProgram, scenario: Scenario) -> np.ndarray:
-    """Return the seconds of every node: the price of its task, times the slowdown of its class when it computes."""
+def node_seconds(program: StepProgram, scenario: Scenario, slow: np.ndarray) -> np.ndarray:
+    """Return the seconds of every node: the price of its task, times the slowdown of its class and of sharing when it computes."""
     args = scenario.model, scenario.plan, scenario.cluster
     loads, variant = np.unique(program.classes.load, return_inverse=True)
     price = np.array([[sum(float(op_s(op, *args, load=load)) for op in task.ops) for load in loads] for task in program.tasks])
     computes = np.array([task.stream == "compute" for task in program.tasks])
     task, rank = np.asarray(program.task), np.asarray(program.rank_class)
-    seconds = price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0)
-    even = np.array([sum(float(op_s(op, *args)) for op in task.ops) for task in program.tasks])[task]
-    return seconds * _crowding(program, even, computes[task], rank, scenario.plan.overlap.multiprocessors)
+    return price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0) * slow
 
 
-def _crowding(program: StepProgram, seconds: np.ndarray, computes: np.ndarray, rank: np.ndarray, share: float) -> np.ndarray:
-    """Return the factor by which communication slows the compute beside it in pairs, found beforehand for each class.
+def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
+    """Return the factor by which communication slows each node beside it: one for each pass of a block and each pair of stages.
 
-    Notes
-    -----
-    ``1 + share / (1 - share) * min(1, communication / compute)``: while both run, compute has the multiprocessors that are
-    left; the ratio of the two in all pairs of a class says how much of the time that is.
+    Found beforehand from even load and full speed (`simulator.sharing`); 1 for what does not compute.
     """
-    factor = np.ones(len(seconds))
-    paired = np.asarray(program.paired)
-    streams = np.array([task.stream for task in program.tasks])[np.asarray(program.task)]
-    for c in range(len(program.classes.stage) if paired.any() else 0):
-        mine = paired & (rank == c)
-        compute, talk = float(seconds[mine & computes].sum()), float(seconds[mine & (streams == "ep")].sum())
-        if compute:
-            factor[mine & computes] = 1 + share / (1 - share) * min(1.0, talk / compute)
-    return factor
+    model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
+    all_blocks, stages = blocks(model, plan, job), stage_blocks(model, plan, job)
+
+    @cache
+    def of_block(name: str, kind: str, paired: bool) -> Beside:
+        return pass_beside(all_blocks[name], kind, model, plan, cluster, paired)
+
+    @cache
+    def factor(task: int, pair: tuple[int, int] | None) -> float:
+        name, kind = program.tasks[task].of
+        if program.tasks[task].stream != "compute" or not name:
+            return 1.0
+        if pair is None:
+            return float(of_block(name, kind, False).slowdown(cluster.accelerator))
+        parts = (of_block(name, kind, True) for kind, stage in zip("FB", pair, strict=True) for name in stages[stage])
+        return float(sum(parts, Beside()).slowdown(cluster.accelerator))
+
+    return np.array([factor(task, pair) for task, pair in zip(program.task, program.pair, strict=True)])
 
 
-def compute_parts(program: StepProgram, scenario: Scenario) -> dict[str, float]:
+def compute_parts(program: StepProgram, scenario: Scenario, slow: np.ndarray) -> dict[str, float]:
     """Return the mean seconds per rank that the compute stream spends on each kind of kernel."""
     args = scenario.model, scenario.plan, scenario.cluster
     classes, parts = program.classes, {}
@@ -185,7 +194,7 @@ def compute_parts(program: StepProgram, scenario: Scenario) -> dict[str, float]:
     loads, variant = np.unique(classes.load, return_inverse=True)
     runs = np.zeros((len(program.tasks), len(loads)))
     rank = np.asarray(program.rank_class)
-    np.add.at(runs, (np.asarray(program.task), variant[rank]), (share * classes.slowdown)[rank])
+    np.add.at(runs, (np.asarray(program.task), variant[rank]), (share * classes.slowdown)[rank] * slow)
     for number, task in enumerate(program.tasks):
         if task.stream != "compute":
             continue
