@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from simulator.closed_forms import estimate
+from simulator.compute import peak_flop_per_s
 from simulator.errors import ProfileError, SimulatorError
 from simulator.scenario.scenario import Scenario
+from simulator.validation.keys import configuration_of, family_of, release_of
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import cluster_of
 from simulator.validation.row_model import model_of
 from simulator.validation.row_plan import job_of, plan_of
+from simulator.workload.flop import count
 
 _DATA = Path(__file__).parent / "data"
 _FILES = ("training_runs.csv", "training_runs_vtrain_single.csv")
+_PRINTED = ("id", "source", "model", "arch", "complete")
+_NUMBERS = ("measured_s", "predicted_s", "relative_error", "flop", "peak_flop_per_s")
 _COLUMNS = [
-    "id", "source", "model", "accelerator", "arch", "complete",
-    "measured_s", "predicted_s", "relative_error", "assumptions", "skipped",
+    *_PRINTED, "accelerator", "family", "release", "precision", "configuration", "options", *_NUMBERS, "assumptions", "skipped",
 ]  # fmt: skip
 _ERRORS = ["rows", "mean_absolute_error", "median_absolute_error", "bias", "worst"]
 #: what `summary` writes in place of a source on its last line
@@ -105,47 +112,67 @@ def validate(
     rows: pd.DataFrame | None = None,
     complete_only: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    processes: int = 1,
 ) -> pd.DataFrame:
     """Return predicted against measured step times of published runs, one line per run.
 
     Parameters
     ----------
     predict : callable
-        Returns the seconds of one step of a scenario; the closed-form estimate by default.
+        Returns the seconds of one step of a scenario; the closed-form estimate by default. With more than one process it
+        must be a function of a module.
     rows : DataFrame, optional
         Rows in the columns of `published_runs`; all of them when left out.
     complete_only : bool
         Keep only rows whose source prints every field (``complete = yes``).
     progress : callable, optional
         Called with rows done and rows in all.
+    processes : int
+        How many processes share the rows.
 
     Returns
     -------
     DataFrame
         ``measured_s``, ``predicted_s``, ``relative_error = predicted / measured - 1``, the assumptions joined by ``"; "``,
         and in ``skipped`` the reason why a row has no prediction, else an empty text. A row that cannot be read or
-        predicted is skipped, never raised.
+        predicted is skipped, never raised. What makes rows comparable: ``family`` (the model, proxies with it),
+        ``release``, ``accelerator``, ``precision`` of the GEMMs, ``configuration`` and ``options``; and for a baseline the
+        model ``flop`` per accelerator (causal) and its ``peak_flop_per_s`` in that precision.
     """
     rows = published_runs() if rows is None else rows
     if complete_only:
         rows = rows[rows["complete"] == "yes"]
-    lines = []
-    for done, row in enumerate(rows.to_dict("records"), start=1):
-        lines.append(_line(predict, row))
-        if progress is not None:
-            progress(done, len(rows))
+    records, lines = rows.to_dict("records"), []
+
+    def gather(found) -> None:
+        for done, line in enumerate(found, start=1):
+            lines.append(line)
+            if progress is not None:
+                progress(done, len(records))
+
+    if processes > 1 and len(records) > 1:
+        # fresh interpreters: a fork would copy the threads of whoever calls
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            gather(pool.map(partial(_line, predict), records, chunksize=16))
+    else:
+        gather(_line(predict, row) for row in records)
     return pd.DataFrame(lines, columns=_COLUMNS)
 
 
 def _line(predict: Callable[[Scenario], float], row: dict[str, Any]) -> dict[str, Any]:
     cells = Row(row)
-    line: dict[str, Any] = {c: cells.text(c) for c in ("id", "source", "model", "arch", "complete")}
-    line |= dict.fromkeys(("measured_s", "predicted_s", "relative_error"), float("nan"))
-    line |= {"accelerator": cells.text("gpu"), "assumptions": "", "skipped": ""}
+    line: dict[str, Any] = {c: cells.text(c) for c in _PRINTED}
+    line |= dict.fromkeys(_NUMBERS, float("nan"))
+    line |= {"accelerator": cells.text("gpu"), "precision": cells.text("precision"), "assumptions": "", "skipped": ""}
+    line |= {"family": family_of(line["model"]), "release": release_of(row)}
+    line |= {"configuration": configuration_of(row), "options": cells.text("overlap_notes")}
     try:
         line["measured_s"] = measured_step_s(row)
         scenario, assumptions = scenario_from_row(row)
-        line |= {"accelerator": scenario.cluster.accelerator.name, "assumptions": "; ".join(assumptions)}
+        accelerator, dtype, job = scenario.cluster.accelerator, scenario.plan.precision.gemm, scenario.job
+        line |= {"accelerator": accelerator.name, "precision": dtype, "assumptions": "; ".join(assumptions)}
+        flop = count(scenario.model, job.sequence_length).flop_per_token_causal * job.tokens_per_step / scenario.cluster.accelerators
+        line |= {"flop": flop, "peak_flop_per_s": peak_flop_per_s(accelerator, dtype)}
         predicted = float(predict(scenario))
         if not 0 < predicted < float("inf"):
             raise ProfileError(f"predicted {predicted} s")
