@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cache
+from typing import Literal, overload
 
 import numpy as np
 
@@ -20,37 +21,77 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
+from simulator.sharing import Beside
+from simulator.stage_times import pass_beside
 from simulator.timeline import Timeline
 from simulator.workload.build import build_step
 from simulator.workload.classes import RankClasses, rank_classes, rank_loads
+from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import StepProgram
 
 
-def simulate_step(scenario: Scenario, ranks: Literal["classes", "all"] = "classes") -> StepResult:
+@overload
+def simulate_step(scenario: Scenario, ranks: Literal["classes"] = "classes") -> StepResult: ...
+
+
+@overload
+def simulate_step(
+    scenario: Scenario, ranks: Literal["all"], variation: Variation | None = None, routing: Routing | None = None, seeds: int = 1
+) -> RanksResult: ...
+
+
+def simulate_step(
+    scenario: Scenario,
+    ranks: Literal["classes", "all"] = "classes",
+    variation: Variation | None = None,
+    routing: Routing | None = None,
+    seeds: int = 1,
+) -> StepResult | RanksResult:
     """Return the simulated optimizer step of `scenario`.
 
     Parameters
     ----------
     scenario : Scenario
     ranks : str
-        ``classes`` simulates one rank of each class that behaves alike, which is exact; ``all`` simulates every rank.
+        ``classes`` simulates one rank of each class that behaves alike, event by event, which is exact; ``all`` replays every
+        operation of every rank (`simulate_ranks`).
+    variation, routing, seeds
+        For ``all``: as for `simulate_ranks`.
 
     Raises
     ------
     PlanError
         When the scenario cannot run; carries every problem.
+    ProfileError
+        When `variation`, `routing` or `seeds` meet classes: ranks of a class are alike.
     """
-    if ranks not in ("classes", "all"):
+    if ranks == "all":
+        return simulate_ranks(scenario, variation, routing, seeds)
+    if ranks != "classes":
         raise ProfileError(f"ranks = {ranks!r}; choose 'classes' or 'all'")
+    if variation is not None or routing is not None or seeds != 1:
+        raise ProfileError("variation, routing and seeds set every rank apart, classes are of ranks alike; write ranks='all'")
+    return simulate_events(scenario)
+
+
+def simulate_events(scenario: Scenario, every_rank: bool = False) -> StepResult:
+    """Return the step of `scenario` simulated event by event.
+
+    Parameters
+    ----------
+    every_rank : bool
+        Run a SimPy process for each stream of each rank, not of each class: the slow truth that classes and replay are held to.
+    """
     problems = check(scenario)
     if problems:
         raise PlanError(problems)
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
-    classes = classify(plan, cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank=ranks == "all")
+    classes = classify(plan, cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank)
     program = build_step(model, plan, job, classes)
-    seconds = node_seconds(program, scenario)
+    slow = slowdowns(program, scenario)
+    seconds = node_seconds(program, scenario, slow)
     start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
-    return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario))
+    return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario, slow))
 
 
 def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routing: Routing | None = None, seeds: int = 1) -> RanksResult:
@@ -60,7 +101,7 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
     ----------
     scenario : Scenario
     variation : Variation, optional
-        Jitter, slow hosts, throttling, uneven sequences, and the first seed; those of `Variation()` by default.
+        Jitter, slow hosts, throttling, uneven sequences, and the first seed; nothing varies by default.
     routing : Routing, optional
         How tokens spread over experts; what the job says by default.
     seeds : int
@@ -73,20 +114,21 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
 
     Notes
     -----
-    `simulator.engine.ranks` replays the order of the program; overlap and sharing are in the durations beforehand.
+    `simulator.engine.ranks` replays the order of the program; overlap and sharing are in the durations beforehand, and rates
+    do not change while an operation runs. The same seed gives the same bytes.
     """
     problems = check(scenario)
     if seeds < 1:
         problems.append(Problem("at least one seed", f"seeds = {seeds}", "use 1 or more"))
     if problems:
         raise PlanError(problems)
-    plan, variation = scenario.plan, variation or Variation()
+    plan, variation = scenario.plan, variation or Variation(jitter=0)
     same = np.ones(plan.world)
     program = build_step(scenario.model, plan, scenario.job, rank_classes(plan, same, same))
     order = prepare(
         program.streams(), program.needs, program.meet, spans(program, scenario), plan.world // plan.pp, lambda n: describe(program, n)
     )
-    seconds = node_seconds(program, scenario)
+    seconds = node_seconds(program, scenario, slowdowns(program, scenario))
     times, first = np.empty(seeds), None
     for i in range(seeds):
         now = variation.model_copy(update={"seed": variation.seed + i})
@@ -109,37 +151,42 @@ def classify(plan: Plan, cluster: Cluster, heaviest: float, every_rank: bool) ->
     return rank_classes(plan, slowdown[host], load, every_rank)
 
 
-def node_seconds(program: StepProgram, scenario: Scenario) -> np.ndarray:
-    """Return the seconds of every node: the price of its task, times the slowdown of its class when it computes."""
+def node_seconds(program: StepProgram, scenario: Scenario, slow: np.ndarray) -> np.ndarray:
+    """Return the seconds of every node: the price of its task, times the slowdown of its class and of sharing when it computes."""
     args = scenario.model, scenario.plan, scenario.cluster
     loads, variant = np.unique(program.classes.load, return_inverse=True)
     price = np.array([[sum(float(op_s(op, *args, load=load)) for op in task.ops) for load in loads] for task in program.tasks])
     computes = np.array([task.stream == "compute" for task in program.tasks])
     task, rank = np.asarray(program.task), np.asarray(program.rank_class)
-    seconds = price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0)
-    return seconds * _crowding(program, seconds, computes[task], rank, scenario.plan.overlap.multiprocessors)
+    return price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0) * slow
 
 
-def _crowding(program: StepProgram, seconds: np.ndarray, computes: np.ndarray, rank: np.ndarray, share: float) -> np.ndarray:
-    """Return the factor by which communication slows the compute beside it in pairs, found beforehand for each class.
+def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
+    """Return the factor by which communication slows each node beside it: one for each pass of a block and each pair of stages.
 
-    Notes
-    -----
-    ``1 + share / (1 - share) * min(1, communication / compute)``: while both run, compute has the multiprocessors that are
-    left; the ratio of the two in all pairs of a class says how much of the time that is.
+    Found beforehand from even load and full speed (`simulator.sharing`); 1 for what does not compute.
     """
-    factor = np.ones(len(seconds))
-    paired = np.asarray(program.paired)
-    streams = np.array([task.stream for task in program.tasks])[np.asarray(program.task)]
-    for c in range(len(program.classes.stage) if paired.any() else 0):
-        mine = paired & (rank == c)
-        compute, talk = float(seconds[mine & computes].sum()), float(seconds[mine & (streams == "ep")].sum())
-        if compute:
-            factor[mine & computes] = 1 + share / (1 - share) * min(1.0, talk / compute)
-    return factor
+    model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
+    all_blocks, stages = blocks(model, plan, job), stage_blocks(model, plan, job)
+
+    @cache
+    def of_block(name: str, kind: str, paired: bool) -> Beside:
+        return pass_beside(all_blocks[name], kind, model, plan, cluster, paired)
+
+    @cache
+    def factor(task: int, pair: tuple[int, int] | None) -> float:
+        name, kind = program.tasks[task].of
+        if program.tasks[task].stream != "compute" or not name:
+            return 1.0
+        if pair is None:
+            return float(of_block(name, kind, False).slowdown(cluster.accelerator))
+        parts = (of_block(name, kind, True) for kind, stage in zip("FB", pair, strict=True) for name in stages[stage])
+        return float(sum(parts, Beside()).slowdown(cluster.accelerator))
+
+    return np.array([factor(task, pair) for task, pair in zip(program.task, program.pair, strict=True)])
 
 
-def compute_parts(program: StepProgram, scenario: Scenario) -> dict[str, float]:
+def compute_parts(program: StepProgram, scenario: Scenario, slow: np.ndarray) -> dict[str, float]:
     """Return the mean seconds per rank that the compute stream spends on each kind of kernel."""
     args = scenario.model, scenario.plan, scenario.cluster
     classes, parts = program.classes, {}
@@ -147,7 +194,7 @@ def compute_parts(program: StepProgram, scenario: Scenario) -> dict[str, float]:
     loads, variant = np.unique(classes.load, return_inverse=True)
     runs = np.zeros((len(program.tasks), len(loads)))
     rank = np.asarray(program.rank_class)
-    np.add.at(runs, (np.asarray(program.task), variant[rank]), (share * classes.slowdown)[rank])
+    np.add.at(runs, (np.asarray(program.task), variant[rank]), (share * classes.slowdown)[rank] * slow)
     for number, task in enumerate(program.tasks):
         if task.stream != "compute":
             continue

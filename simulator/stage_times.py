@@ -4,33 +4,64 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from operator import attrgetter
 
 import numpy as np
 
+from simulator.engine.replay import Runs
 from simulator.pricing import op_s, segments_s
-from simulator.scenario.cluster import Cluster
+from simulator.scenario.cluster import Accelerator, Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
-from simulator.scenario.plan import Plan, PlanColumns
-from simulator.scenario.scenario import Scenario
+from simulator.scenario.plan import Plan, PlanColumns, single
+from simulator.schedules import Schedule
+from simulator.sharing import Beside
 from simulator.units import Number
-from simulator.workload.ops import Block, Op, Segment
-from simulator.workload.stages import StageBlocks, blocks, stage_blocks
+from simulator.workload.ops import COMPUTE, Block, Op, Segment, passes
+from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parameter_ops, send_op
 
-#: segments of operations side by side, each a stream and its seconds
-Runs = tuple[tuple[tuple[str, Number], ...], ...]
+
+@dataclass(frozen=True, slots=True)
+class BlockPrice:
+    """Seconds of one block for one micro-batch.
+
+    Parameters
+    ----------
+    forward_s, backward_s, input_s, weight_s : Number
+        The passes F, B, I and W; in I and W nothing of the other runs beside.
+    gather_s, reduce_s : Number
+        The data-parallel collectives.
+    forward_runs, backward_runs : tuple
+        F and B as segments of (stream, seconds), kernels in a row as one; what a pair interleaves.
+    extra_s : dict of str to Number
+        What F, B, I and W take longer by because collectives beside them take multiprocessors and memory bandwidth.
+    paired : dict of str to Beside
+        Kernels and communication of F and B, as a pair runs all of them beside each other.
+    """
+
+    forward_s: Number
+    backward_s: Number
+    input_s: Number
+    weight_s: Number
+    gather_s: Number
+    reduce_s: Number
+    forward_runs: Runs
+    backward_runs: Runs
+    extra_s: Mapping[str, Number]
+    paired: Mapping[str, Beside]
+
+    def pass_s(self, kind: str) -> Number:
+        """Return the seconds of F, B, I or W with collectives beside it."""
+        return getattr(self, PASSES[kind]) + self.extra_s[kind]
 
 
-#: streams that the passes of a block keep busy
-BUSY = ("compute", "tp", "cp", "ep")
-#: block prices by what decides them. By tokens and the groups inside a stage: the passes F, B, I and W for one micro-batch (in I
-#: and W nothing of the other runs beside), and how long F and B keep each stream busy
-PASSES = ("forward_s", "backward_s", "input_s", "weight_s", *(f"{name}_{stream}_s" for name in ("forward", "backward") for stream in BUSY))
-#: by the data-parallel groups: gathering parameters, summing gradients
-SHARDING = ("gather_s", "reduce_s")
+#: the field of each kind of pass
+PASSES = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s"}
+
+
+#: block prices that add up over a stage
+SUMS = ("forward_s", "backward_s", "input_s", "weight_s", "gather_s", "reduce_s")
 
 
 def _runs(segments: list[list[tuple[Op, Number]]]) -> Runs:
@@ -49,8 +80,37 @@ def _longest(parts: list[Number]) -> Number:
     return parts[0] if len(parts) == 1 else np.maximum.reduce(np.broadcast_arrays(*parts))
 
 
-def price_passes(block: Block, model: Model, plan: Plan | PlanColumns, cluster: Cluster) -> dict[str, Any]:
-    """Return the `PASSES` of a block, and F and B as `Runs`: segments of (stream, seconds), kernels in a row as one."""
+def beside(block: Block, kind: str, plan: Plan | PlanColumns, paired: bool = False) -> tuple[Op, ...]:
+    """Return the kernels of a pass of `block` and the collectives that run beside them.
+
+    Parameters
+    ----------
+    paired : bool
+        In a pair all collectives do; else those that share a segment with a kernel, and what ZeRO-2 and ZeRO-3 gather and
+        reduce for every pass.
+    """
+    segments = passes(block, kind)
+    own = (op for segment in segments for op in segment if op.kind in COMPUTE or paired or len(segment) > 1)
+    gathers = parameter_ops(block, plan) if plan.zero >= 3 and kind != "W" else ()
+    reduces = gradient_ops(block, plan) if plan.zero >= 2 and kind in "BW" else ()
+    return (*own, *gathers, *reduces)
+
+
+def pass_beside(block: Block, kind: str, model: Model, plan: Plan | PlanColumns, cluster: Cluster, paired: bool = False) -> Beside:
+    """Return what runs beside what in a pass of `block`, priced."""
+    return Beside.of(((op, op_s(op, model, plan, cluster)) for op in beside(block, kind, plan, paired)), model, plan, cluster)
+
+
+def price_blocks(
+    all_blocks: Mapping[str, Block], model: Model, plan: Plan | PlanColumns, cluster: Cluster, sharing: bool = True
+) -> dict[str, BlockPrice]:
+    """Return the price of every block.
+
+    Parameters
+    ----------
+    sharing : bool
+        Whether to find what collectives slow; `simulator.lower_bound` does without.
+    """
 
     def priced(segments: Iterable[Segment]) -> list[list[tuple[Op, Number]]]:
         return [[(op, op_s(op, model, plan, cluster)) for op in segment] for segment in segments]
@@ -59,131 +119,119 @@ def price_passes(block: Block, model: Model, plan: Plan | PlanColumns, cluster: 
         kept = [[seconds for op, seconds in segment if keep(op)] for segment in segments]
         return sum((_longest(parts) for parts in kept if parts), 0.0)
 
-    passes = {"forward": priced(block.forward), "backward": priced(block.backward)}
-    backward = passes["backward"]
-    whole: dict[str, Any] = {f"{name}_s": chain(segments) for name, segments in passes.items()}
-    whole |= {f"{name}_runs": _runs(segments) for name, segments in passes.items()}
-    whole |= {"input_s": chain(backward, lambda op: op.grad != "weight"), "weight_s": chain(backward, lambda op: op.grad == "weight")}
-    for name, segments in passes.items():
-        for stream in BUSY:
-            whole[f"{name}_{stream}_s"] = sum((s for segment in segments for op, s in segment if op.stream == stream), 0.0)
-    return whole
+    def extra(block: Block, kind: str, segments: list[list[tuple[Op, Number]]]) -> Number:
+        slow = pass_beside(block, kind, model, plan, cluster).slowdown(cluster.accelerator) if sharing else 1.0
+        if not np.any(np.asarray(slow) != 1.0):
+            return 0.0
+        slowed = [[(op, seconds * (slow if op.kind in COMPUTE else 1.0)) for op, seconds in segment] for segment in segments]
+        return chain(slowed, keeps[kind]) - chain(segments, keeps[kind])
 
-
-def price_sharding(block: Block, model: Model, plan: Plan | PlanColumns, cluster: Cluster) -> dict[str, Number]:
-    """Return the `SHARDING` of a block: gathering its parameters, summing its gradients."""
-    return {
-        "gather_s": segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),
-        "reduce_s": segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster),
+    keeps: dict[str, Callable[[Op], bool]] = {
+        "F": lambda op: True,
+        "B": lambda op: True,
+        "I": lambda op: op.grad != "weight",
+        "W": lambda op: op.grad == "weight",
     }
 
+    def one(block: Block) -> BlockPrice:
+        forward, backward = priced(block.forward), priced(block.backward)
+        return BlockPrice(
+            forward_s=chain(forward),
+            backward_s=chain(backward),
+            input_s=chain(backward, keeps["I"]),
+            weight_s=chain(backward, keeps["W"]),
+            gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),
+            reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster),
+            forward_runs=_runs(forward),
+            backward_runs=_runs(backward),
+            extra_s={kind: extra(block, kind, forward if kind == "F" else backward) for kind in "FBIW"},
+            paired={kind: pass_beside(block, kind, model, plan, cluster, paired=True) for kind in "FB"} if sharing else {},
+        )
 
-def _summed(field: str) -> cached_property:
-    return cached_property(lambda t: t.over(field, t.counts))
+    return {name: one(block) for name, block in all_blocks.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StageTimes:
-    """Seconds of one step's parts, summed over blocks when a form asks for them; all plans share the stages.
-
-    Shapes: (...) plans, K kinds of blocks, S stages.
+    """Seconds of one step's parts, on every stage (..., stages) or rank (..., pp).
 
     Parameters
     ----------
-    prices : mapping of str to ndarray (..., K)
-        The `PASSES` and `SHARDING` of every kind of block, and its ``dense_parameters`` and ``expert_parameters``.
-    runs : mapping of str to (Runs, Runs)
-        Runs of a block forward and backward, by its name.
-    kinds : tuple of str
-        Names of the K kinds.
-    stages : tuple
-        Blocks of every stage.
-    hop_s, norm_s : ndarray (...)
-        A message between ranks, the all-reduce of the gradient norm.
-    optimize : callable
-        Returns the seconds of the optimizer for dense and expert parameters of shape (..., n).
+    forward_s ... weight_s, gather_s, reduce_s : ndarray (..., stages)
+        As in `BlockPrice`, summed over the blocks of a stage.
+    optimizer_s : ndarray (..., pp)
+        Optimizer kernels.
+    hop_s, norm_s, first_gather_s : ndarray (...)
+        A message between ranks, the all-reduce of the gradient norm, the gather of the first block, which nothing can hide.
+    extra_s : dict of str to ndarray (..., stages)
+        As in `BlockPrice`, summed over the blocks of a stage.
+    stage_blocks : tuple
+        Prices of the blocks of each stage, in order.
+    accelerator : Accelerator
     """
 
-    prices: Mapping[str, np.ndarray]
-    runs: Mapping[str, tuple[Runs, Runs]]
-    kinds: tuple[str, ...]
-    stages: tuple[StageBlocks, ...]
+    forward_s: Number
+    backward_s: Number
+    input_s: Number
+    weight_s: Number
+    gather_s: Number
+    reduce_s: Number
+    optimizer_s: Number
     hop_s: Number
     norm_s: Number
-    optimize: Callable[[Number, Number], Number]
+    first_gather_s: Number
+    extra_s: Mapping[str, Number]
+    stage_blocks: tuple[tuple[BlockPrice, ...], ...]
+    accelerator: Accelerator
 
-    def over(self, field: str, counts: np.ndarray) -> Number:
-        """Return a price summed over ``counts`` blocks of each kind, (K, ...) to (..., ...)."""
-        values = self.prices[field] @ counts.reshape(len(self.kinds), -1)
-        return values.reshape(*values.shape[:-1], *counts.shape[1:])
-
-    def of(self, name: str, field: str) -> Number:
-        """Return the price of one block."""
-        return self.prices[field][..., self.kinds.index(name)]
-
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """Blocks of each kind on each stage, (K, S)."""
-        return block_counts(self.kinds, self.stages)
-
-    @cached_property
-    def before(self) -> np.ndarray:
-        """Blocks of each kind on the stages before each, (K, S)."""
-        return np.cumsum(self.counts, axis=-1) - self.counts
-
-    forward_s, backward_s, input_s, weight_s = map(_summed, PASSES[:4])
-    gather_s, reduce_s = map(_summed, SHARDING)
-
-    def optimizer_s(self, counts: np.ndarray) -> Number:
-        """Return the optimizer's seconds on ranks that hold ``counts`` blocks of each kind, (K, n) to (..., n)."""
-        return self.optimize(self.over("dense_parameters", counts), self.over("expert_parameters", counts))
-
-    @property
-    def first_gather_s(self) -> Number:
-        """The gather of the first block, which nothing can hide."""
-        return self.of(self.stages[0][0], "gather_s") if self.stages[0] else np.zeros(())
+    def pass_s(self, kind: str) -> Number:
+        """Return the seconds of F, B, I or W on every stage, with collectives beside it."""
+        return getattr(self, PASSES[kind]) + self.extra_s[kind]
 
 
-@lru_cache(maxsize=4096)
-def block_counts(kinds: tuple[str, ...], stages: tuple[StageBlocks, ...]) -> np.ndarray:
-    """Return how many blocks of each kind stand on each stage, (K, S)."""
-    return np.array([[stage.count(kind) for stage in stages] for kind in kinds], dtype=float)
+def stage_times(
+    model: Model,
+    plan: Plan | PlanColumns,
+    job: Job,
+    cluster: Cluster,
+    stages: tuple[StageBlocks, ...],
+    all_blocks: Mapping[str, Block],
+    prices: Mapping[str, BlockPrice],
+    order: Schedule,
+) -> StageTimes:
+    """Return the parts of one step; all plans share schedule, pp, vpp and layout.
 
+    Parameters
+    ----------
+    stages : tuple
+        Blocks of every stage.
+    all_blocks, prices : mapping
+        Blocks by name, and what they cost.
+    order : Schedule
+        Which rank holds which stages.
+    """
+    kinds = list(prices)
+    counts = np.array([[stage.count(kind) for stage in stages] for kind in kinds], dtype=float)  # (kinds, stages)
+    plans = np.broadcast_shapes(np.shape(plan.tp), np.shape(plan.dp_shard))
 
-def stacked(kinds: Iterable[str], of: Callable[[str], Mapping[str, Number]], fields: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return the fields of every kind of block side by side, each (..., K)."""
-    rows = [of(kind) for kind in kinds]
-    return {field: np.stack(np.broadcast_arrays(*(np.asarray(row[field], dtype=float) for row in rows)), axis=-1) for field in fields}
+    def over_stages(of: Callable[[BlockPrice], Number]) -> Number:
+        return np.stack([np.broadcast_to(of(prices[kind]), plans) for kind in kinds], axis=-1) @ counts
 
+    def optimizer(names: tuple[str, ...]) -> Number:
+        dense, expert = (
+            sum(names.count(k) * getattr(all_blocks[k], f) for k in dict.fromkeys(names)) for f in ("dense_parameters", "expert_parameters")
+        )
+        return segments_s(((op,) for op in optimizer_ops(dense, expert, model, plan, job)), model, plan, cluster)
 
-def parameters(block: Block) -> dict[str, Number]:
-    """Return the parameters of a block under the names of `StageTimes.prices`."""
-    return {"dense_parameters": block.dense_parameters, "expert_parameters": block.expert_parameters}
-
-
-def optimizer_of(model: Model, plan: Plan | PlanColumns, job: Job, cluster: Cluster) -> Callable[[Number, Number], Number]:
-    """Return a function from dense and expert parameters on ranks, (..., n), to the optimizer's seconds."""
-    beside = plan.with_rank_axis()
-    return lambda dense, expert: segments_s(((op,) for op in optimizer_ops(dense, expert, model, beside, job)), model, beside, cluster)
-
-
-def stage_times(scenario: Scenario) -> StageTimes:
-    """Return the parts of the step of one scenario."""
-    model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
-    all_blocks = blocks(model, plan, job)
-    priced = {name: price_passes(b, model, plan, cluster) | price_sharding(b, model, plan, cluster) for name, b in all_blocks.items()}
-    kinds = tuple(all_blocks)
+    own = [tuple(name for stage in held for name in stages[stage]) for held in order.held]
+    known = {names: np.broadcast_to(optimizer(names), plans) for names in dict.fromkeys(own)}
     return StageTimes(
-        prices=stacked(kinds, lambda k: priced[k] | parameters(all_blocks[k]), (*PASSES, *SHARDING, *parameters(all_blocks[kinds[0]]))),
-        runs={k: (p["forward_runs"], p["backward_runs"]) for k, p in priced.items()},
-        kinds=kinds,
-        stages=stage_blocks(model, plan, job),
-        hop_s=hop_s(model, plan, job, cluster),
+        **{field: over_stages(attrgetter(field)) for field in SUMS},
+        extra_s={kind: over_stages(lambda price, kind=kind: price.extra_s[kind]) for kind in PASSES},
+        optimizer_s=np.stack([known[names] for names in own], axis=-1),
+        hop_s=op_s(send_op(plan, model, job), model, plan, cluster) if single(plan.pp) > 1 else np.zeros(()),
         norm_s=op_s(NORM_OP, model, plan, cluster),
-        optimize=optimizer_of(model, plan, job, cluster),
+        first_gather_s=prices[stages[0][0]].gather_s if stages[0] else np.zeros(()),
+        stage_blocks=tuple(tuple(prices[name] for name in stage) for stage in stages),
+        accelerator=cluster.accelerator,
     )
-
-
-def hop_s(model: Model, plan: Plan | PlanColumns, job: Job, cluster: Cluster) -> Number:
-    """Return the seconds of a message between neighbours of a pipeline; 0 where it has one rank."""
-    return np.where(np.asarray(plan.pp) > 1, op_s(send_op(plan, model, job), model, plan, cluster), 0.0)

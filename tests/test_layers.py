@@ -11,7 +11,7 @@ from small import H100
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, LatentAttention, Model
 from simulator.scenario.plan import COLUMNS, Overlap, Plan, PlanColumns, Precision
-from simulator.stage_times import PASSES, SHARDING, price_passes, price_sharding
+from simulator.stage_times import price_blocks
 from simulator.workload.layers import ATTENTION_BACKWARD_FLOP, attended, embedding, head, transformer_layer
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Block, Op, Segment, total
@@ -279,13 +279,11 @@ def test_columns_give_what_plans_give(rows, kinds, model, pp):
                 for op, *alone in zip(*ops, strict=True):
                     same(getattr(op, field), [getattr(o, field) for o in alone])
 
-    def priced(block, p):
-        return price_passes(block, model, p, H100) | price_sharding(block, model, p, H100)
-
-    for name, block in together.items():
-        price, alone = priced(block, columns), [priced(b[name], p) for b, p in zip(apart, plans, strict=True)]
-        for field in (*PASSES, *SHARDING):
-            same(price[field], [a[field] for a in alone])
+    priced = price_blocks(together, model, columns, H100)
+    for name, price in priced.items():
+        alone = [price_blocks({name: b[name]}, model, p, H100)[name] for b, p in zip(apart, plans, strict=True)]
+        for field in ("forward_s", "backward_s", "gather_s", "reduce_s"):
+            same(getattr(price, field), [getattr(a, field) for a in alone])
 
     stages = stage_blocks(model, plans[0], JOB)
     held = memory_per_stage(model, columns, JOB, stages, together, 4)

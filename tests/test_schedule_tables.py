@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from small import dense, moe, scenario
 
-from simulator.closed_forms import bound, estimate
+from simulator.closed_forms import estimate
+from simulator.lower_bound import bound
 from simulator.errors import DeadlockError, PlanError, ProfileError
 from simulator.feasibility import check, memory
 from simulator.scenario.plan import Plan

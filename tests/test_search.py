@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from small import Small, cluster, dense, job, moe
 
-from simulator.closed_forms import bound, estimate
+from simulator.closed_forms import estimate
+from simulator.lower_bound import bound
 from simulator.errors import PlanError
 from simulator.feasibility import memory, structure
 from simulator.planning.search import SELECTIVE, Priced, legal_plans, search

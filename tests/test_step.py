@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from small import Small, dense, moe, scenario
 
-from simulator.closed_forms import bound, estimate
+from simulator.closed_forms import estimate
+from simulator.lower_bound import bound
 from simulator.pricing import op_s
 from simulator.scenario.plan import Overlap, Plan
 from simulator.simulate import classify, simulate_step

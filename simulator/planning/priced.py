@@ -6,18 +6,21 @@ Shapes: n plans, U distinct combinations, K kinds of blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from simulator.closed_forms import bound_s, estimate_s
+from simulator.closed_forms import estimate_s
+from simulator.lower_bound import PARAMETERS, PASSES, SHARDING, Sums, bound_s, hop_s, optimizer_of, passes_table, sharding_table, sizes_table
 from simulator.planning.space import Table, grouped
 from simulator.pricing import op_s
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, repeating, schedule
-from simulator.stage_times import PASSES, SHARDING, Runs, StageTimes, hop_s, optimizer_of, parameters, price_passes, price_sharding, stacked
+from simulator.sharing import Beside
+from simulator.stage_times import BlockPrice, price_blocks, stage_times
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Block
 from simulator.workload.stages import StageBlocks, blocks, stages_of
@@ -28,10 +31,10 @@ _TOKENS = ("tp", "cp", "ep", "etp", "micro_batch")
 _GROUPS = ("tp", "cp", "ep", "etp", "dp_replicate", "dp_shard")
 _MESSAGE = ("tp", "cp", "micro_batch", "pp")
 #: sizes of a block that memory is made of
-_SIZES = ("saved_bytes", "recompute_bytes", "weight_bytes")
+_SIZES = (*PARAMETERS, "saved_bytes", "recompute_bytes", "weight_bytes")
 #: schedules that run forwards and backwards in pairs
 PAIRED = ("interleaved-overlapped", "dualpipe", "dualpipev")
-#: plans priced together: their arrays stay in the processor's cache
+#: plans bounded together: their arrays stay in the processor's cache
 CHUNK = 8192
 
 
@@ -43,6 +46,10 @@ def distinct(plans: PlanColumns, names: tuple[str, ...]) -> tuple[np.ndarray, np
         code = code * len(values) + inverse
     _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
     return first, inverse
+
+
+def _like(plans: PlanColumns, like: Plan) -> PlanColumns:
+    return PlanColumns(**{name: getattr(plans, name) for name in COLUMNS}, like=like)
 
 
 class _Rows(Mapping):
@@ -74,34 +81,28 @@ class Passes:
         The combination of every plan.
     tables : dict of str to ndarray (U, K)
         `PASSES`, parameters and sizes.
-    runs : dict of str to list
-        Of each block, the runs forward and backward for each kind of recompute, (U per kind,) each.
-    each : int
-        Combinations per kind of recompute.
+    kinds : tuple of str
+        Names of the K kinds of blocks.
     """
 
     row: np.ndarray
     tables: dict[str, np.ndarray]
-    runs: dict[str, list[tuple[Runs, Runs]]]
-    each: int
+    kinds: tuple[str, ...]
 
     @classmethod
     def of(cls, scenario: Scenario, table: Table) -> Passes:
         """Price the blocks of `table`."""
         first, inverse = distinct(table.plans, _TOKENS)
-        plans = table.plans.take(first)
-        parts, runs = [], {}
+        plans, parts, kinds = table.plans.take(first), [], ()
         for recompute, modules in table.recomputes:
             like = plans.like.model_copy(update={"recompute": recompute, "recompute_modules": modules})
-            columns = PlanColumns(**{name: getattr(plans, name) for name in COLUMNS}, like=like)
-            priced = {}
-            for name, block in blocks(scenario.model, columns, scenario.job).items():
-                found = price_passes(block, scenario.model, columns, scenario.cluster)
-                runs.setdefault(name, []).append((found.pop("forward_runs"), found.pop("backward_runs")))
-                priced[name] = found | parameters(block) | {size: getattr(block, size) + np.zeros(len(first)) for size in _SIZES}
-            parts.append(stacked(priced, priced.__getitem__, next(iter(priced.values()))))
+            columns = _like(plans, like)
+            all_blocks = blocks(scenario.model, columns, scenario.job)
+            kinds = tuple(all_blocks)
+            found = passes_table(all_blocks, scenario.model, columns, scenario.cluster) | sizes_table(all_blocks, _SIZES)
+            parts.append({name: np.broadcast_to(values, (len(first), len(kinds))) for name, values in found.items()})
         tables = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return cls(table.recompute * len(first) + inverse, tables, runs, len(first))
+        return cls(table.recompute * len(first) + inverse, tables, kinds)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,6 @@ class Priced:
     scenario: Scenario
     table: Table
     passes: Passes
-    row: np.ndarray = field(repr=False)
     sharding: dict[str, np.ndarray] = field(repr=False)
     group_row: np.ndarray = field(repr=False)
 
@@ -121,16 +121,8 @@ class Priced:
         passes = passes or Passes.of(scenario, table)
         first, inverse = distinct(table.plans, _GROUPS)
         plans = table.plans.take(first)
-        priced = {
-            name: price_sharding(block, scenario.model, plans, scenario.cluster)
-            for name, block in blocks(scenario.model, plans, scenario.job).items()
-        }
-        return cls(scenario, table, passes, passes.row, stacked(priced, priced.__getitem__, SHARDING), inverse)
-
-    @cached_property
-    def kinds(self) -> tuple[str, ...]:
-        """Names of the kinds of blocks."""
-        return tuple(self.passes.runs)
+        found = sharding_table(blocks(scenario.model, plans, scenario.job), scenario.model, plans, scenario.cluster)
+        return cls(scenario, table, passes, found, inverse)
 
     @cached_property
     def micro_batches(self) -> np.ndarray:
@@ -149,119 +141,152 @@ class Priced:
         first, inverse = distinct(self.table.plans, _MESSAGE)
         return hop_s(s.model, self.table.plans.take(first), s.job, s.cluster)[inverse]
 
-    def plan_of(self, index: np.ndarray) -> Plan:
-        """Return the plan whose schedule, layout, pp and vpp are those of the rows at `index`."""
-        return self.table.row(int(index[0]))
-
     def columns(self, index: np.ndarray) -> PlanColumns:
         """Return rows that agree in schedule, layout, pp and vpp."""
-        plans = self.table.plans
-        return PlanColumns(**{name: getattr(plans, name)[index] for name in COLUMNS}, like=self.plan_of(index))
+        return _like(self.table.plans.take(index), self.table.row(int(index[0])))
 
     def stages(self, plan: Plan) -> tuple[StageBlocks, ...]:
         """Return the blocks of each stage of a plan."""
         return stages_of(self.scenario.model, plan.layout, plan.stages, self.scenario.job.sequence_length)
 
-    def times(self, index: np.ndarray, columns: PlanColumns) -> StageTimes:
-        """Return the parts of the step of rows that agree in schedule, layout, pp and vpp."""
-        s, passes, row, group_row = self.scenario, self.passes.tables, self.row[index], self.group_row[index]
-        tables = {name: (passes[name], row) for name in (*PASSES, "dense_parameters", "expert_parameters")}
-        tables |= {name: (self.sharding[name], group_row) for name in SHARDING}
-        return StageTimes(
-            prices=_Rows(tables),
-            runs=_RunsOf(self, index),
-            kinds=self.kinds,
-            stages=self.stages(columns.like),
-            hop_s=self.hop_s[index],
-            norm_s=self.norm_s,
-            optimize=optimizer_of(s.model, columns, s.job, s.cluster),
-        )
-
-    def chunks(self, groups: list[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield the rows of `groups` in pieces of at most `CHUNK`."""
-        for group in groups:
-            yield from np.split(group, range(CHUNK, len(group), CHUNK))
+    def sums(self, index: np.ndarray, columns: PlanColumns) -> Sums:
+        """Return the prices of rows that agree in schedule, layout, pp and vpp."""
+        s, row = self.scenario, self.passes.row[index]
+        tables = {name: (self.passes.tables[name], row) for name in (*PASSES, *PARAMETERS)}
+        tables |= {name: (self.sharding[name], self.group_row[index]) for name in SHARDING}
+        optimize = optimizer_of(s.model, columns, s.job, s.cluster)
+        return Sums(_Rows(tables), self.passes.kinds, self.stages(columns.like), self.hop_s[index], self.norm_s, optimize)
 
     def bounds(self) -> np.ndarray:
         """Return the lower bound of every plan's step, seconds."""
-        found, plans = np.empty(len(self.table)), self.table.plans
-        kept = np.zeros(len(self.table), dtype=np.int64)
-        for code, (name, _) in enumerate(self.table.shapes):
-            mine = np.flatnonzero(self.table.shape == code) if name in PAIRED else []
-            kept[mine] = repeating(name, plans.pp[mine], self.micro_batches[mine])
-        for index in self.chunks(grouped(self.table.shape, plans.pp, plans.vpp, kept)):
+        found = np.empty(len(self.table))
+        kept = self._of_schedule(lambda name, pp, m: repeating(name, pp, m) if name in PAIRED else np.zeros_like(m))
+        for index in self._alike(kept):
             columns = self.columns(index)
             order = _fewest(columns.like, self.micro_batches[index])
-            found[index] = bound_s(columns, self.times(index, columns), self.micro_batches[index], order)
-        return found
-
-    def estimates(self, index: np.ndarray | None = None) -> np.ndarray:
-        """Return the estimate of the step of the plans at `index`, or of all, seconds."""
-        index = np.arange(len(self.table)) if index is None else index
-        found, plans, m = np.empty(len(index)), self.table.plans, self.micro_batches[index]
-        paired = np.isin(self.table.shape[index], [i for i, (name, _) in enumerate(self.table.shapes) if name in PAIRED])
-        kind = np.where(paired, self.table.recompute[index], 0)  # the segments of a pair are those of its recompute
-        for part in self.chunks(grouped(self.table.shape[index], plans.pp[index], plans.vpp[index], m, kind)):
-            columns, micro_batches = self.columns(index[part]), int(m[part[0]])
-            like = columns.like
-            found[part] = estimate_s(
-                columns,
-                self.times(index[part], columns),
-                micro_batches,
-                lambda n, p=like: schedule(p.schedule, p.pp, p.vpp, n, p.table),
-            )
+            found[index] = bound_s(columns, self.sums(index, columns), self.micro_batches[index], order)
         return found
 
     def peak_memory(self) -> np.ndarray:
         """Return the bytes of every plan's fullest stage."""
-        found, s, plans = np.empty(len(self.table)), self.scenario, self.table.plans
-        names = [name for name, _ in self.table.shapes]
-        kept = np.zeros(len(self.table), dtype=np.int64)
-        for code, name in enumerate(names):
-            mine = np.flatnonzero(self.table.shape == code)
-            m = self.micro_batches[mine]
-            kept[mine] = m if name == "gpipe" else repeating(name, plans.pp[mine], m)
-        for index in self.chunks(grouped(self.table.shape, plans.pp, plans.vpp, kept)):
+        found, s = np.empty(len(self.table)), self.scenario
+        for index in self._alike(self._of_schedule(lambda name, pp, m: m if name == "gpipe" else repeating(name, pp, m))):
             columns, m = self.columns(index), int(self.micro_batches[index[0]])
             stages = self.stages(columns.like)
-            parts = memory_per_stage(s.model, columns, s.job, stages, self.sizes(index), m, decisive=True)
-            found[index] = parts["total"].max(axis=-1)
+            found[index] = memory_per_stage(s.model, columns, s.job, stages, self.sizes(index), m, decisive=True)["total"].max(axis=-1)
         return found
 
+    def _of_schedule(self, of: Any) -> np.ndarray:
+        """Return ``of(schedule, pp, micro_batches)`` for every row."""
+        found = np.zeros(len(self.table), dtype=np.int64)
+        for code, (name, _) in enumerate(self.table.shapes):
+            mine = np.flatnonzero(self.table.shape == code)
+            found[mine] = of(name, self.table.plans.pp[mine], self.micro_batches[mine])
+        return found
+
+    def _alike(self, key: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield rows that agree in schedule, layout, pp, vpp and `key`, at most `CHUNK` at a time."""
+        for group in grouped(self.table.shape, self.table.plans.pp, self.table.plans.vpp, key):
+            yield from np.split(group, range(CHUNK, len(group), CHUNK))
+
     def sizes(self, index: np.ndarray) -> dict[str, Block]:
-        """Return the blocks of the rows at `index`, their sizes and no operations."""
-        tables, row = self.passes.tables, self.row[index]
-        names = [f.name for f in fields(Block) if f.name in tables]
-        looked_up = {name: tables[name][row] for name in names}
-        return {kind: Block((), (), **{n: looked_up[n][..., i] for n in names}) for i, kind in enumerate(self.kinds)}
+        """Return the blocks of rows, their sizes and no operations."""
+        row = self.passes.row[index]
+        looked_up = {name: self.passes.tables[name][row] for name in _SIZES}
+        return {kind: Block((), (), **{n: looked_up[n][..., i] for n in _SIZES}) for i, kind in enumerate(self.passes.kinds)}
+
+    def estimates(self, index: np.ndarray | None = None) -> np.ndarray:
+        """Return the estimate of the step of the plans at `index`, or of all, seconds."""
+        index = np.arange(len(self.table)) if index is None else index
+        prices, found = Estimates(self, index), np.empty(len(index))
+        for part in prices.groups:
+            found[part] = prices.of(part)
+        return found
 
 
-class _RunsOf(Mapping):
-    """The runs of every block for some rows, looked up when a pair asks for them."""
+class Estimates:
+    """Some plans of a table with all that an estimate needs, priced at once; estimated group by group.
+
+    Parameters
+    ----------
+    priced : Priced
+    index : ndarray (n,)
+        Rows of its table.
+    """
 
     def __init__(self, priced: Priced, index: np.ndarray):
-        self._priced, self._known = priced, {}
-        self._recompute, self._row = np.divmod(priced.row[index], priced.passes.each)
+        self.priced, self.index = priced, index
+        s, table = priced.scenario, priced.table.take(index)
+        self.recompute, self.micro_batches = table.recompute, priced.micro_batches[index]
+        paired = np.isin(table.shape, [i for i, (name, _) in enumerate(table.shapes) if name in PAIRED])
+        kind = np.where(paired, table.recompute, -1)  # the segments of a pair are those of its recompute
+        self.groups = grouped(table.shape, table.plans.pp, table.plans.vpp, self.micro_batches, kind)
+        first, self.row = distinct(table.plans, tuple(dict.fromkeys(_TOKENS + _GROUPS)))
+        plans = table.plans.take(first)
+        self.prices: dict[int, dict[str, BlockPrice]] = {}
+        for number in np.unique(table.recompute).tolist():
+            recompute, modules = table.recomputes[number]
+            columns = _like(plans, plans.like.model_copy(update={"recompute": recompute, "recompute_modules": modules}))
+            self.prices[number] = price_blocks(blocks(s.model, columns, s.job), s.model, columns, s.cluster)
+        self.length = len(first)
 
-    def __getitem__(self, name: str) -> tuple[Runs, Runs]:
-        if name not in self._known:
-            self._known[name] = self._of(name)
-        return self._known[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._priced.kinds)
-
-    def __len__(self) -> int:
-        return len(self._priced.kinds)
-
-    def _of(self, name: str) -> tuple[Runs, Runs]:
-        of_kind = self._priced.passes.runs[name]
-        (kind,) = set(self._recompute.tolist())
-        take = lambda seconds: seconds[self._row] if np.ndim(seconds) else seconds  # noqa: E731
-        forward, backward = (
-            tuple(tuple((stream, take(seconds)) for stream, seconds in run) for run in runs) for runs in of_kind[kind]
+    def of(self, part: np.ndarray) -> np.ndarray:
+        """Return the estimates of one of the groups, or of a part of it."""
+        s, like_rows = self.priced.scenario, self.index[part]
+        columns, micro_batches = self.priced.columns(like_rows), int(self.micro_batches[part[0]])
+        order_of = _orders(columns.like)
+        times = stage_times(
+            s.model,
+            columns,
+            s.job,
+            s.cluster,
+            self.priced.stages(columns.like),
+            self.priced.sizes(like_rows),
+            self._prices(part),
+            order_of(micro_batches),
         )
-        return forward, backward
+        return estimate_s(columns, times, micro_batches, order_of)
+
+    def _prices(self, part: np.ndarray) -> dict[str, BlockPrice]:
+        """Return the prices of blocks for the plans of a group, put together from those of each recompute."""
+        recompute = self.recompute[part]
+        kinds = np.unique(recompute).tolist()
+        if len(kinds) == 1:
+            return {name: _cut(price, self.row[part], self.length) for name, price in self.prices[kinds[0]].items()}
+        places = [np.flatnonzero(recompute == kind) for kind in kinds]
+        back = np.argsort(np.concatenate(places), kind="stable")
+        cut = [
+            {name: _cut(replace(p, forward_runs=(), backward_runs=(), paired={}), self.row[part[place]], self.length) for name, p in self.prices[kind].items()}
+            for kind, place in zip(kinds, places, strict=True)
+        ]
+        return {name: _joined([c[name] for c in cut], [len(p) for p in places], back) for name in cut[0]}
+
+
+def _cut(value: Any, index: np.ndarray, length: int) -> Any:
+    """Return a price with every column cut down to `index`; constants stay."""
+    if isinstance(value, np.ndarray) and value.shape == (length,):
+        return value[index]
+    if isinstance(value, dict):
+        return {key: _cut(one, index, length) for key, one in value.items()}
+    if isinstance(value, (BlockPrice, Beside)):
+        return replace(value, **{f.name: _cut(getattr(value, f.name), index, length) for f in fields(value)})
+    return tuple(_cut(one, index, length) for one in value) if isinstance(value, tuple) else value
+
+
+def _joined(prices: list[BlockPrice], lengths: list[int], back: np.ndarray) -> BlockPrice:
+    """Return the prices of several parts as one, in the order `back`."""
+
+    def join(values: list[Any]) -> Any:
+        if isinstance(values[0], (dict, tuple)):
+            return {key: join([v[key] for v in values]) for key in values[0]} if isinstance(values[0], dict) else values[0]
+        return np.concatenate([np.broadcast_to(v, (n,)) for v, n in zip(values, lengths, strict=True)])[back]
+
+    return BlockPrice(**{f.name: join([getattr(p, f.name) for p in prices]) for f in fields(BlockPrice)})
+
+
+def _orders(plan: Plan) -> Any:
+    """Return a function from the number of micro-batches to the `Schedule` of `plan`."""
+    return lambda m: schedule(plan.schedule, plan.pp, plan.vpp, m, plan.table)
 
 
 def _fewest(plan: Plan, micro_batches: np.ndarray) -> Schedule:

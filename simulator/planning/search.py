@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from simulator.errors import PlanError, Problem, ProfileError
-from simulator.planning.priced import Passes, Priced
-from simulator.planning.space import Space, Table, grouped, kinds_of, legal_table
+from simulator.planning.pool import Pool, Progress
+from simulator.planning.space import Space
 from simulator.result import StepResult
 from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 
-Progress = Callable[[str, int, int], None]
-#: plans whose memory differs by less count as equal on the Pareto front, bytes
-MEMORY_STEP_BYTES = 1e9
+#: what a row of a table of plans says of its plan
+DEGREES = ("tp", "cp", "pp", "vpp", "ep", "etp", "dp", "dp_replicate", "zero", "micro_batch", "schedule", "layout", "recompute", "dispatcher")
 
 
 @dataclass(frozen=True)
@@ -34,27 +31,24 @@ class Search:
         ``peak_memory_bytes``, ``training_days``, ``cost_usd``.
     results : list of StepResult
         The simulated steps, in the same order.
-    front : DataFrame
-        Plans than which none is both faster and smaller, by estimate, smallest last; see `pareto`.
     scenario : Scenario
         The question.
     space : Space
         What was free.
     legal, fitting, estimated : int
         How many plans were legal, fitted in memory, were estimated.
-    faster_without_memory_s : float or None
-        Lower bound of the fastest legal plan that does not fit, if that is below the best step: what memory may cost.
+    pool : Pool
+        All of them, with bounds and memory.
     """
 
     table: pd.DataFrame
     results: list[StepResult]
-    front: pd.DataFrame
     scenario: Scenario
     space: Space
     legal: int
     fitting: int
     estimated: int
-    faster_without_memory_s: float | None = None
+    pool: Pool = field(repr=False)
 
     @property
     def best(self) -> StepResult:
@@ -66,86 +60,113 @@ class Search:
         """The rows of the table as scenarios that can be run."""
         return [result.scenario for result in self.results]
 
+    def front(self, levels: int = 8) -> pd.DataFrame:
+        """Return the Pareto front of step time and memory: the fastest plan, by estimate, for each of several memory limits.
 
-@dataclass
-class Pool:
-    """Every legal plan with its bound and memory, and the estimates made so far.
+        Parameters
+        ----------
+        levels : int
+            Limits, evenly spaced between the smallest plan and the accelerator's memory.
 
-    Plans are numbered through the kinds: plan i is row ``i % n`` of kind ``i // n``.
+        Returns
+        -------
+        DataFrame
+            Fastest first: plan, ``estimate_s``, ``bound_s``, ``peak_memory_bytes``, ``cost_usd``.
+
+        Notes
+        -----
+        On one cluster cost, energy and carbon are the step time times a constant, so the front of all five is that of two.
+        """
+        pool, capacity = self.pool, self.scenario.cluster.accelerator.hbm_bytes
+        rows: dict[int, dict[str, Any]] = {}
+        for limit in np.linspace(capacity, pool.memory_bytes.min(), levels):
+            fits = np.flatnonzero(pool.memory_bytes <= limit)
+            best = int(pool.settle(fits, 1)[0])
+            rows[best] = candidate_row(self.scenario, pool, best)
+        found = pd.DataFrame(list(rows.values())).sort_values(["estimate_s", "peak_memory_bytes"], ignore_index=True)
+        return found[found["peak_memory_bytes"] <= found["peak_memory_bytes"].cummin()].reset_index(drop=True)
+
+
+def candidate_row(scenario: Scenario, pool: Pool, index: int) -> dict[str, Any]:
+    """Return one plan of a pool as a row, its figures from the estimate."""
+    step, hours = float(pool.estimate_s[index]), scenario.cluster.accelerators / 3600
+    cost = step * scenario.job.steps * hours * scenario.cluster.price_usd_per_accelerator_hour
+    figures = {"estimate_s": step, "bound_s": float(pool.bound_s[index]), "peak_memory_bytes": float(pool.memory_bytes[index])}
+    return degrees(pool.plan(index)) | figures | {"cost_usd": cost}
+
+
+def degrees(plan: Plan) -> dict[str, Any]:
+    """Return what a row of a table says of a plan."""
+    found = {name: getattr(plan, name) for name in DEGREES} | {"layout": plan.layout or "even"}
+    return found | ({"recompute": "+".join(plan.recompute_modules)} if plan.recompute == "selective" else {})
+
+
+def search(scenario: Scenario, top: int = 10, progress: Progress | None = None, space: Space | None = None) -> Search:
+    """Return the fastest plans for the model, cluster and job of `scenario`.
 
     Parameters
     ----------
-    priced : list of Priced
-        One table for each sharding, precision, dispatcher and overlap, all with the same n rows.
-    bound_s, memory_bytes, estimate_s : ndarray (kinds * n,)
-        Estimates are infinite until they are made.
+    scenario : Scenario
+        Its plan gives what `space` does not free: precision, dispatcher, overlap, replicas and reserve unless said otherwise.
+    top : int
+        Plans to simulate.
+    progress : callable, optional
+        Called as ``progress(stage, done, total)``.
+    space : Space, optional
+        What may be chosen, and from which values; everything that changes neither numerics nor software when left out.
+
+    Raises
+    ------
+    PlanError
+        When no plan is legal, and which constraint leaves none; or none fits in memory, and which comes nearest.
+
+    Notes
+    -----
+    A plan is passed over without an estimate only when its lower bound exceeds the estimate of `top` others, and no plan
+    whose bound is below the best simulated step is left without: what `bound` discards cannot win.
     """
+    if top < 1:
+        raise ProfileError(f"top = {top}; simulate at least 1 plan")
+    space, tell = space or Space(), progress or (lambda stage, done, total: None)
+    pool = Pool.of(scenario, space, tell)
+    fits = np.flatnonzero(pool.memory_bytes <= scenario.cluster.accelerator.hbm_bytes)
+    if not len(fits):
+        raise PlanError([_nothing_fits(scenario, space, pool)])
+    results: dict[int, StepResult] = {}
+    at_least = 0.0
+    while True:
+        chosen = [int(i) for i in pool.settle(fits, top, tell, at_least)]
+        for done, index in enumerate(chosen):
+            tell("simulate", done, len(chosen))
+            if index not in results:
+                results[index] = simulate_step(scenario.model_copy(update={"plan": pool.plan(index)}))
+        tell("simulate", len(chosen), len(chosen))
+        best = min(results[index].step_time_s for index in chosen)
+        if best <= at_least or not np.any((pool.bound_s[fits] <= best) & np.isinf(pool.estimate_s[fits])):
+            break
+        at_least = best
+    order = sorted(results, key=lambda i: results[i].step_time_s)[:top]
+    table = pd.DataFrame([_row(results[i], pool, i) for i in order])
+    return Search(table, [results[i] for i in order], scenario, space, len(pool), len(fits), len(pool.estimated), pool)
 
-    priced: list[Priced]
-    bound_s: np.ndarray
-    memory_bytes: np.ndarray
-    estimate_s: np.ndarray = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.estimate_s = np.full(len(self.bound_s), np.inf)
+def _row(result: StepResult, pool: Pool, index: int) -> dict[str, Any]:
+    return degrees(result.scenario.plan) | {
+        "step_time_s": result.step_time_s,
+        "estimate_s": float(pool.estimate_s[index]),
+        "bound_s": float(pool.bound_s[index]),
+        "mfu_causal": result.mfu_causal,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "training_days": result.training_days,
+        "cost_usd": result.cost_usd,
+    }
 
-    @classmethod
-    def of(cls, scenario: Scenario, space: Space, tell: Progress) -> Pool:
-        """Price and bound every legal plan of `space`."""
-        table, kinds = legal_table(scenario, space), kinds_of(scenario, space)
-        passes: dict[tuple, Passes] = {}
-        priced: list[Priced] = []
-        bounds, memory = np.empty((2, len(kinds), len(table)))
-        for number, kind in enumerate(kinds):
-            tell("bound", number * len(table), len(kinds) * len(table))
-            own = table.of_kind(**kind)
-            same = tuple(v for k, v in kind.items() if k != "zero")  # sharding does not change the passes
-            if same not in passes:
-                passes[same] = Passes.of(scenario, own)
-            priced.append(Priced.of(scenario, own, passes[same]))
-            bounds[number], memory[number] = priced[-1].bounds(), priced[-1].peak_memory()
-        tell("bound", bounds.size, bounds.size)
-        return cls(priced, bounds.ravel(), memory.ravel())
 
-    def __len__(self) -> int:
-        return len(self.bound_s)
-
-    @property
-    def rows(self) -> int:
-        """Plans of each kind."""
-        return len(self.priced[0].table)
-
-    def plan(self, index: int) -> Plan:
-        """Return one of the plans."""
-        kind, row = divmod(int(index), self.rows)
-        return self.priced[kind].table.row(row)
-
-    @cached_property
-    def groups(self) -> list[tuple[int, np.ndarray]]:
-        """Plans that are estimated together, as kind and rows."""
-        table: Table = self.priced[0].table
-        rows = grouped(table.shape, table.plans.pp, table.plans.vpp, self.priced[0].micro_batches)
-        return [(kind, part) for kind in range(len(self.priced)) for part in rows]
-
-    def estimate(self, index: np.ndarray) -> None:
-        """Estimate the plans at `index`, which are of one kind."""
-        kind = int(index[0]) // self.rows
-        self.estimate_s[index] = self.priced[kind].estimates(index - kind * self.rows)
-
-    def threshold(self, top: int) -> float:
-        """Return the estimate that `top` plans reach."""
-        return float(np.partition(self.estimate_s, top - 1)[top - 1]) if top <= len(self) else np.inf
-
-    def estimate_open(self, fitting: np.ndarray, is_open: Callable[[np.ndarray], np.ndarray], tell: Progress) -> None:
-        """Estimate plans group by group, most promising bound first, as long as `is_open` keeps any plan of the group."""
-        mine = np.zeros(len(self), dtype=bool)
-        mine[fitting] = True
-        offers = [kind * self.rows + part for kind, part in self.groups]
-        offers = [o[mine[o] & np.isinf(self.estimate_s[o])] for o in offers]
-        offers = sorted((o for o in offers if len(o)), key=lambda o: self.bound_s[o].min())
-        for done, offer in enumerate(offers):
-            tell("estimate", done, len(offers))
-            wanted = offer[is_open(offer)]
-            if len(wanted):
-                self.estimate(wanted)
-        tell("estimate", len(offers), len(offers))
+def _nothing_fits(s: Scenario, space: Space, pool: Pool) -> Problem:
+    least = int(pool.memory_bytes.argmin())
+    widen = f"free {', '.join(space.constraints)}, or " if space.constraints else ""
+    return Problem(
+        "some plan fits in memory",
+        f"the smallest plan needs {pool.memory_bytes[least] / 1e9:.1f} GB of {s.cluster.accelerator.hbm_bytes / 1e9:.1f} GB ({pool.plan(least)})",
+        f"{widen}use more accelerators, larger ones, or smaller datatypes",
+    )

@@ -20,9 +20,10 @@ from simulator.workload.stages import stages_of
 
 #: what a degree may be when it is free and no fact of the question says more
 CHUNKS, MICRO_BATCHES, EXPERT_TENSOR, CONTEXT = (1, 2, 3, 4, 6, 8), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
-#: schedules that are searched when the choice is free: those that a trainer can be told by name; zb-1p and zb-2p are searched
-#: on demand, because each of their tables is itself the result of a search
-SCHEDULES = ("1f1b", "gpipe", "interleaved", "interleaved-overlapped", "interleaved-zb", "zb-h1", "zb-h2", "zb-v", "dualpipe", "dualpipev")
+#: schedules that are searched when the choice is free. On demand only: those that run forwards and backwards in pairs
+#: (interleaved-overlapped, dualpipe, dualpipev), which need a trainer that interleaves two passes and whose bound is loose, so that
+#: many must be estimated; zb-1p and zb-2p, because each of their tables is itself the result of a search
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "interleaved-zb", "zb-h1", "zb-h2", "zb-v")
 #: modules in the order in which selective recompute takes them on: cheapest seconds per byte first
 LADDER: tuple[Module, ...] = ("layernorm", "mlp_act", "moe_act", "mla_up_proj", "core_attn")
 Recomputes = tuple[tuple[str, tuple[Module, ...]], ...]
@@ -38,7 +39,7 @@ class Space(Frozen):
     zero : tuple of int
         Sharding of the state.
     schedule : tuple of str
-        Names, or ``zb-1p`` and ``zb-2p`` on top of `SCHEDULES`.
+        Names; `SCHEDULES` unless said otherwise.
     recompute : tuple of str, optional
         ``none``, ``full`` or modules joined by ``+``, e.g. ``layernorm+moe_act``. Free: none, every first few of `LADDER` that
         the model has, and full.

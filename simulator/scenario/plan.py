@@ -84,6 +84,9 @@ class Overlap(Frozen):
     multiprocessors : float
         Share of the multiprocessors that expert communication takes from the compute beside it in a pair; 0 for copy
         engines and RDMA alone. The default is DeepSeek-V3's 20 of 132 (technical report, 2024, section 3.2.2).
+    collective_multiprocessors : float
+        Share of the multiprocessors that any other collective takes from the compute beside it. The default is 16 of 132, what
+        Transformer Engine gives its communication kernels (``num_sm``, transformer_engine/pytorch/module/base.py).
     tp : bool
         Gather a linear layer's input again beside its input gradient, and reduce-scatter that beside its weight gradient:
         what Megatron and Transformer Engine always do, and PyTorch's own tensor parallelism does not.
@@ -92,6 +95,7 @@ class Overlap(Frozen):
     grad_reduce: bool = True
     param_gather: bool = True
     multiprocessors: float = Field(default=20 / 132, ge=0, lt=1)
+    collective_multiprocessors: float = Field(default=16 / 132, ge=0, lt=1)
     tp: bool = True
 
 

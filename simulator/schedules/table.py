@@ -123,10 +123,10 @@ class Schedule:
         return found
 
     @cached_property
-    def finishes(self) -> tuple[tuple[int, ...], ...]:
-        """For each rank, its chunks in the order in which their last backward ends."""
-        last = [{a.chunk: n for n, a in enumerate(actions(row)) if a.kind in "BW"} for row in self.table]
-        return tuple(tuple(sorted(range(self.vpp), key=lambda chunk, at=at: at.get(chunk, -1))) for at in last)
+    def finishes(self) -> tuple[tuple[tuple[int, str], ...], ...]:
+        """For each rank, its chunks in the order in which their last backward ends, and whether that is a B or a W."""
+        last = [{a.chunk: (n, a.kind) for n, a in enumerate(actions(row)) if a.kind in "BW"} for row in self.table]
+        return tuple(tuple((chunk, kind) for chunk, (_, kind) in sorted(at.items(), key=lambda item: item[1])) for at in last)
 
     @cached_property
     def messages_before(self) -> tuple[int, ...]:

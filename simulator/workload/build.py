@@ -16,7 +16,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.schedules import Action, Entry, Schedule, schedule
 from simulator.workload.classes import RankClasses
-from simulator.workload.ops import Block, Op, Segment
+from simulator.workload.ops import Block, Op, passes
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import (
     NORM_OP,
@@ -43,27 +43,12 @@ class _Pieces:
     reduce: tuple[Task, ...]
 
     @classmethod
-    def of(cls, block: Block, plan: Plan) -> _Pieces:
-        inputs, weights = split_backward(block.backward)
-        bodies = {"F": block.forward, "B": block.backward, "I": inputs, "W": weights}
+    def of(cls, name: str, block: Block, plan: Plan) -> _Pieces:
         return cls(
-            {kind: fused(segments, plan) for kind, segments in bodies.items()},
+            {kind: fused(passes(block, kind), plan, (name, kind)) for kind in "FBIW"},
             _tasks(parameter_ops(block, plan), plan),
             _tasks(gradient_ops(block, plan), plan),
         )
-
-
-def split_backward(backward: Iterable[Segment]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-    """Return the segments of the input gradient (recompute included) and those of the weight gradient."""
-    inputs, weights = [], []
-    for segment in backward:
-        for part, chosen in (
-            (inputs, [op for op in segment if op.grad != "weight"]),
-            (weights, [op for op in segment if op.grad == "weight"]),
-        ):
-            if chosen:
-                part.append(tuple(chosen))
-    return tuple(inputs), tuple(weights)
 
 
 def _tasks(ops: Iterable[Op], plan: Plan) -> tuple[Task, ...]:
@@ -96,7 +81,7 @@ class _Builder:
         self.model, self.plan, self.job = model, plan, job
         self.schedule: Schedule = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
         self.stages, self.blocks = stage_blocks(model, plan, job), blocks(model, plan, job)
-        self.pieces = {name: _Pieces.of(block, plan) for name, block in self.blocks.items()}
+        self.pieces = {name: _Pieces.of(name, block, plan) for name, block in self.blocks.items()}
         self.program = StepProgram(classes)
         self.send = Task("send", "pp", "pp", (send_op(plan, model, job),))
         self.norm = fused([(NORM_OP,)], plan)
@@ -136,7 +121,7 @@ class _Builder:
         p.needs.append(needs)
         p.meet.append(meet)
         p.label.append(label)
-        p.paired.append(False)
+        p.pair.append(None)
         return node
 
     def aside(self, row: _Row, tasks: Iterable[Task], needs: tuple[int, ...], label: Action | None) -> tuple[int, ...]:
@@ -172,8 +157,12 @@ class _Builder:
         turns = [self.action(row, thread, action) for thread, action in zip(threads, entry, strict=True)]
         while turns:
             turns = [turn for turn in turns if next(turn, None) is not None]
-        row.thread.last = tuple(dict.fromkeys(threads[0].last + threads[1].last))
-        self.program.paired[begin:] = [True] * (len(self.program) - begin)
+        row.thread.last, row.thread.earlier = (
+            tuple(dict.fromkeys(getattr(threads[0], name) + getattr(threads[1], name))) for name in ("last", "earlier")
+        )
+        held = self.schedule.held[row.rank]
+        pair = held[entry.forward.chunk], held[entry.backward.chunk]
+        self.program.pair[begin:] = [pair] * (len(self.program) - begin)
 
     def action(self, row: _Row, thread: _Thread, action: Action) -> Iterator[tuple[int, ...]]:
         """Append an action of one chunk: wait for its message, run its blocks, send the result on; yields after each segment."""
@@ -246,7 +235,9 @@ class _Builder:
     def gather_ahead(self, row: _Row) -> None:
         """Gather the parameters that the last optimizer step sharded, ahead of the first forward."""
         if self.plan.zero in (1, 2) and self.plan.overlap.param_gather:
-            for chunk, stage in enumerate(self.schedule.held[row.rank]):
+            held = self.schedule.held[row.rank]
+            for chunk in sorted(range(len(held)), key=held.__getitem__):  # both copies of a stage gather it in the same turn
+                stage = held[chunk]
                 for i, name in enumerate(self.stages[stage]):
                     row.gathered[chunk, i] = self.aside(row, self.pieces[name].gather, (), None)
 

@@ -1,0 +1,116 @@
+"""Every legal plan of a question with its bound and memory, and the estimates of those that may still win."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from simulator.planning.priced import Estimates, Passes, Priced
+from simulator.planning.space import Space, kinds_of, legal_table
+from simulator.scenario.plan import Plan
+from simulator.scenario.scenario import Scenario
+
+Progress = Callable[[str, int, int], None]
+#: plans that are estimated before the first threshold is known, per plan wanted
+FIRST = 64
+
+
+@dataclass
+class Pool:
+    """Legal plans, numbered through the kinds: plan i is row ``i % n`` of kind ``i // n``.
+
+    Parameters
+    ----------
+    priced : list of Priced
+        One table for each sharding, precision, dispatcher and overlap, all with the same n rows.
+    bound_s, memory_bytes, estimate_s : ndarray (kinds * n,)
+        Estimates are infinite until they are made.
+    """
+
+    priced: list[Priced]
+    bound_s: np.ndarray
+    memory_bytes: np.ndarray
+    estimate_s: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.estimate_s = np.full(len(self.bound_s), np.inf)
+
+    @classmethod
+    def of(cls, scenario: Scenario, space: Space, tell: Progress) -> Pool:
+        """Price and bound every legal plan of `space`."""
+        table, kinds = legal_table(scenario, space), kinds_of(scenario, space)
+        passes: dict[tuple, Passes] = {}
+        priced: list[Priced] = []
+        bounds, memory = np.empty((2, len(kinds), len(table)))
+        for number, kind in enumerate(kinds):
+            tell("bound", number * len(table), bounds.size)
+            own = table.of_kind(**kind)
+            same = tuple(value for name, value in kind.items() if name != "zero")  # sharding does not change the passes
+            if same not in passes:
+                passes[same] = Passes.of(scenario, own)
+            priced.append(Priced.of(scenario, own, passes[same]))
+            bounds[number], memory[number] = priced[-1].bounds(), priced[-1].peak_memory()
+        tell("bound", bounds.size, bounds.size)
+        return cls(priced, bounds.ravel(), memory.ravel())
+
+    def __len__(self) -> int:
+        return len(self.bound_s)
+
+    def plan(self, index: int) -> Plan:
+        """Return one of the plans."""
+        kind, row = divmod(int(index), len(self.priced[0].table))
+        return self.priced[kind].table.row(row)
+
+    @property
+    def estimated(self) -> np.ndarray:
+        """The plans that have an estimate."""
+        return np.flatnonzero(np.isfinite(self.estimate_s))
+
+    def threshold(self, among: np.ndarray, top: int) -> float:
+        """Return the estimate that the `top` best of some plans reach, infinite while fewer are estimated."""
+        return float(np.partition(self.estimate_s[among], top - 1)[top - 1]) if top <= len(among) else np.inf
+
+    def settle(self, among: np.ndarray, top: int, tell: Progress = lambda stage, done, total: None, at_least: float = 0.0) -> np.ndarray:
+        """Estimate plans until no other can be among the `top` best of `among`; return those, best first.
+
+        Parameters
+        ----------
+        at_least : float
+            Also estimate every plan whose bound is not above this, seconds.
+
+        Notes
+        -----
+        Plans go in groups that share a schedule, most promising bound first. A plan is passed over only when its bound exceeds
+        the estimates of `top` others.
+        """
+        first = min(FIRST * top, len(among)) - 1
+        limit = self.threshold(among, top)
+        limit = max(at_least, min(limit, float(np.partition(self.bound_s[among], first)[first])))
+        while True:
+            wanted = among[(self.bound_s[among] <= limit) & np.isinf(self.estimate_s[among])]
+            self._estimate(wanted, among, top, tell, at_least)
+            reached = max(at_least, self.threshold(among, top))
+            if not np.any((self.bound_s[among] <= reached) & np.isinf(self.estimate_s[among])):
+                break
+            limit = reached
+        best = among[np.argsort(self.estimate_s[among], kind="stable")]
+        return best[: min(top, int(np.isfinite(self.estimate_s[among]).sum()))]
+
+    def _estimate(self, wanted: np.ndarray, among: np.ndarray, top: int, tell: Progress, at_least: float) -> None:
+        """Estimate some plans group by group; skips those that the threshold overtakes."""
+        rows, offers = len(self.priced[0].table), []
+        for kind in np.unique(wanted // rows).tolist():
+            mine = wanted[wanted // rows == kind]
+            prices = Estimates(self.priced[kind], mine - kind * rows)
+            offers += [(float(self.bound_s[mine[part]].min()), mine, prices, part) for part in prices.groups]
+        limit = max(at_least, self.threshold(among, top))
+        for done, (bound, mine, prices, part) in enumerate(sorted(offers, key=lambda offer: offer[0])):
+            tell("estimate", done, len(offers))
+            if bound > limit:
+                break
+            part = part[self.bound_s[mine[part]] <= limit]
+            self.estimate_s[mine[part]] = prices.of(part)
+            limit = max(at_least, self.threshold(among, top))
+        tell("estimate", len(offers), len(offers))
