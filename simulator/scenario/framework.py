@@ -63,5 +63,5 @@ class Framework(Frozen):
         if not isinstance(value, str):
             return value
         if value not in PRESETS:
-            raise ValueError(f"framework: {value} is not known; use one of {', '.join(PRESETS)}, or its fields")
+            raise ValueError(f"{value} is not known; use one of {', '.join(PRESETS)}, or its fields")
         return PRESETS[value]

@@ -352,7 +352,9 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     _norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = _enter_tp(b, "head", x, model.hidden)
     logits = x.tokens * vocab
-    kept, most = (size * logits * (x.tp if plan.framework.cross_entropy == "gathered" else 1.0) for size in LOGIT_BYTES[plan.framework.cross_entropy])
+    kept, most = (
+        size * logits * (x.tp if plan.framework.cross_entropy == "gathered" else 1.0) for size in LOGIT_BYTES[plan.framework.cross_entropy]
+    )
     b.linear("head.logits", x.tokens, model.hidden, vocab, saved=kept, beside=beside)
     written = 0.0 if plan.framework.weight_gradients == "fused" else model.hidden * vocab * BF16
     b.works(most - kept)
@@ -385,5 +387,5 @@ def mtp_layer(model: Model, plan: Plan, job: Job) -> Block:
         own.recompute_bytes + layer.recompute_bytes + loss.recompute_bytes,
         own.weight_bytes + layer.weight_bytes + loss.weight_bytes,
         np.maximum(loss.working_bytes, layer.working_bytes - loss.saved_bytes),
-        layer.matrices | own.matrices,
+        layer.matrices + own.matrices,
     )

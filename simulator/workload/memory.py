@@ -84,7 +84,7 @@ def _placeholders(held: tuple[StageBlocks, ...], blocks: Mapping[str, Block]) ->
     """
     shapes: dict[str, Number] = {}
     for name in dict.fromkeys(name for stage in held for name in stage):
-        shapes |= blocks[name].matrices
+        shapes |= dict(blocks[name].matrices)
     return AUTOGRAD * sum(shapes.values(), 0.0)
 
 

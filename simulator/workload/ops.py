@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,8 +121,8 @@ class Block:
     working_bytes : Number
         Gradients of activations and other temporaries of the block's own backward, at its fullest moment, less what it
         has given back of `saved_bytes` by then.
-    matrices : mapping of str to Number
-        Elements of one weight matrix of each linear layer, by the layer's name.
+    matrices : tuple of (str, Number)
+        Elements of one weight matrix of each linear layer, beside the layer's name.
     """
 
     forward: tuple[Segment, ...]
@@ -133,7 +133,7 @@ class Block:
     recompute_bytes: Number
     weight_bytes: Number
     working_bytes: Number = 0.0
-    matrices: Mapping[str, Number] = field(default_factory=dict)
+    matrices: tuple[tuple[str, Number], ...] = ()
 
 
 @dataclass(slots=True)
@@ -277,7 +277,7 @@ class BlockBuilder:
         kept = sum(e.saved for e in self._entries if not e.modules & self.recomputed)
         saved = layer_input if self.recompute == "full" else kept
         sizes = (self.dense_parameters, self.expert_parameters, saved, everything - saved, self.weight_bytes, self._fullest())
-        return Block(forward, tuple(backward), *sizes, matrices=self.matrices)
+        return Block(forward, tuple(backward), *sizes, matrices=tuple(self.matrices.items()))
 
 
 def _again(segments: Iterable[Segment]) -> list[Segment]:
