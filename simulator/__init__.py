@@ -9,6 +9,7 @@ from simulator.closed_forms import bound, estimate
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
 from simulator.planning.search import Search, search
+from simulator.planning.sweep import grid, stored_scenario, stored_sweep, sweep
 from simulator.ranks import RanksResult
 from simulator.result import StepResult, sources
 from simulator.scenario.catalogue import clusters, models
@@ -50,6 +51,10 @@ __all__ = [
     "search",
     "plan",
     "Search",
+    "grid",
+    "sweep",
+    "stored_sweep",
+    "stored_scenario",
     "validate",
     "sources",
     "SimulatorError",
