@@ -22,6 +22,7 @@ proofs: .venv/tested
 	$(BIN)/pytest -m long
 
 bench: .venv/installed
+	$(PIP) install -c constraints.txt '.[fast]'
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python tools/bench.py
 
 # The built wheel is what runs and what gets tested, not the checkout.

@@ -13,7 +13,9 @@ from simulator.cli.terminal import note
 from simulator.errors import ProfileError
 
 if TYPE_CHECKING:
+    from simulator.scenario.routing import Routing
     from simulator.scenario.scenario import Scenario
+    from simulator.scenario.variation import Variation
 
 ScenarioFile = Annotated[Path | None, typer.Argument(help="Scenario in YAML; may be left out when --set gives model, cluster and job.")]
 Sets = Annotated[
@@ -78,7 +80,7 @@ def _apply(data: dict[str, Any], sets: list[str] | None) -> None:
     for entry in sets or []:
         key, equals, value = entry.partition("=")
         if not equals or not all(key.split(".")):
-            raise ProfileError(f"--set {entry!r}: write KEY=VALUE, e.g. --set plan.pp=8")
+            raise ProfileError(f"{entry!r}: write KEY=VALUE, e.g. --set plan.pp=8")
         change(data, key, read_value(value))
 
 
@@ -88,3 +90,21 @@ def read_value(text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
+
+
+Varied = Annotated[
+    list[str] | None,
+    typer.Option("--vary", metavar="KEY=VALUE", help="With all ranks: jitter=0.02, routing.distribution=zipf, ...; repeatable."),
+]
+
+
+def variation(entries: list[str] | None) -> tuple[Variation | None, Routing | None]:
+    """Return what ``--vary`` says of ranks and of routing; None for what it does not mention."""
+    from simulator.scenario.profiles import validated
+    from simulator.scenario.routing import Routing
+    from simulator.scenario.variation import Variation
+
+    said: dict[str, Any] = {}
+    _apply(said, entries)
+    routing = validated(Routing, said.pop("routing"), "routing") if "routing" in said else None
+    return validated(Variation, {"jitter": 0} | said, "variation") if said else None, routing

@@ -12,15 +12,15 @@ from simulator.cli.question import AsJson, Sets, question_table, read_value
 from simulator.cli.terminal import print_json, progress, records, report_files, say, show
 from simulator.errors import ProfileError
 
-Vary = Annotated[
+Over = Annotated[
     list[str] | None,
-    typer.Option("--vary", metavar="KEY=V1,V2,...", help="Values of one entry, e.g. plan.pp=4,8,16; repeat it for every combination."),
+    typer.Option("--over", metavar="KEY=V1,V2,...", help="Values of one entry, e.g. plan.pp=4,8,16; repeat it for every combination."),
 ]
 
 
 def sweep(
     scenarios: Annotated[list[Path], typer.Argument(help="One scenario in YAML or several.")],
-    vary: Vary = None,
+    over: Over = None,
     sets: Sets = None,
     into: Annotated[Path | None, typer.Option("--into", help="SQLite file that keeps every answer; run again to go on.")] = None,
     level: Annotated[str, typer.Option(help="simulate, estimate or bound.")] = "simulate",
@@ -35,7 +35,7 @@ def sweep(
 
     if table is not None and table.suffix not in (".parquet", ".csv"):
         raise ProfileError(f"--table {table}: write .parquet or .csv")
-    varied = dict(_values(entry) for entry in vary or [])
+    varied = dict(_values(entry) for entry in over or [])
     asked = [one for path in scenarios for one in grid(question_table(path, sets), varied)]
     with progress() as tell:
         found = run(asked, into, level, engine, lambda done, total: tell(level, done, total))
@@ -60,5 +60,5 @@ def _values(entry: str) -> tuple[str, list[Any]]:
     key, equals, text = entry.partition("=")
     values = read_value(f"[{text}]")
     if not equals or not key or not isinstance(values, list) or not values:
-        raise ProfileError(f"--vary {entry!r}: write KEY=VALUE,VALUE, e.g. --vary plan.pp=4,8,16")
+        raise ProfileError(f"--over {entry!r}: write KEY=VALUE,VALUE, e.g. --over plan.pp=4,8,16")
     return key, values
