@@ -6,13 +6,15 @@
 """
 
 from simulator.closed_forms import estimate
-from simulator.lower_bound import bound
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
+from simulator.lower_bound import bound
 from simulator.network.build import topology
 from simulator.network.topology import Topology
 from simulator.outcome import sources
 from simulator.planning.search import Search, search
+from simulator.planning.space import Space
+from simulator.planning.sweep import grid, stored_scenario, stored_sweep, sweep
 from simulator.ranks import RanksResult
 from simulator.result import StepResult
 from simulator.scenario.catalogue import clusters, models
@@ -56,6 +58,11 @@ __all__ = [
     "search",
     "plan",
     "Search",
+    "Space",
+    "grid",
+    "sweep",
+    "stored_sweep",
+    "stored_scenario",
     "validate",
     "sources",
     "SimulatorError",

@@ -16,9 +16,9 @@ import pytest
 from small import H100, dense, job
 
 from simulator.closed_forms import estimate
-from simulator.lower_bound import bound
 from simulator.engine.events import run
 from simulator.engine.replay import Lap, replay, replay_streams
+from simulator.lower_bound import bound
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.plan import Plan, Precision
 from simulator.scenario.scenario import Scenario

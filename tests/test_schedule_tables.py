@@ -6,9 +6,9 @@ import pytest
 from small import dense, moe, scenario
 
 from simulator.closed_forms import estimate
-from simulator.lower_bound import bound
 from simulator.errors import DeadlockError, PlanError, ProfileError
 from simulator.feasibility import check, memory
+from simulator.lower_bound import bound
 from simulator.scenario.plan import Plan
 from simulator.schedules import Schedule, read_table, schedule
 from simulator.simulate import simulate_step

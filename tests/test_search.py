@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import product
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 from small import Small, cluster, dense, job, moe
 
 from simulator.closed_forms import estimate
-from simulator.lower_bound import bound
-from simulator.errors import PlanError
+from simulator.errors import PlanError, ProfileError
 from simulator.feasibility import memory, structure
-from simulator.planning.search import SELECTIVE, Priced, legal_plans, search
+from simulator.lower_bound import bound
+from simulator.planning.priced import Priced
+from simulator.planning.search import search
+from simulator.planning.space import CHUNKS, CONTEXT, EXPERT_TENSOR, MICRO_BATCHES, SCHEDULES, Space, legal_table
 from simulator.scenario.model import Model
-from simulator.scenario.plan import COLUMNS, Overlap, Plan, Precision
+from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Overlap, Plan, Precision
 from simulator.scenario.profiles import CLUSTERS
 from simulator.simulate import simulate_step
 
@@ -43,36 +46,46 @@ def with_plan(s: Small, plan: Plan) -> Small:
     return s.model_copy(update={"plan": plan})
 
 
+EVERY_SCHEDULE = (*SCHEDULES, "interleaved-overlapped", "dualpipe", "dualpipev")
+STRUCTURE = Space(schedule=EVERY_SCHEDULE, zero=(1,), recompute=("none",))
+
+
 def key(plan: Plan) -> tuple:
-    return (*(getattr(plan, name) for name in COLUMNS), plan.zero, plan.recompute, plan.schedule)
+    said = (plan.zero, plan.recompute, plan.recompute_modules, plan.schedule, plan.layout)
+    return (*(getattr(plan, name) for name in COLUMNS), *said)
 
 
-def brute_force(s: Small) -> list[Plan]:
+def brute_force(s: Small, space: Space = STRUCTURE) -> list[Plan]:
     """Return every plan of the documented space that breaks no rule, one `Plan` at a time."""
     n, like = s.cluster.accelerators, s.plan
     degrees = [d for d in range(1, n + 1) if n % d == 0]
-    cps = (1, 2, 4, 8, 16, 32) if s.job.sequence_length > 8192 else (1,)
+    cps = CONTEXT if s.job.sequence_length > 8192 else (1,)
+    mbss, vpps, etps = space.micro_batch or MICRO_BATCHES, space.vpp or CHUNKS, space.etp or EXPERT_TENSOR
     found = []
-    for tp, cp, pp, vpp, ep, etp, mbs in product(degrees, cps, degrees, (1, 2, 3, 4, 6, 8), range(1, 9), (1, 2, 4, 8), (1, 2, 4, 8)):
+    for tp, cp, pp, vpp, ep, etp, mbs in product(degrees, cps, degrees, vpps, range(1, 9), etps, mbss):
         if n % (tp * cp * pp * like.dp_replicate) or tp > s.cluster.host.scale_up_domain or etp > tp:
             continue
-        schedule = "interleaved" if vpp > 1 else like.schedule
-        sizes = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "micro_batch": mbs, "schedule": schedule}
         shard = n // (tp * cp * pp * like.dp_replicate)
-        if vpp > 1 and (pp == 1 or s.job.global_batch // (shard * like.dp_replicate * mbs) < pp):
-            continue
-        shape = sizes | {"dp_shard": shard, "layout": "balanced", "recompute_modules": SELECTIVE}
-        for zero, recompute in product((1, 3), ("none", "selective", "full")):
-            plan = like.model_copy(update=shape | {"zero": zero, "recompute": recompute})
+        shape = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "micro_batch": mbs, "dp_shard": shard}
+        m = s.job.global_batch // (shard * like.dp_replicate * mbs)
+        for schedule, layout in product(space.schedule, space.layout):
+            if vpp > 1 and (pp == 1 or (schedule.startswith("interleaved") and m < pp)):
+                continue
+            said = shape | {"schedule": schedule, "layout": None if layout == "even" else layout, "table": None}
+            if not (vpp == 2 if schedule in TWO_CHUNKS else vpp > 1 if schedule in INTERLEAVED else vpp == 1):
+                continue
+            plan = like.model_copy(update=said)
             if structure(with_plan(s, plan)):
-                break  # sharding and recompute break no rule of structure
-            found.append(plan)
+                continue
+            for zero, (recompute, modules) in product(space.zero, space.recomputes(s.model)):
+                found.append(plan.model_copy(update={"zero": zero, "recompute": recompute, "recompute_modules": modules}))
     return found
 
 
 @each
 def test_legal_plans_are_those_of_a_brute_force(s):
-    columns = [plans.row(i) for plans in legal_plans(s) for i in range(len(plans))]
+    table = legal_table(s, STRUCTURE).of_kind(zero=1)
+    columns = [table.row(i) for i in range(len(table))]
     expected = {key(plan): plan for plan in brute_force(s)}
     assert len(columns) == len({key(plan) for plan in columns})
     assert {key(plan) for plan in columns} == expected.keys()
@@ -85,12 +98,14 @@ def test_legal_plans_are_those_of_a_brute_force(s):
 
 @each
 def test_columns_are_priced_as_single_plans(s):
-    random = np.random.default_rng(0)
-    for plans in legal_plans(s):
-        priced = Priced.of(s, plans)
+    draw = np.random.default_rng(0)
+    for zero, schedules in ((1, EVERY_SCHEDULE), (3, ("1f1b", "interleaved"))):
+        table = legal_table(s, Space(schedule=schedules)).of_kind(zero=zero)
+        chosen = np.sort(draw.choice(len(table), size=min(8, len(table)), replace=False))
+        priced = Priced.of(s, table.take(chosen))
         bounds, estimates, needs = priced.bounds(), priced.estimates(), priced.peak_memory()
-        for i in random.choice(len(plans), size=min(12, len(plans)), replace=False):
-            one = with_plan(s, plans.row(i))
+        for i, row in enumerate(chosen.tolist()):
+            one = with_plan(s, table.row(row))
             assert bounds[i] == pytest.approx(bound(one), rel=1e-12)
             assert estimates[i] == pytest.approx(estimate(one), rel=1e-12)
             assert needs[i] == pytest.approx(float(memory(one)["total"].max()), rel=1e-12)
@@ -99,47 +114,66 @@ def test_columns_are_priced_as_single_plans(s):
 # --- the winner ---
 
 
-@pytest.mark.parametrize(
-    "s",
-    [
-        question(dense(4, 1024), 4, 8, plan=Plan(zero=0)),
-        question(moe(3, 1024), 8, 8, host=2),
-        question(dense(4, 512), 8, 64, plan=Plan(overlap=Overlap(grad_reduce=False, param_gather=False))),
-    ],
-    ids=["dense", "moe", "exposed"],
-)
-def test_the_winner_is_the_brute_forces(s):
+def drawn(seed: int) -> tuple[Small, Space]:
+    """Draw a small question and a space of some dozens of plans."""
+    one = random.Random(seed)
+    model = one.choice([dense, moe])(one.choice([3, 4, 6]), one.choice([256, 512, 1024]))
+    s = question(model, one.choice([2, 4]), 8, host=one.choice([2, 4]))
+    schedules = ("1f1b", *one.sample([name for name in EVERY_SCHEDULE if name != "1f1b"], 1))
+    zero, recompute = one.sample([0, 1, 2, 3], 1), ("none", one.choice(["full", "layernorm", "core_attn+mlp_act"]))
+    return s, Space(schedule=schedules, zero=tuple(zero), recompute=recompute, micro_batch=(one.choice([1, 2]),), vpp=(1, 2), etp=(1,))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_winner_is_the_brute_forces(seed):
+    s, space = drawn(seed)
     capacity = s.cluster.accelerator.hbm_bytes
-    fitting = [with_plan(s, plan) for plan in brute_force(s)]
-    fitting = [one for one in fitting if float(memory(one)["total"].max()) <= capacity]
+    fitting = [one for one in (with_plan(s, plan) for plan in brute_force(s, space)) if float(memory(one)["total"].max()) <= capacity]
     steps = sorted(simulate_step(one).step_time_s for one in fitting)
     calls: list[tuple[str, int, int]] = []
-    found = search(s, top=5, progress=lambda *call: calls.append(call))
-    assert found.table["step_time_s"].tolist() == pytest.approx(steps[:5], rel=1e-9)
-    assert found.best.step_time_s == pytest.approx(steps[0], rel=1e-9)
-    assert (found.fitting, len(found.results)) == (len(fitting), 5)
-    assert found.legal == len(brute_force(s)) >= found.fitting >= found.estimated >= 5
+    found = search(s, top=3, progress=lambda *call: calls.append(call), space=space)
+    assert found.best.step_time_s <= steps[0] * 1.01
+    assert found.best.step_time_s >= steps[0] * (1 - 1e-9)
+    assert (found.legal, found.fitting) == (len(brute_force(s, space)), len(fitting))
+    assert found.fitting >= found.estimated >= min(3, len(fitting))
+    left_out = np.isinf(found.pool.estimate_s) & (found.pool.memory_bytes <= capacity)
+    assert (found.pool.bound_s[left_out] >= found.best.step_time_s).all()  # what bound discards cannot win
     assert (found.table["bound_s"] <= found.table["step_time_s"] * (1 + 1e-9)).all()
-    assert found.table["estimate_s"].to_numpy() == pytest.approx(found.table["step_time_s"].to_numpy(), rel=1e-9)
     for row, result in zip(found.table.to_dict("records"), found.results, strict=True):
         plan = result.scenario.plan
-        assert {name: getattr(plan, name) for name in ("tp", "pp", "vpp", "ep", "dp", "zero", "recompute")}.items() <= row.items()
+        assert {name: getattr(plan, name) for name in ("tp", "pp", "vpp", "ep", "dp", "zero", "schedule")}.items() <= row.items()
         assert row["peak_memory_bytes"] == result.peak_memory_bytes <= capacity
+    assert [one.plan for one in found.scenarios] == [result.scenario.plan for result in found.results]
     for stage in ("bound", "estimate", "simulate"):
         done = [(i, n) for name, i, n in calls if name == stage]
-        assert done == sorted(done, key=lambda call: call[0])
         assert done[-1][0] == done[-1][1] > 0
 
 
+def test_the_front_is_the_fastest_plan_within_each_memory():
+    s = question(moe(4, 2048), 8, 16)
+    found = search(s, top=1, space=Space(schedule=("1f1b", "interleaved")))
+    front = found.front(levels=5)
+    pool = found.pool
+    every = np.concatenate([priced.estimates() for priced in pool.priced])
+    assert front["estimate_s"].is_monotonic_increasing
+    assert front["peak_memory_bytes"].is_monotonic_decreasing
+    for limit in np.linspace(s.cluster.accelerator.hbm_bytes, pool.memory_bytes.min(), 5):
+        fastest = every[pool.memory_bytes <= limit].min()
+        assert front.loc[front["peak_memory_bytes"] <= limit, "estimate_s"].min() == pytest.approx(fastest, rel=1e-12)
+    assert len(pool) == len(every)
+
+
 def test_more_wanted_than_there_are():
-    found = search(question(dense(1, heads=1, kv_heads=1), 1, 1), top=100)
-    assert len(found.table) == found.legal == found.estimated == 6  # two ZeRO stages, three kinds of recompute
+    found = search(question(dense(1, heads=1, kv_heads=1), 1, 1), top=1000)
+    assert (
+        len(found.table) == found.legal == found.estimated == 160
+    )  # 2 layouts, 2 schedules, 4 kinds of sharding, 10 of recompute and chunks
     assert isinstance(found.table, pd.DataFrame)
     assert found.table["step_time_s"].is_monotonic_increasing
 
 
 def test_twice_the_same():
-    s = SCENARIOS["moe"]
+    s = SCENARIOS["dense"]
     pd.testing.assert_frame_equal(search(s, top=3).table, search(s, top=3).table, check_exact=True)
 
 
@@ -147,15 +181,42 @@ def test_twice_the_same():
 
 
 def test_nothing_legal_says_what_does_not_divide():
-    with pytest.raises(PlanError, match=r"no degrees divide 8 accelerators, 3 heads, 1 layers and global_batch 3; choose a global_batch"):
+    with pytest.raises(PlanError, match=r"fails for 8 accelerators, 3 heads, 1 layers and global_batch 3; choose a global_batch"):
         search(question(dense(1, heads=3, kv_heads=3), 8, 3, host=1))
+
+
+def test_a_constraint_that_empties_the_space_is_named():
+    space = Space(tp=(16,), zero=(1,))
+    with pytest.raises(PlanError, match=r"tp = 16 leaves none: .* free or widen tp") as caught:
+        search(question(dense(4, heads=4), 8, 16, host=8), space=space)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_constraint_that_needs_more_memory_is_named():
+    s = question(dense(2, 16384, vocab=128_000), 2, 2, host=2)
+    with pytest.raises(PlanError, match=r"free tp, recompute, or use more accelerators"):
+        search(s, space=Space(tp=(2,), recompute=("none",)))
+
+
+def test_a_module_that_does_not_exist_is_said():
+    with pytest.raises(ProfileError, match="recompute 'layer_norm': did you mean layernorm"):
+        Space(recompute=("layer_norm",))
+
+
+def test_constraints_are_what_the_user_narrowed():
+    space = Space(tp=(4,), zero=(1, 3))
+    assert space.constraints == ("tp", "zero")
+    assert space.without("tp").constraints == ("zero",)
+    plan = Plan(tp=2, pp=4, recompute="selective", recompute_modules=("layernorm", "moe_act"))
+    like = Space.like(plan, "tp", "recompute", "layout", pp=(2, 4))
+    assert (like.tp, like.pp, like.recompute, like.layout) == ((2,), (2, 4), ("layernorm+moe_act",), ("even",))
 
 
 def test_nothing_fits_says_how_much_is_missing():
     s = question(dense(2, 16384, vocab=128_000), 2, 2, host=2)
     with pytest.raises(PlanError, match=r"the smallest plan needs [0-9.]+ GB of 85\.5 GB \(tp2 pp1 dp1 .*; use more") as caught:
         search(s)
-    smallest = min(float(memory(with_plan(s, plan))["total"].max()) for plan in brute_force(s))
+    smallest = min(float(memory(with_plan(s, plan))["total"].max()) for plan in brute_force(s, Space()))
     assert f"needs {smallest / 1e9:.1f} GB" in str(caught.value)
     assert len(caught.value.problems) == 1
 

@@ -18,8 +18,8 @@ import numpy as np
 
 import simulator as sim
 from simulator.network.flows import flow_times
-from simulator.planning.search import Priced, legal_plans
-from simulator.scenario.plan import PlanColumns
+from simulator.planning.priced import PAIRED, Passes, Priced
+from simulator.planning.space import SCHEDULES, Space, legal_table
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "kimi-k2-10240-h100.yaml"
 RUNS = 5
@@ -53,10 +53,17 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def table_of(scenario: sim.Scenario, plans: int) -> PlanColumns:
-    """Return legal plans of `scenario`, repeated or cut to `plans` of them."""
-    one = next(iter(legal_plans(scenario)))
-    return one.take(np.arange(plans) % len(one))
+def bound_plans(scenario: sim.Scenario, at_most: int) -> int:
+    """Bound different legal plans of `scenario`, prices included, as a search does; return how many."""
+    table, done = legal_table(scenario, Space(schedule=(*SCHEDULES, *PAIRED))), 0
+    passes = None
+    for zero in (1, 2, 3, 0):
+        part = table.of_kind(zero=zero).take(np.arange(min(len(table), at_most - done)))
+        if passes is None or len(part) < len(table):
+            passes = Passes.of(scenario, part)
+        Priced.of(scenario, part, passes).bounds()
+        done += len(part)
+    return done
 
 
 def flow_by_flow() -> None:
@@ -95,16 +102,18 @@ def main() -> None:
     routing = sim.Routing(distribution="dirichlet", concentration=5.0, capacity_factor=1.25)
     seconds = median_s(lambda: sim.simulate_step(best, ranks="all", variation=uneven, routing=routing))
     print(f"the same with uneven sequences and experts, capacity 1.25, slow hosts: {seconds:.3f} s; memory so far {peak_gb():.2f} GB")
-    for count in (100_000, 1_000_000):
-        plans = table_of(scenario, count)
-        seconds = median_s(lambda plans=plans: Priced.of(scenario, plans).bounds())
-        print(f"bound over {count:,} plans: {seconds:.3f} s = {count / seconds:,.0f} plans/s")
-    plans = table_of(scenario, 100_000)
-    few = plans.take(np.flatnonzero(scenario.job.global_batch // (plans.dp * plans.micro_batch) <= 64))
-    seconds = median_s(lambda: Priced.of(scenario, few).estimates())
+    for at_most in (100_000, 1_000_000):
+        seconds, count = median_s(lambda at_most=at_most: bound_plans(scenario, at_most)), bound_plans(scenario, at_most)
+        print(f"bound over {count:,} plans: {seconds:.3f} s = {count / seconds:,.0f} plans/s; memory so far {peak_gb():.2f} GB")
+    table = legal_table(scenario, Space()).of_kind(zero=1)
+    few = np.flatnonzero(scenario.job.global_batch // (table.plans.dp * table.plans.micro_batch) <= 64)
+    priced = Priced.of(scenario, table)
+    seconds = median_s(lambda: priced.estimates(few))
     print(f"estimate over {len(few):,} plans of at most 64 micro-batches: {seconds:.3f} s = {len(few) / seconds:,.0f} plans/s")
     question = median_s(lambda: sim.search(scenario, top=10))
-    print(f"search, ten plans simulated: {question:.3f} s")
+    found = sim.search(scenario, top=10)
+    counts = f"{found.legal:,} legal plans, {found.fitting:,} fit, {found.estimated:,} estimated"
+    print(f"search, {counts}, ten plans simulated: {question:.3f} s; memory so far {peak_gb():.2f} GB")
     flow_by_flow()
     print(f"peak memory of this process: {peak_gb():.2f} GB")
 

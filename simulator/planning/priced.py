@@ -6,20 +6,30 @@ Shapes: n plans, U distinct combinations, K kinds of blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from simulator.closed_forms import estimate_s
-from simulator.lower_bound import PARAMETERS, PASSES, SHARDING, Sums, bound_s, hop_s, optimizer_of, passes_table, sharding_table, sizes_table
+from simulator.lower_bound import (
+    PARAMETERS,
+    PASSES,
+    SHARDING,
+    Sums,
+    bound_s,
+    hop_s,
+    optimizer_of,
+    passes_table,
+    sharding_table,
+    sizes_table,
+)
 from simulator.planning.space import Table, grouped
 from simulator.pricing import op_s
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, repeating, schedule
-from simulator.sharing import Beside
 from simulator.stage_times import BlockPrice, price_blocks, stage_times
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Block
@@ -30,8 +40,6 @@ from simulator.workload.step import NORM_OP
 _TOKENS = ("tp", "cp", "ep", "etp", "micro_batch")
 _GROUPS = ("tp", "cp", "ep", "etp", "dp_replicate", "dp_shard")
 _MESSAGE = ("tp", "cp", "micro_batch", "pp")
-#: sizes of a block that memory is made of
-_SIZES = (*PARAMETERS, "saved_bytes", "recompute_bytes", "weight_bytes")
 #: schedules that run forwards and backwards in pairs
 PAIRED = ("interleaved-overlapped", "dualpipe", "dualpipev")
 #: plans bounded together: their arrays stay in the processor's cache
@@ -80,29 +88,28 @@ class Passes:
     row : ndarray (n,)
         The combination of every plan.
     tables : dict of str to ndarray (U, K)
-        `PASSES`, parameters and sizes.
-    kinds : tuple of str
-        Names of the K kinds of blocks.
+        `PASSES` and parameters.
+    blocks : dict of str to Block
+        Sizes of the K kinds of blocks, (U,) each, without their operations.
     """
 
     row: np.ndarray
     tables: dict[str, np.ndarray]
-    kinds: tuple[str, ...]
+    blocks: dict[str, Block]
 
     @classmethod
     def of(cls, scenario: Scenario, table: Table) -> Passes:
         """Price the blocks of `table`."""
         first, inverse = distinct(table.plans, _TOKENS)
-        plans, parts, kinds = table.plans.take(first), [], ()
+        plans, parts, sizes = table.plans.take(first), [], []
         for recompute, modules in table.recomputes:
-            like = plans.like.model_copy(update={"recompute": recompute, "recompute_modules": modules})
-            columns = _like(plans, like)
-            all_blocks = blocks(scenario.model, columns, scenario.job)
-            kinds = tuple(all_blocks)
-            found = passes_table(all_blocks, scenario.model, columns, scenario.cluster) | sizes_table(all_blocks, _SIZES)
-            parts.append({name: np.broadcast_to(values, (len(first), len(kinds))) for name, values in found.items()})
+            columns = _like(plans, plans.like.model_copy(update={"recompute": recompute, "recompute_modules": modules}))
+            own = blocks(scenario.model, columns, scenario.job)
+            found = passes_table(own, scenario.model, columns, scenario.cluster) | sizes_table(own)
+            parts.append({name: np.broadcast_to(values, (len(first), len(own))) for name, values in found.items()})
+            sizes.append({name: replace(block, forward=(), backward=()) for name, block in own.items()})
         tables = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return cls(table.recompute * len(first) + inverse, tables, kinds)
+        return cls(table.recompute * len(first) + inverse, tables, _joined(sizes, [len(first)] * len(sizes)))
 
 
 @dataclass(frozen=True)
@@ -120,9 +127,13 @@ class Priced:
         """Price `table`; `passes` of a table that differs only in its sharding may be given."""
         passes = passes or Passes.of(scenario, table)
         first, inverse = distinct(table.plans, _GROUPS)
-        plans = table.plans.take(first)
-        found = sharding_table(blocks(scenario.model, plans, scenario.job), scenario.model, plans, scenario.cluster)
-        return cls(scenario, table, passes, found, inverse)
+        plans, parts = table.plans.take(first), []
+        for name in ("1f1b", "dualpipe"):  # whose pipeline holds two copies of the model, which share state
+            columns = _like(plans, plans.like.model_copy(update={"schedule": name}))
+            parts.append(sharding_table(blocks(scenario.model, columns, scenario.job), scenario.model, columns, scenario.cluster))
+        found = {name: np.concatenate([part[name] for part in parts]) for name in SHARDING}
+        twice = np.isin(table.shape, [i for i, (name, _) in enumerate(table.shapes) if name == "dualpipe"])
+        return cls(scenario, table, passes, found, inverse + twice * len(first))
 
     @cached_property
     def micro_batches(self) -> np.ndarray:
@@ -155,7 +166,7 @@ class Priced:
         tables = {name: (self.passes.tables[name], row) for name in (*PASSES, *PARAMETERS)}
         tables |= {name: (self.sharding[name], self.group_row[index]) for name in SHARDING}
         optimize = optimizer_of(s.model, columns, s.job, s.cluster)
-        return Sums(_Rows(tables), self.passes.kinds, self.stages(columns.like), self.hop_s[index], self.norm_s, optimize)
+        return Sums(_Rows(tables), tuple(self.passes.blocks), self.stages(columns.like), self.hop_s[index], self.norm_s, optimize)
 
     def bounds(self) -> np.ndarray:
         """Return the lower bound of every plan's step, seconds."""
@@ -191,9 +202,7 @@ class Priced:
 
     def sizes(self, index: np.ndarray) -> dict[str, Block]:
         """Return the blocks of rows, their sizes and no operations."""
-        row = self.passes.row[index]
-        looked_up = {name: self.passes.tables[name][row] for name in _SIZES}
-        return {kind: Block((), (), **{n: looked_up[n][..., i] for n in _SIZES}) for i, kind in enumerate(self.passes.kinds)}
+        return _cut(self.passes.blocks, self.passes.row[index], len(self.passes.tables[PASSES[0]]))
 
     def estimates(self, index: np.ndarray | None = None) -> np.ndarray:
         """Return the estimate of the step of the plans at `index`, or of all, seconds."""
@@ -217,18 +226,18 @@ class Estimates:
     def __init__(self, priced: Priced, index: np.ndarray):
         self.priced, self.index = priced, index
         s, table = priced.scenario, priced.table.take(index)
-        self.recompute, self.micro_batches = table.recompute, priced.micro_batches[index]
-        paired = np.isin(table.shape, [i for i, (name, _) in enumerate(table.shapes) if name in PAIRED])
-        kind = np.where(paired, table.recompute, -1)  # the segments of a pair are those of its recompute
-        self.groups = grouped(table.shape, table.plans.pp, table.plans.vpp, self.micro_batches, kind)
-        first, self.row = distinct(table.plans, tuple(dict.fromkeys(_TOKENS + _GROUPS)))
-        plans = table.plans.take(first)
-        self.prices: dict[int, dict[str, BlockPrice]] = {}
-        for number in np.unique(table.recompute).tolist():
-            recompute, modules = table.recomputes[number]
-            columns = _like(plans, plans.like.model_copy(update={"recompute": recompute, "recompute_modules": modules}))
-            self.prices[number] = price_blocks(blocks(s.model, columns, s.job), s.model, columns, s.cluster)
-        self.length = len(first)
+        self.micro_batches = priced.micro_batches[index]
+        self.family, kinds = _families(table), len(table.recomputes)
+        group = np.where(self.family < kinds, -1, self.family)
+        self.groups = grouped(table.shape, table.plans.pp, table.plans.vpp, self.micro_batches, group)
+        self.row = np.zeros(len(index), dtype=np.int64)
+        self.prices: dict[int, tuple[dict[str, BlockPrice], int]] = {}
+        for family in np.unique(self.family).tolist():
+            mine = np.flatnonzero(self.family == family)
+            part = table.take(mine)
+            first, self.row[mine] = distinct(part.plans, tuple(dict.fromkeys(_TOKENS + _GROUPS)))
+            columns = _like(part.plans.take(first), part.row(0))
+            self.prices[family] = price_blocks(blocks(s.model, columns, s.job), s.model, columns, s.cluster), len(first)
 
     def of(self, part: np.ndarray) -> np.ndarray:
         """Return the estimates of one of the groups, or of a part of it."""
@@ -249,39 +258,54 @@ class Estimates:
 
     def _prices(self, part: np.ndarray) -> dict[str, BlockPrice]:
         """Return the prices of blocks for the plans of a group, put together from those of each recompute."""
-        recompute = self.recompute[part]
-        kinds = np.unique(recompute).tolist()
-        if len(kinds) == 1:
-            return {name: _cut(price, self.row[part], self.length) for name, price in self.prices[kinds[0]].items()}
-        places = [np.flatnonzero(recompute == kind) for kind in kinds]
-        back = np.argsort(np.concatenate(places), kind="stable")
-        cut = [
-            {name: _cut(replace(p, forward_runs=(), backward_runs=(), paired={}), self.row[part[place]], self.length) for name, p in self.prices[kind].items()}
-            for kind, place in zip(kinds, places, strict=True)
-        ]
-        return {name: _joined([c[name] for c in cut], [len(p) for p in places], back) for name in cut[0]}
+        family = self.family[part]
+        families = np.unique(family).tolist()
+        if len(families) == 1:
+            prices, length = self.prices[families[0]]
+            return _cut(prices, self.row[part], length)
+        places, cut = [np.flatnonzero(family == one) for one in families], []
+        for one, place in zip(families, places, strict=True):
+            prices, length = self.prices[one]
+            bare = {name: replace(p, forward_runs=(), backward_runs=(), paired={}) for name, p in prices.items()}
+            cut.append(_cut(bare, self.row[part[place]], length))
+        joined = _joined(cut, [len(p) for p in places])
+        return _cut(joined, np.argsort(np.concatenate(places), kind="stable"), len(part))
+
+
+def _families(table: Table) -> np.ndarray:
+    """Return numbers of plans whose blocks are priced together: by recompute; in pairs also by schedule and the axes in use.
+
+    Pairs interleave segments, and segments are the same only where the same axes communicate.
+    """
+    kinds, p = len(table.recomputes), table.plans
+    used = sum((np.asarray(axis) > 1) * 2**bit for bit, axis in enumerate((p.tp, p.cp, p.ep, p.etp)))
+    paired = np.isin(table.shape, [i for i, (name, _) in enumerate(table.shapes) if name in PAIRED])
+    return np.where(paired, kinds + (table.shape * kinds + table.recompute) * 16 + used, table.recompute)
 
 
 def _cut(value: Any, index: np.ndarray, length: int) -> Any:
-    """Return a price with every column cut down to `index`; constants stay."""
+    """Return prices or sizes with every column of `length` cut down to `index`; constants stay."""
     if isinstance(value, np.ndarray) and value.shape == (length,):
         return value[index]
     if isinstance(value, dict):
         return {key: _cut(one, index, length) for key, one in value.items()}
-    if isinstance(value, (BlockPrice, Beside)):
+    if is_dataclass(value):
         return replace(value, **{f.name: _cut(getattr(value, f.name), index, length) for f in fields(value)})
     return tuple(_cut(one, index, length) for one in value) if isinstance(value, tuple) else value
 
 
-def _joined(prices: list[BlockPrice], lengths: list[int], back: np.ndarray) -> BlockPrice:
-    """Return the prices of several parts as one, in the order `back`."""
-
-    def join(values: list[Any]) -> Any:
-        if isinstance(values[0], (dict, tuple)):
-            return {key: join([v[key] for v in values]) for key in values[0]} if isinstance(values[0], dict) else values[0]
-        return np.concatenate([np.broadcast_to(v, (n,)) for v, n in zip(values, lengths, strict=True)])[back]
-
-    return BlockPrice(**{f.name: join([getattr(p, f.name) for p in prices]) for f in fields(BlockPrice)})
+def _joined(values: list[Any], lengths: list[int]) -> Any:
+    """Return prices or sizes of several parts, alike but for their numbers, as columns of all."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _joined([value[key] for value in values], lengths) for key in first}
+    if is_dataclass(first):
+        return replace(first, **{f.name: _joined([getattr(value, f.name) for value in values], lengths) for f in fields(first)})
+    if isinstance(first, tuple):
+        return tuple(_joined(list(parts), lengths) for parts in zip(*values, strict=True))
+    if isinstance(first, str):
+        return first
+    return np.concatenate([np.broadcast_to(value, (n,)) for value, n in zip(values, lengths, strict=True)])
 
 
 def _orders(plan: Plan) -> Any:

@@ -17,7 +17,8 @@ from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 
 #: what a row of a table of plans says of its plan
-DEGREES = ("tp", "cp", "pp", "vpp", "ep", "etp", "dp", "dp_replicate", "zero", "micro_batch", "schedule", "layout", "recompute", "dispatcher")
+DEGREES = ("tp", "cp", "pp", "vpp", "ep", "etp", "dp", "dp_replicate", "zero", "micro_batch")
+CHOICES = ("schedule", "layout", "recompute", "dispatcher")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def candidate_row(scenario: Scenario, pool: Pool, index: int) -> dict[str, Any]:
 
 def degrees(plan: Plan) -> dict[str, Any]:
     """Return what a row of a table says of a plan."""
-    found = {name: getattr(plan, name) for name in DEGREES} | {"layout": plan.layout or "even"}
+    found = {name: getattr(plan, name) for name in DEGREES + CHOICES} | {"layout": plan.layout or "even"}
     return found | ({"recompute": "+".join(plan.recompute_modules)} if plan.recompute == "selective" else {})
 
 
@@ -165,8 +166,9 @@ def _row(result: StepResult, pool: Pool, index: int) -> dict[str, Any]:
 def _nothing_fits(s: Scenario, space: Space, pool: Pool) -> Problem:
     least = int(pool.memory_bytes.argmin())
     widen = f"free {', '.join(space.constraints)}, or " if space.constraints else ""
+    need, capacity = pool.memory_bytes[least] / 1e9, s.cluster.accelerator.hbm_bytes / 1e9
     return Problem(
         "some plan fits in memory",
-        f"the smallest plan needs {pool.memory_bytes[least] / 1e9:.1f} GB of {s.cluster.accelerator.hbm_bytes / 1e9:.1f} GB ({pool.plan(least)})",
+        f"the smallest plan needs {need:.1f} GB of {capacity:.1f} GB ({pool.plan(least)})",
         f"{widen}use more accelerators, larger ones, or smaller datatypes",
     )

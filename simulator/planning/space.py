@@ -95,7 +95,11 @@ class Space(Frozen):
         """Return the kinds of recompute as a plan writes them: (recompute, modules)."""
         if self.recompute is not None:
             return tuple((t, ("core_attn",)) if t in ("none", "full") else ("selective", tuple(t.split("+"))) for t in self.recompute)
-        has = {"mlp_act": not all(k.moe for k in model.kinds), "moe_act": model.experts is not None, "mla_up_proj": model.latent is not None}
+        has = {
+            "mlp_act": not all(k.moe for k in model.kinds),
+            "moe_act": model.experts is not None,
+            "mla_up_proj": model.latent is not None,
+        }
         ladder = [module for module in LADDER if has.get(module, True)]
         steps = tuple(("selective", tuple(ladder[: n + 1])) for n in range(len(ladder)))
         return (("none", ("core_attn",)), *steps, ("full", ("core_attn",)))
@@ -197,7 +201,6 @@ def _rules(p: PlanColumns, scenario: Scenario) -> Iterator[tuple[str, np.ndarray
     yield "batch divides by dp * micro-batch", job.global_batch % (p.dp * p.micro_batch) == 0
     parts = p.cp * np.where(p.cp > 1, 2, 1) * (p.tp if p.sequence_parallel else 1)
     yield "sequence divides by cp and tp", job.sequence_length % parts == 0
-    yield "layers fill pp * vpp", p.pp * p.vpp <= model.layers + model.mtp_layers
 
 
 def _of_schedule(name: str, layout: str | None, p: PlanColumns, scenario: Scenario) -> np.ndarray:
@@ -263,7 +266,7 @@ def _table(scenario: Scenario, space: Space) -> Table | str:
     rows = [np.flatnonzero(_of_schedule(name, layout, plans, scenario)) for name, layout in shapes]
     recomputes, index = space.recomputes(scenario.model), np.concatenate(rows)
     if not len(index):
-        return "the schedule exists for pp, vpp and the micro-batches"
+        return "the layers fill pp * vpp and the schedule exists for pp, vpp and the micro-batches"
     shape, kinds = np.repeat(np.arange(len(shapes)), [len(r) for r in rows]), len(recomputes)
     return Table(plans.take(np.tile(index, kinds)), np.tile(shape, kinds), np.repeat(np.arange(kinds), len(index)), shapes, recomputes)
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from small import dense, moe, scenario, scenarios
 
 from simulator.closed_forms import estimate
-from simulator.lower_bound import bound
 from simulator.feasibility import check
+from simulator.lower_bound import bound
 from simulator.scenario.plan import Overlap, Plan
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step

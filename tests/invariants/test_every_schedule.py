@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from small import any_schedule
 
 from simulator.closed_forms import estimate
-from simulator.lower_bound import bound
 from simulator.feasibility import structure
+from simulator.lower_bound import bound
 from simulator.simulate import simulate_events, simulate_step
 
 
