@@ -134,3 +134,52 @@ class StepResult(Outcome):
             row["bubble_s"] = max(self.step_time_s - sum(row.values()), 0.0)  # rounding can leave -1e-16
             rows.append({"rank_class": c, "stage": stage[c], "ranks": ranks} | row)
         return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class StepsResult:
+    """Several optimizer steps of `scenario` in a row.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    post_validation : bool
+        Whether each stage began the next step after its own optimizer, instead of waiting for all ranks.
+    steps : int
+    timeline : Timeline
+        Every span of every class of ranks; micro-batches are counted on from step to step.
+    """
+
+    scenario: Scenario
+    post_validation: bool
+    steps: int
+    timeline: Timeline
+
+    @cached_property
+    def ends_s(self) -> np.ndarray:
+        """Seconds from the beginning until each step's last optimizer is done, shape (steps,)."""
+        t = self.timeline
+        updates = np.flatnonzero((t.action == "") & (t.stream == "compute"))
+        ends = np.zeros(self.steps)
+        for c in range(len(t.ranks)):  # each class updates equally often in every step, in order
+            mine = t.end_s[updates[t.rank_class[updates] == c]].reshape(self.steps, -1)
+            ends = np.maximum(ends, mine.max(axis=1))
+        return ends
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds from the end of the last step but one to the end of the last."""
+        return float(self.ends_s[-1] - self.ends_s[-2])
+
+    def bubble_s(self) -> pd.DataFrame:
+        """Return what each class of ranks does not compute or communicate of the pace: ``stage``, ``ranks``, ``bubble_s``."""
+        t, rows = self.timeline, []
+        for c, ranks in enumerate(t.ranks.tolist()):
+            mine = (t.rank_class == c) & ~np.isin(t.stream, ("pp", "dp"))
+            borders = np.unique(np.concatenate([t.start_s[mine], t.end_s[mine]]))
+            change = np.zeros(len(borders))
+            np.add.at(change, np.searchsorted(borders, t.start_s[mine]), 1)
+            np.add.at(change, np.searchsorted(borders, t.end_s[mine]), -1)
+            busy = np.diff(borders)[np.cumsum(change)[:-1] > 0].sum() / self.steps
+            rows.append({"stage": int(t.stage[t.rank_class == c][0]), "ranks": ranks, "bubble_s": self.pace_s - busy})
+        return pd.DataFrame(rows)

@@ -15,7 +15,7 @@ from simulator.errors import PlanError, Problem, ProfileError
 from simulator.feasibility import check
 from simulator.pricing import op_s
 from simulator.ranks import RanksResult
-from simulator.result import StepResult
+from simulator.result import StepResult, StepsResult
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
@@ -92,6 +92,35 @@ def simulate_events(scenario: Scenario, every_rank: bool = False) -> StepResult:
     seconds = node_seconds(program, scenario, slow)
     start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
     return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario, slow))
+
+
+def simulate_steps(scenario: Scenario, steps: int = 3, post_validation: bool = True) -> StepsResult:
+    """Return several optimizer steps of `scenario` in a row, event by event, one rank of each class.
+
+    Parameters
+    ----------
+    steps : int
+        At least 2; a steady pace takes a few.
+    post_validation : bool
+        Let each stage update its parameters and begin the next step at once, and validate the gradient norm later, so that the
+        slopes of consecutive steps overlap; False waits for all ranks between steps.
+
+    Raises
+    ------
+    PlanError
+        When the scenario cannot run; carries every problem.
+    """
+    problems = check(scenario)
+    if steps < 2:
+        problems.append(Problem("at least two steps", f"steps = {steps}", "use 2 or more, or simulate_step"))
+    if problems:
+        raise PlanError(problems)
+    plan, job = scenario.plan, scenario.job
+    classes = classify(plan, scenario.cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank=False)
+    program = build_step(scenario.model, plan, job, classes, steps, post_validation)
+    seconds = node_seconds(program, scenario, slowdowns(program, scenario))
+    start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
+    return StepsResult(scenario, post_validation, steps, _timeline(program, start, end))
 
 
 def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routing: Routing | None = None, seeds: int = 1) -> RanksResult:
