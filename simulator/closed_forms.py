@@ -191,7 +191,8 @@ def _reduced(plan: Plan | PlanColumns, t: StageTimes, ends: Number, order: Sched
     return done.max(axis=-1)
 
 
-def _one(scenario: Scenario) -> tuple[StageTimes, int]:
+def times_of(scenario: Scenario) -> tuple[StageTimes, int]:
+    """Return the parts of one step of `scenario`, and its micro-batches."""
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
     micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
     all_blocks = blocks(model, plan, job)
@@ -207,11 +208,11 @@ def orders(plan: Plan):
 
 def bound(scenario: Scenario) -> float:
     """Return seconds that the simulated step of `scenario` cannot be below."""
-    times, micro_batches = _one(scenario)
+    times, micro_batches = times_of(scenario)
     return float(bound_s(scenario.plan, times, micro_batches, orders(scenario.plan)(micro_batches)))
 
 
 def estimate(scenario: Scenario) -> float:
     """Return the estimated seconds of one step of `scenario`; balanced ranks, no slow hosts."""
-    times, micro_batches = _one(scenario)
+    times, micro_batches = times_of(scenario)
     return float(estimate_s(scenario.plan, times, micro_batches, orders(scenario.plan)))
