@@ -43,6 +43,8 @@ def machine(
             "hop_latency_s": latencies(latency),
             "protocol_share": {"ll": 0.5, "ll128": 0.75, "simple": 1.0},
             "tree_share": 0.9,
+            "reduction_share": 0.0,
+            "fill_s": 0.0,
         }
     )
     reach = zip(("leaf", "spine", "core"), (32, 128, 512), (*oversubscription, 1), (3, 5, 7), strict=True)
@@ -50,7 +52,7 @@ def machine(
     tiers = tuple(
         like.model_copy(update={"name": n, "accelerators": a, "oversubscription": o, "latency_s": t * latency}) for n, a, o, t in reach
     )
-    fabric: Fabric = H100.fabric.model_copy(update={"efficiency": efficiency, "hop_latency_s": latencies(2 * latency), "tiers": tiers})
+    fabric: Fabric = H100.fabric.model_copy(update={"efficiency": efficiency, "hop_latency_s": latencies(2 * latency), "fill_s": 0.0, "tiers": tiers})
     return H100.model_copy(update={"host": host, "fabric": fabric, "accelerators": 512})
 
 

@@ -1,0 +1,197 @@
+"""Predicted against measured collectives, every link generation fitted without the source that it is judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import least_squares
+
+from simulator.network import collectives as priced
+from simulator.scenario.cluster import Cluster, Protocols
+from simulator.scenario.mesh import Group
+from simulator.validation.collective_rows import Measured, anchors, measured, published_collectives
+
+MIB = 2**20
+#: below this many rows a group shows its rows and no percentile
+ENOUGH_ROWS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A constant of a link generation: where it starts without data, how far from there data may pull it, its bounds.
+
+    Parameters
+    ----------
+    prior : float
+        In the unit of the name.
+    spread : float
+        Standard deviation of its natural logarithm before any data.
+    """
+
+    prior: float
+    spread: float
+    least: float
+    most: float
+
+
+#: scale-up links. Factors multiply what the host profile says; seconds are absolute
+SCALE_UP = {
+    "ring_factor": Constant(1.0, 0.10, 0.7, 1.4),
+    "reduction_factor": Constant(1.0, 0.10, 0.7, 1.4),
+    "start_factor": Constant(1.0, 0.5, 0.5, 4.0),
+    "fill_s": Constant(50e-6, 0.5, 5e-6, 500e-6),
+}
+#: networks between domains
+NETWORK = {
+    "efficiency": Constant(0.91, 0.05, 0.5, 0.98),
+    "hop_factor": Constant(1.0, 0.7, 0.5, 20.0),
+    "fill_s": Constant(300e-6, 0.5, 20e-6, 2e-3),
+}
+Constants = Mapping[str, Mapping[str, float]]
+
+
+def with_constants(cluster: Cluster, scale_up: Mapping[str, float], network: Mapping[str, float]) -> Cluster:
+    """Return `cluster` with the constants of its link generations."""
+    host, fabric = cluster.host, cluster.fabric
+
+    def scaled(latency: Protocols, factor: float) -> Protocols:
+        return latency.model_copy(update={name: getattr(latency, name) * factor for name in ("ll", "ll128", "simple")})
+
+    host = host.model_copy(
+        update={
+            "bus_bytes_per_s": {c: rate * scale_up["ring_factor"] for c, rate in host.bus_bytes_per_s.items()},
+            "reduction_share": host.reduction_share * scale_up["reduction_factor"],
+            "base_latency_s": scaled(host.base_latency_s, scale_up["start_factor"]),
+            "fill_s": scale_up["fill_s"],
+        }
+    )
+    if network:
+        hops = scaled(fabric.hop_latency_s, network["hop_factor"])
+        fabric = fabric.model_copy(update={"efficiency": network["efficiency"], "hop_latency_s": hops, "fill_s": network["fill_s"]})
+    return cluster.model_copy(update={"host": host, "fabric": fabric})
+
+
+def predicted_s(row: Measured, constants: Constants) -> float:
+    """Return the simulator's seconds for a measurement."""
+    cluster = with_constants(row.cluster, constants[row.scale_up], constants[row.network] if row.network else {})
+    group = Group(row.ranks, 1)
+    if row.collective in ("moe_dispatch", "moe_combine", "alltoall"):
+        return float(priced.expert_all_to_all_s(row.size, group, cluster, row.out, row.fan))
+    function = {"all_reduce": priced.all_reduce_s, "all_gather": priced.all_gather_s, "reduce_scatter": priced.reduce_scatter_s}
+    return float(function[row.collective](row.size, group, cluster, row.algorithm))
+
+
+def fit_links(rows: Iterable[Measured]) -> dict[str, dict[str, float]]:
+    """Return the constants of every link generation, fitted to `rows`.
+
+    Notes
+    -----
+    Least squares of the logarithm of predicted over measured time, a soft-L1 loss beyond 15 %, plus each constant's distance
+    from its prior; scale-up links first, from rows that stay in a domain, then the networks with these held. Rows of one
+    machine, group and collective weigh together as much as five rows, so that long sweeps do not outvote the rest.
+    """
+    rows = list(rows)
+    constants: dict[str, dict[str, float]] = {}
+    for kind, table, mine in (
+        ("scale_up", SCALE_UP, [r for r in rows if not r.network]),
+        ("network", NETWORK, [r for r in rows if r.network]),
+    ):
+        for name in sorted({getattr(r, kind) for r in rows} - {""}):
+            constants[name] = _fit(name, table, [r for r in mine if getattr(r, kind) == name], constants)
+    return constants
+
+
+def _fit(name: str, table: Mapping[str, Constant], rows: list[Measured], others: Constants) -> dict[str, float]:
+    keys = list(table)
+    prior = np.log([table[k].prior for k in keys])
+    spread = np.array([table[k].spread for k in keys])
+    sweep = [(r.source, r.collective, r.ranks, r.cluster.host.name) for r in rows]
+    weight = np.array([np.sqrt(min(1.0, 5 / sweep.count(s))) for s in sweep])
+
+    def misses(x: np.ndarray) -> np.ndarray:
+        trial = {**others, name: dict(zip(keys, np.exp(prior + x * spread), strict=True))}
+        return np.array([np.log(predicted_s(r, trial) / r.seconds) for r in rows])
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        miss = misses(x) / 0.15
+        soft = np.sign(miss) * np.sqrt(2 * (np.sqrt(1 + miss**2) - 1))
+        return np.concatenate([weight * soft, x])
+
+    low, high = ((np.log([getattr(table[k], end) for k in keys]) - prior) / spread for end in ("least", "most"))
+    best = least_squares(residuals, np.zeros(len(keys)), bounds=(low, high), diff_step=1e-3, max_nfev=30).x if rows else np.zeros(len(keys))
+    return dict(zip(keys, np.exp(prior + best * spread).tolist(), strict=True))
+
+
+def validate_collectives(held_out: bool = True) -> pd.DataFrame:
+    """Return measured and predicted seconds of every published collective.
+
+    Parameters
+    ----------
+    held_out : bool
+        Fit every link generation without the source that is judged; False fits to all sources once.
+
+    Returns
+    -------
+    DataFrame
+        The published columns, ``measured_s``, ``predicted_s``, ``relative_error`` and ``skipped``, the reason why a row could not be
+        predicted.
+    """
+    table = published_collectives()
+    seen = [measured(row) for _, row in table.iterrows()]
+    known, fixed = [m for m in seen if isinstance(m, Measured)], anchors()
+    fits: dict[str, dict[str, dict[str, float]]] = {}
+    for source in sorted({m.source for m in known}) if held_out else [""]:
+        fits[source] = _complete(fit_links(m for m in known + fixed if m.source != source and m.seconds > 0))
+    predicted = [predicted_s(m, fits[m.source if held_out else ""]) if isinstance(m, Measured) else np.nan for m in seen]
+    table["measured_s"] = [m.seconds if isinstance(m, Measured) else np.nan for m in seen]
+    table["predicted_s"] = predicted
+    table["relative_error"] = table["predicted_s"] / table["measured_s"] - 1
+    table["skipped"] = ["" if isinstance(m, Measured) else m for m in seen]
+    return table
+
+
+def _complete(constants: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return constants with those of generations that no row was left for: a scale-up link's or network's priors."""
+    for name in ("NVLink2", "NVLink3", "NVLink4", "NVLink5", "xGMI"):
+        constants.setdefault(name, {k: c.prior for k, c in SCALE_UP.items()})
+    for name in ("EFA", "InfiniBand", "RoCE"):
+        constants.setdefault(name, {k: c.prior for k, c in NETWORK.items()})
+    return constants
+
+
+def summarise_collectives(table: pd.DataFrame) -> pd.DataFrame:
+    """Return errors per collective and source, and their macro average per collective.
+
+    Returns
+    -------
+    DataFrame
+        Payloads of 1 MiB and more (those without a printed size among them): ``rows``, ``median_error``, ``within_25`` (both blank for
+        groups under 20 rows); smaller ones: ``small_rows``, ``small_within_2x``.
+    """
+    known = table[table["relative_error"].notna()]
+    lines = []
+    for (collective, source), part in known.groupby(["collective", "source"], sort=True):
+        lines.append({"collective": collective, "source": source} | _line(part, len(part) >= ENOUGH_ROWS))
+    found = pd.DataFrame(lines)
+    for collective, part in known.groupby("collective", sort=True):
+        sources = [_line(p, True) for _, p in part.groupby("source")]
+        line = {"collective": collective, "source": "macro average over sources"}
+        line |= {key: np.nanmean([s[key] for s in sources]) for key in ("median_error", "within_25") if any(s["rows"] for s in sources)}
+        line |= {key: sum(s[key] for s in sources) for key in ("rows", "small_rows")}
+        found.loc[len(found)] = pd.Series(line)
+    return found
+
+
+def _line(part: pd.DataFrame, enough: bool) -> dict[str, float]:
+    small = part["bytes"] < MIB
+    large, little = part.loc[~small, "relative_error"].abs(), part.loc[small, "relative_error"]
+    return {
+        "rows": len(large),
+        "median_error": large.median() if enough and len(large) else np.nan,
+        "within_25": (large <= 0.25).mean() if enough and len(large) else np.nan,
+        "small_rows": len(little),
+        "small_within_2x": little.between(-0.5, 1.0).mean() if len(little) else np.nan,
+    }
