@@ -30,8 +30,8 @@ from simulator.units import Number
 Protocol = Literal["ll", "ll128", "simple"]
 Algorithm = Literal["ring", "tree", "halving_doubling", "in_network", "hierarchical", "pat"]
 
-#: bytes per rank in flight before a network pipeline is full: half of NCCL's default buffer of 4 MiB
-NET_BUFFER = 2 * 2**20
+#: bytes per rank in flight before a network pipeline is full: NCCL's default buffer (``NCCL_BUFFSIZE``)
+NET_BUFFER = 4 * 2**20
 #: NCCL's NVLink latency of an in-network reduction (``NCCL_ALGO_NVLS``), seconds
 IN_NETWORK_S = 25e-6
 
@@ -109,7 +109,8 @@ def tree_s(size: Number, reach: Reach, protocol: Protocol) -> Number:
     Notes
     -----
     Up and down the tree of ``log2 N`` levels. Both trees together pass every byte through a domain twice in each direction,
-    through either of two domains only once: bus bandwidth ``inside x NIC``, of two domains twice that.
+    through either of two domains only once: bus bandwidth ``inside x NIC``, of two domains twice that. The pipeline through
+    reducing switches is as deep as that of `in_network_s`.
     """
     n, g, domains = (np.asarray(v, dtype=float) for v in (reach.ranks, reach.inside, reach.domains))
     once = np.where(domains == 2, 2.0, 1.0)
@@ -117,11 +118,12 @@ def tree_s(size: Number, reach: Reach, protocol: Protocol) -> Number:
     reduced = 2 * (n - 1) / n * np.asarray(reach.reduce_bytes_per_s) * g / (g + 1) * once / 2
     network_s = getattr(reach.start, protocol) + 2 * np.log2(domains) * getattr(reach.net_hop, protocol)
     moved = 2 * (n - 1) / n * size / reach.share[protocol]
+    deep = np.where(reach.pipeline_s > 0, reach.pipeline_s + 2 * (n - 1) * reach.hop.simple, 0.0)
     chain = moved / np.minimum(reach.bus_bytes_per_s * reach.tree_share, between)
     seconds = 2 * (g - 1) * getattr(reach.hop, protocol) + filled_s(chain, reach.pipeline_s)
     possible = (domains > 1) & (g > 1) & (reduced > 0)
     switched = moved / np.where(possible, np.minimum(reduced, between), np.inf)
-    return network_s + np.where(possible, np.minimum(seconds, IN_NETWORK_S + filled_s(switched, reach.pipeline_s)), seconds)
+    return network_s + np.where(possible, np.minimum(seconds, IN_NETWORK_S + filled_s(switched, deep)), seconds)
 
 
 def in_network_s(size: Number, reach: Reach) -> Number:
@@ -135,7 +137,11 @@ def in_network_s(size: Number, reach: Reach) -> Number:
     n, rate = np.asarray(reach.ranks, dtype=float), np.asarray(reach.reduce_bytes_per_s, dtype=float)
     possible = (np.asarray(reach.domains) == 1) & (n > 2) & (rate > 0)
     wire = size * (1 + 1 / n) / np.where(possible, rate, np.inf)
-    return np.where(possible, IN_NETWORK_S + filled_s(wire, reach.fill_s + 2 * (n - 1) * reach.hop.simple), np.inf)
+    return np.where(
+        possible,
+        IN_NETWORK_S + filled_s(wire, np.where(np.asarray(reach.fill_s) > 0, reach.fill_s + 2 * (n - 1) * reach.hop.simple, 0.0)),
+        np.inf,
+    )
 
 
 def halving_doubling_s(size: Number, reach: Reach, protocol: Protocol) -> Number:

@@ -17,8 +17,8 @@ from typing import Literal
 
 import numpy as np
 
-from simulator.network.algorithms import Algorithm, Protocol, Reach, cheapest
-from simulator.scenario.cluster import Cluster
+from simulator.network.algorithms import Algorithm, Protocol, Reach, cheapest, filled_s
+from simulator.scenario.cluster import Cluster, Host
 from simulator.scenario.mesh import Group
 from simulator.units import Number
 
@@ -59,6 +59,11 @@ def latency_s(group: Group, cluster: Cluster) -> Number:
     return np.where(domains > 1, far, host)
 
 
+def _linked(inside: Number, host: Host) -> Number:
+    """Return the share of an accelerator's links that lead to the `inside` members of its domain."""
+    return np.maximum(np.asarray(inside) - 1, 1) / (host.scale_up_domain - 1) if host.mesh and host.scale_up_domain > 1 else 1.0
+
+
 def reach(group: Group, cluster: Cluster, collective: Literal["all_reduce", "all_gather", "reduce_scatter"]) -> Reach:
     """Return what `group` has for a collective when every group like it communicates at once."""
     host, fabric = cluster.host, cluster.fabric
@@ -67,16 +72,16 @@ def reach(group: Group, cluster: Cluster, collective: Literal["all_reduce", "all
         ranks=group.size,
         inside=inside,
         domains=domains,
-        bus_bytes_per_s=host.bus_bytes_per_s[collective],
-        reduce_bytes_per_s=host.reduction_share * host.scale_up_bytes_per_s,
+        bus_bytes_per_s=host.bus_bytes_per_s[collective] * _linked(inside, host),
+        reduce_bytes_per_s=(host.reduction_share or 0.0) * host.scale_up_bytes_per_s,
         nic_bytes_per_s=_tier_rate(group, cluster, "ring"),
         tree_share=host.tree_share,
         start=host.base_latency_s,
         hop=host.hop_latency_s,
         net_hop=fabric.hop_latency_s,
         share=host.protocol_share,
-        fill_s=host.fill_s,
-        net_fill_s=fabric.fill_s,
+        fill_s=host.fill_s or 0.0,
+        net_fill_s=fabric.fill_s or 0.0,
     )
 
 
@@ -124,11 +129,13 @@ def expert_all_to_all_s(size: Number, group: Group, cluster: Cluster, out: Numbe
     Scale-up and scale-out carry their shares at the same time, the slower one decides. Balanced: every rank receives
     what it sends.
     """
-    _, domains = crossings(group, cluster)
+    inside, domains = crossings(group, cluster)
     nic = _tier_rate(group, cluster, "all_to_all")
     hop = np.where(domains > 1, cluster.fabric.hop_latency_s.ll + latency_s(group, cluster), cluster.host.hop_latency_s.ll)
-    seconds = cluster.host.base_latency_s.ll + hop + np.maximum(size * out / nic, size * fan / cluster.host.bus_bytes_per_s["all_to_all"])
-    return _for_many(group, seconds)
+    inside_s = filled_s(
+        size * fan / (cluster.host.bus_bytes_per_s["all_to_all"] * _linked(inside, cluster.host)), cluster.host.fill_s or 0.0
+    )
+    return _for_many(group, cluster.host.base_latency_s.ll + hop + np.maximum(size * out / nic, inside_s))
 
 
 def send_s(size: Number, pipeline: Group, cluster: Cluster) -> Number:

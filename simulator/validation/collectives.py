@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ class Constant:
     Parameters
     ----------
     prior : float
-        In the unit of the name.
+        Value without data.
     spread : float
         Standard deviation of its natural logarithm before any data.
     """
@@ -37,20 +37,22 @@ class Constant:
     most: float
 
 
-#: scale-up links. Factors multiply what the host profile says; seconds are absolute
+#: scale-up links; factors multiply the link's priors
 SCALE_UP = {
     "ring_factor": Constant(1.0, 0.10, 0.7, 1.4),
     "reduction_factor": Constant(1.0, 0.10, 0.7, 1.4),
     "start_factor": Constant(1.0, 0.5, 0.5, 4.0),
-    "fill_s": Constant(50e-6, 0.5, 5e-6, 500e-6),
+    "fill_factor": Constant(1.0, 0.5, 0.1, 10.0),
 }
 #: networks between domains
 NETWORK = {
-    "efficiency": Constant(0.91, 0.05, 0.5, 0.98),
-    "hop_factor": Constant(1.0, 0.7, 0.5, 20.0),
-    "fill_s": Constant(300e-6, 0.5, 20e-6, 2e-3),
+    "efficiency_factor": Constant(1.0, 0.05, 0.5, 1.2),
+    "hop_factor": Constant(1.0, 0.5, 0.3, 5.0),
+    "fill_factor": Constant(1.0, 0.5, 0.1, 10.0),
 }
 Constants = Mapping[str, Mapping[str, float]]
+_TO_ALL = ("moe_dispatch", "moe_combine", "alltoall")
+_RINGS = {"all_reduce": priced.all_reduce_s, "all_gather": priced.all_gather_s, "reduce_scatter": priced.reduce_scatter_s}
 
 
 def with_constants(cluster: Cluster, scale_up: Mapping[str, float], network: Mapping[str, float]) -> Cluster:
@@ -63,29 +65,48 @@ def with_constants(cluster: Cluster, scale_up: Mapping[str, float], network: Map
     host = host.model_copy(
         update={
             "bus_bytes_per_s": {c: rate * scale_up["ring_factor"] for c, rate in host.bus_bytes_per_s.items()},
-            "reduction_share": host.reduction_share * scale_up["reduction_factor"],
+            "reduction_share": (host.reduction_share or 0.0) * scale_up["reduction_factor"],
             "base_latency_s": scaled(host.base_latency_s, scale_up["start_factor"]),
-            "fill_s": scale_up["fill_s"],
+            "fill_s": host.fill_s * scale_up["fill_factor"],
         }
     )
     if network:
         hops = scaled(fabric.hop_latency_s, network["hop_factor"])
-        fabric = fabric.model_copy(update={"efficiency": network["efficiency"], "hop_latency_s": hops, "fill_s": network["fill_s"]})
+        update = {
+            "efficiency": min(fabric.efficiency * network["efficiency_factor"], 1.0),
+            "hop_latency_s": hops,
+            "fill_s": fabric.fill_s * network["fill_factor"],
+        }
+        fabric = fabric.model_copy(update=update)
     return cluster.model_copy(update={"host": host, "fabric": fabric})
 
 
-def predicted_s(row: Measured, constants: Constants) -> float:
-    """Return the simulator's seconds for a measurement."""
-    cluster = with_constants(row.cluster, constants[row.scale_up], constants[row.network] if row.network else {})
-    group = Group(row.ranks, 1)
-    if row.collective in ("moe_dispatch", "moe_combine", "alltoall"):
-        return float(priced.expert_all_to_all_s(row.size, group, cluster, row.out, row.fan))
-    function = {"all_reduce": priced.all_reduce_s, "all_gather": priced.all_gather_s, "reduce_scatter": priced.reduce_scatter_s}
-    return float(function[row.collective](row.size, group, cluster, row.algorithm))
+def predicted_s(rows: Sequence[Measured], constants: Constants) -> np.ndarray:
+    """Return the simulator's seconds for measurements; sweeps over sizes are priced as columns."""
+    seconds = np.empty(len(rows))
+    alike: dict[tuple, list[int]] = {}
+    for at, row in enumerate(rows):
+        alike.setdefault((id(row.cluster), row.scale_up, row.network, row.collective, row.ranks, row.algorithm), []).append(at)
+    for (_, scale_up, network, collective, ranks, algorithm), where in alike.items():
+        cluster = with_constants(rows[where[0]].cluster, constants[scale_up], constants[network] if network else {})
+        size, out, fan = (np.array([getattr(rows[at], name) for at in where]) for name in ("size", "out", "fan"))
+        if collective in _TO_ALL:
+            seconds[where] = priced.expert_all_to_all_s(size, Group(ranks, 1), cluster, out, fan)
+        else:
+            seconds[where] = _RINGS[collective](size, Group(ranks, 1), cluster, algorithm)
+    return seconds + [row.call_s for row in rows]
 
 
-def fit_links(rows: Iterable[Measured]) -> dict[str, dict[str, float]]:
+def fit_links(rows: Iterable[Measured], known: Constants | None = None, without: str = "") -> dict[str, dict[str, float]]:
     """Return the constants of every link generation, fitted to `rows`.
+
+    Parameters
+    ----------
+    rows : iterable of Measured
+    known : mapping, optional
+        Constants fitted to all `rows`; taken over where leaving out a source changes nothing.
+    without : str
+        Source that is left out.
 
     Notes
     -----
@@ -95,12 +116,14 @@ def fit_links(rows: Iterable[Measured]) -> dict[str, dict[str, float]]:
     """
     rows = list(rows)
     constants: dict[str, dict[str, float]] = {}
-    for kind, table, mine in (
-        ("scale_up", SCALE_UP, [r for r in rows if not r.network]),
-        ("network", NETWORK, [r for r in rows if r.network]),
-    ):
+    for kind, table in (("scale_up", SCALE_UP), ("network", NETWORK)):
         for name in sorted({getattr(r, kind) for r in rows} - {""}):
-            constants[name] = _fit(name, table, [r for r in mine if getattr(r, kind) == name], constants)
+            mine = [r for r in rows if getattr(r, kind) == name and bool(r.network) == (kind == "network")]
+            below = {r.scale_up for r in mine}
+            if known and not any(r.source == without and (r in mine or (not r.network and r.scale_up in below)) for r in rows):
+                constants[name] = dict(known[name])
+            else:
+                constants[name] = _fit(name, table, [r for r in mine if r.source != without], constants)
     return constants
 
 
@@ -108,21 +131,26 @@ def _fit(name: str, table: Mapping[str, Constant], rows: list[Measured], others:
     keys = list(table)
     prior = np.log([table[k].prior for k in keys])
     spread = np.array([table[k].spread for k in keys])
+    seconds = np.array([r.seconds for r in rows])
     sweep = [(r.source, r.collective, r.ranks, r.cluster.host.name) for r in rows]
     weight = np.array([np.sqrt(min(1.0, 5 / sweep.count(s))) for s in sweep])
 
-    def misses(x: np.ndarray) -> np.ndarray:
-        trial = {**others, name: dict(zip(keys, np.exp(prior + x * spread), strict=True))}
-        return np.array([np.log(predicted_s(r, trial) / r.seconds) for r in rows])
-
     def residuals(x: np.ndarray) -> np.ndarray:
-        miss = misses(x) / 0.15
-        soft = np.sign(miss) * np.sqrt(2 * (np.sqrt(1 + miss**2) - 1))
-        return np.concatenate([weight * soft, x])
+        trial = {**others, name: dict(zip(keys, np.exp(prior + x * spread), strict=True))}
+        miss = np.log(predicted_s(rows, trial) / seconds) / 0.15
+        return np.concatenate([weight * np.sign(miss) * np.sqrt(2 * (np.sqrt(1 + miss**2) - 1)), x])
 
-    low, high = ((np.log([getattr(table[k], end) for k in keys]) - prior) / spread for end in ("least", "most"))
-    best = least_squares(residuals, np.zeros(len(keys)), bounds=(low, high), diff_step=1e-3, max_nfev=30).x if rows else np.zeros(len(keys))
+    best = np.zeros(len(keys))
+    if rows:
+        low, high = ((np.log([getattr(table[k], end) for k in keys]) - prior) / spread for end in ("least", "most"))
+        best = least_squares(residuals, best, bounds=(low, high), diff_step=1e-3, max_nfev=30).x
     return dict(zip(keys, np.exp(prior + best * spread).tolist(), strict=True))
+
+
+def fitted_constants() -> dict[str, dict[str, float]]:
+    """Return the constants of every link generation fitted to every published row; the profiles hold what follows from them."""
+    rows = [m for _, row in published_collectives().iterrows() if isinstance(m := measured(row), Measured)]
+    return fit_links(rows + anchors())
 
 
 def validate_collectives(held_out: bool = True) -> pd.DataFrame:
@@ -141,25 +169,19 @@ def validate_collectives(held_out: bool = True) -> pd.DataFrame:
     """
     table = published_collectives()
     seen = [measured(row) for _, row in table.iterrows()]
-    known, fixed = [m for m in seen if isinstance(m, Measured)], anchors()
-    fits: dict[str, dict[str, dict[str, float]]] = {}
-    for source in sorted({m.source for m in known}) if held_out else [""]:
-        fits[source] = _complete(fit_links(m for m in known + fixed if m.source != source and m.seconds > 0))
-    predicted = [predicted_s(m, fits[m.source if held_out else ""]) if isinstance(m, Measured) else np.nan for m in seen]
+    known = [m for m in seen if isinstance(m, Measured)]
+    rows = known + anchors()
+    every = fit_links(rows)
+    predicted: dict[int, float] = {}
+    for source in sorted({m.source for m in known}):
+        constants = fit_links(rows, every, source) if held_out else every
+        mine = [m for m in known if m.source == source]
+        predicted |= {id(m): p for m, p in zip(mine, predicted_s(mine, constants), strict=True)}
     table["measured_s"] = [m.seconds if isinstance(m, Measured) else np.nan for m in seen]
-    table["predicted_s"] = predicted
+    table["predicted_s"] = [predicted.get(id(m), np.nan) for m in seen]
     table["relative_error"] = table["predicted_s"] / table["measured_s"] - 1
     table["skipped"] = ["" if isinstance(m, Measured) else m for m in seen]
     return table
-
-
-def _complete(constants: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return constants with those of generations that no row was left for: a scale-up link's or network's priors."""
-    for name in ("NVLink2", "NVLink3", "NVLink4", "NVLink5", "xGMI"):
-        constants.setdefault(name, {k: c.prior for k, c in SCALE_UP.items()})
-    for name in ("EFA", "InfiniBand", "RoCE"):
-        constants.setdefault(name, {k: c.prior for k, c in NETWORK.items()})
-    return constants
 
 
 def summarise_collectives(table: pd.DataFrame) -> pd.DataFrame:
