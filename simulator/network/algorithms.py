@@ -108,22 +108,21 @@ def tree_s(size: Number, reach: Reach, protocol: Protocol) -> Number:
 
     Notes
     -----
-    Up and down the tree of ``log2 N`` levels. Both trees together pass every byte through a domain twice in each direction,
-    through either of two domains only once: bus bandwidth ``inside x NIC``, of two domains twice that. The pipeline through
-    reducing switches is as deep as that of `in_network_s`.
+    Up and down the tree of ``log2 N`` levels. Inside a domain a chain moves ``2 (n - 1)/n size``, or the switches reduce as in
+    `in_network_s`. Between domains both trees together pass every byte twice through a domain's NICs in each direction, through
+    those of either of two domains once.
     """
     n, g, domains = (np.asarray(v, dtype=float) for v in (reach.ranks, reach.inside, reach.domains))
-    once = np.where(domains == 2, 2.0, 1.0)
-    between = np.where(domains > 1, once * g * reach.nic_bytes_per_s * reach.tree_share, np.inf)
-    reduced = 2 * (n - 1) / n * np.asarray(reach.reduce_bytes_per_s) * g / (g + 1) * once / 2
-    network_s = getattr(reach.start, protocol) + 2 * np.log2(domains) * getattr(reach.net_hop, protocol)
-    moved = 2 * (n - 1) / n * size / reach.share[protocol]
+    passes, share = np.where(domains == 2, 1.0, 2.0), reach.share[protocol]
+    between = np.where(domains > 1, passes * size / (g * reach.nic_bytes_per_s * share), 0.0)
+    chain = np.maximum(2 * (n - 1) / n * size / (reach.bus_bytes_per_s * reach.tree_share * share), between)
+    possible = (domains > 1) & (g > 1) & (np.asarray(reach.reduce_bytes_per_s) > 0)
+    reduced = passes * size * (1 + 1 / g) / (np.where(possible, reach.reduce_bytes_per_s, np.inf) * share)
     deep = np.where(reach.pipeline_s > 0, reach.pipeline_s + 2 * (n - 1) * reach.hop.simple, 0.0)
-    chain = moved / np.minimum(reach.bus_bytes_per_s * reach.tree_share, between)
-    seconds = 2 * (g - 1) * getattr(reach.hop, protocol) + filled_s(chain, reach.pipeline_s)
-    possible = (domains > 1) & (g > 1) & (reduced > 0)
-    switched = moved / np.where(possible, np.minimum(reduced, between), np.inf)
-    return network_s + np.where(possible, np.minimum(seconds, IN_NETWORK_S + filled_s(switched, deep)), seconds)
+    network_s = getattr(reach.start, protocol) + 2 * np.log2(domains) * getattr(reach.net_hop, protocol)
+    seconds = 2 * (g - 1) * getattr(reach.hop, protocol) + filled_s(np.where(g > 1, chain, between), reach.pipeline_s)
+    switched = np.where(possible, IN_NETWORK_S + filled_s(np.maximum(reduced, between), deep), np.inf)
+    return network_s + np.minimum(seconds, switched)
 
 
 def in_network_s(size: Number, reach: Reach) -> Number:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -147,6 +148,7 @@ def _fit(name: str, table: Mapping[str, Constant], rows: list[Measured], others:
     return dict(zip(keys, np.exp(prior + best * spread).tolist(), strict=True))
 
 
+@cache
 def fitted_constants() -> dict[str, dict[str, float]]:
     """Return the constants of every link generation fitted to every published row; the profiles hold what follows from them."""
     rows = [m for _, row in published_collectives().iterrows() if isinstance(m := measured(row), Measured)]
@@ -170,8 +172,7 @@ def validate_collectives(held_out: bool = True) -> pd.DataFrame:
     table = published_collectives()
     seen = [measured(row) for _, row in table.iterrows()]
     known = [m for m in seen if isinstance(m, Measured)]
-    rows = known + anchors()
-    every = fit_links(rows)
+    rows, every = known + anchors(), fitted_constants()
     predicted: dict[int, float] = {}
     for source in sorted({m.source for m in known}):
         constants = fit_links(rows, every, source) if held_out else every
@@ -196,12 +197,13 @@ def summarise_collectives(table: pd.DataFrame) -> pd.DataFrame:
     known = table[table["relative_error"].notna()]
     lines = []
     for (collective, source), part in known.groupby(["collective", "source"], sort=True):
-        lines.append({"collective": collective, "source": source} | _line(part, len(part) >= ENOUGH_ROWS))
+        enough = (~(part["bytes"] < MIB)).sum() >= ENOUGH_ROWS
+        lines.append({"collective": collective, "source": source} | _line(part, enough))
     found = pd.DataFrame(lines)
     for collective, part in known.groupby("collective", sort=True):
         sources = [_line(p, True) for _, p in part.groupby("source")]
         line = {"collective": collective, "source": "macro average over sources"}
-        line |= {key: np.nanmean([s[key] for s in sources]) for key in ("median_error", "within_25") if any(s["rows"] for s in sources)}
+        line |= {key: np.nanmean([s[key] for s in sources]) for key in ("median_error", "within_25")}
         line |= {key: sum(s[key] for s in sources) for key in ("rows", "small_rows")}
         found.loc[len(found)] = pd.Series(line)
     return found
