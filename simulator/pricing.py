@@ -10,7 +10,7 @@ import numpy as np
 from simulator import compute
 from simulator.network import collectives
 from simulator.scenario.cluster import Cluster
-from simulator.scenario.mesh import group
+from simulator.scenario.mesh import placed
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.units import Number
@@ -50,8 +50,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0)
     if op.kind == "memory":
         return compute.memory_s(op.bytes, cluster.accelerator)
     if op.kind == "send":
-        return collectives.send_s(op.bytes, group(plan, "pp"), cluster)
-    members = group(plan, op.axis)
+        return collectives.send_s(op.bytes, placed(plan, "pp", cluster.host.accelerators), cluster)
+    members = placed(plan, op.axis, cluster.host.accelerators)
     if op.kind == "all_to_all":
         assert model.experts is not None
         out, fan = copies(model.experts, plan.dispatcher, members.size, *collectives.crossings(members, cluster))

@@ -11,6 +11,7 @@ import pandas as pd
 from simulator.durations import RankDurations
 from simulator.engine.order import RankProgram
 from simulator.engine.ranks import Replay, critical_path, replay_ranks
+from simulator.scenario.mesh import accelerator_of
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
@@ -49,6 +50,11 @@ class RanksResult:
         return float(self.step_times_s[0])
 
     @cached_property
+    def _host(self) -> np.ndarray:
+        per_host = self.scenario.cluster.host.accelerators
+        return accelerator_of(self.scenario.plan, per_host) // per_host
+
+    @cached_property
     def _table(self) -> pd.DataFrame:
         replay, stages = self.replay, self.order.stages
         rank = np.arange(replay.end_s.size)
@@ -56,7 +62,7 @@ class RanksResult:
             {
                 "rank": rank,
                 "stage": np.repeat(np.arange(stages), self.order.ranks),
-                "host": rank // self.scenario.cluster.host.accelerators,
+                "host": self._host[rank],
                 "slowdown": self.durations.uneven.slowdown.ravel(),
                 "compute_s": replay.compute_s.ravel(),
                 "exposed_s": replay.exposed_s.ravel(),
@@ -98,7 +104,7 @@ class RanksResult:
         for node, index, start, end in critical_path(self.order, kept):
             task, stage, action = program.tasks[program.task[node]], program.rank_class[node], program.label[node]
             rank = stage * self.order.ranks + index
-            host = rank // self.scenario.cluster.host.accelerators
+            host = int(self._host[rank])
             rows.append((rank, stage, host, task.stream, task.name, str(action or ""), start, end, end - start))
         columns = ["rank", "stage", "host", "stream", "name", "action", "start_s", "end_s", "seconds"]
         return pd.DataFrame(rows, columns=columns)

@@ -16,6 +16,7 @@ from simulator.pricing import op_s
 from simulator.ranks import RanksResult
 from simulator.result import StepResult
 from simulator.scenario.cluster import Cluster
+from simulator.scenario.mesh import accelerator_of
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
@@ -101,7 +102,7 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
 
 def classify(plan: Plan, cluster: Cluster, heaviest: float, every_rank: bool) -> RankClasses:
     """Return the classes of ranks, set apart by slow hosts and by the tokens that the router sends them."""
-    host = np.arange(plan.world) // cluster.host.accelerators
+    host = accelerator_of(plan, cluster.host.accelerators) // cluster.host.accelerators
     slowdown = np.ones(cluster.hosts)
     for number, factor in cluster.slow_hosts.items():
         slowdown[number] = factor
