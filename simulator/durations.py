@@ -161,7 +161,7 @@ class RankDurations:
         slow = uneven.slowdown
         self.slow = [row if (row != 1.0).any() else None for row in slow]
         args = scenario.model, scenario.plan, scenario.cluster
-        self.prices = [np.array([float(op_s(op, *args)) for op in task.ops]) for task in program.tasks]
+        self.prices = [np.array([float(op_s(op, *args, graph=True)) for op in task.ops]) for task in program.tasks]
         self._set_jitter(variation, computes)
         self._set_changes(program, scenario)
 
@@ -193,11 +193,11 @@ class RankDurations:
             routed = np.zeros(len(loads))
             for op, price in zip(task.ops, prices, strict=True):
                 if op.routed:
-                    routed += op_s(op, *args, load=loads) - price
+                    routed += op_s(op, *args, load=loads, graph=True) - price
                 elif op.kind == "attention":
                     square += price
                 elif op.axis not in _STATE:
-                    linear += float(op_s(loaded(op, 2.0), *args)) - price
+                    linear += float(op_s(loaded(op, 2.0), *args, graph=True)) - price
             self.routed.append(routed if routed.any() else None)
             self.linear.append(linear)
             self.square.append(square)

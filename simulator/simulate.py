@@ -114,7 +114,7 @@ def node_seconds(program: StepProgram, scenario: Scenario) -> np.ndarray:
     """Return the seconds of every node: the price of its task, times the slowdown of its class when it computes."""
     args = scenario.model, scenario.plan, scenario.cluster
     loads, variant = np.unique(program.classes.load, return_inverse=True)
-    price = np.array([[sum(float(op_s(op, *args, load=load)) for op in task.ops) for load in loads] for task in program.tasks])
+    price = np.array([[sum(float(op_s(op, *args, load=load, graph=True)) for op in task.ops) for load in loads] for task in program.tasks])
     computes = np.array([task.stream == "compute" for task in program.tasks])
     task, rank = np.asarray(program.task), np.asarray(program.rank_class)
     seconds = price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0)

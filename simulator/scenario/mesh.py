@@ -26,6 +26,8 @@ class Group:
         A group in `blocks` equal parts that are farther apart; `size` counts all members.
     places : ndarray of shape (groups, size), optional
         The accelerators of every group, where a placement by hand leaves no regular distance.
+    share : float, optional
+        What a member keeps of its NIC's rate while all groups communicate, where the graph was asked; None asks the tiers.
     """
 
     size: Number
@@ -33,6 +35,7 @@ class Group:
     blocks: Number = 1
     block_stride: Number = 1
     places: np.ndarray | None = None
+    share: float | None = None
 
     def within(self, block: int) -> Number:
         """Return how many members share one aligned block of `block` accelerators.

@@ -172,6 +172,8 @@ class Plan(Frozen, _Degrees):
         Split norms and residuals over tp, as Megatron does.
     dispatcher : str
         ``alltoall`` sends one copy per expert; ``deepep`` sends one per host that a token visits and fans out inside.
+    pxn : bool
+        All-to-all crosses to the rail of its target over the scale-up links of the source's host (NCCL's PXN).
     placement : Placement
         Which accelerator each rank gets; in Megatron's default order unless said otherwise.
     """
@@ -196,6 +198,7 @@ class Plan(Frozen, _Degrees):
     precision: Precision = Precision()
     reserve: Reserve = Reserve()
     overlap: Overlap = Overlap()
+    pxn: bool = True
     placement: Placement = Placement()
 
     @model_validator(mode="after")
