@@ -11,6 +11,7 @@ import pandas as pd
 
 from simulator.compute import peak_flop_per_s
 from simulator.feasibility import memory
+from simulator.network.sharing import Share
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, actions, schedule
@@ -41,11 +42,14 @@ class StepResult:
         Every span of every class of ranks.
     compute_parts_s : dict
         Mean seconds per rank on the compute stream, by kind of kernel.
+    shares : dict
+        What sharing leaves each (axis, kind) of collective that crosses the network.
     """
 
     scenario: Scenario
     timeline: Timeline
     compute_parts_s: dict[str, float] = field(repr=False)
+    shares: dict[tuple[str, str], Share] = field(default_factory=dict, repr=False)
 
     @cached_property
     def step_time_s(self) -> float:
@@ -111,6 +115,23 @@ class StepResult:
         table = pd.DataFrame(rows, columns=["part", "seconds", "hidden_s"])
         table.insert(2, "share", table["seconds"] / self.step_time_s)
         return table
+
+    def network(self) -> pd.DataFrame:
+        """Return what each kind of collective keeps of its NICs while all of its groups communicate.
+
+        Returns
+        -------
+        DataFrame
+            One row per axis and kind that leaves a scale-up domain: ``flows`` between domains, the highest ``tier`` that they
+            reach, ``nic_share`` of the rate that the slowest member keeps, ``slowdown`` by sharing with other groups, and the
+            ``hottest`` link with the share of it in use (``load``).
+        """
+        tiers = self.scenario.cluster.fabric.tiers
+        rows = [
+            (axis, kind, s.flows, tiers[min(s.level, len(tiers) - 1)].name, s.rate, s.slowdown, *(s.hottest[0] if s.hottest else ("", 0.0)))
+            for (axis, kind), s in self.shares.items()
+        ]
+        return pd.DataFrame(rows, columns=["axis", "kind", "flows", "tier", "nic_share", "slowdown", "hottest", "load"])
 
     def _order(self) -> Schedule:
         plan, job = self.scenario.plan, self.scenario.job

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from simulator.contention import shares, stretched
 from simulator.durations import RankDurations, spans, uneven
 from simulator.engine.events import run
 from simulator.engine.order import prepare
@@ -27,7 +28,7 @@ from simulator.workload.classes import RankClasses, rank_classes, rank_loads
 from simulator.workload.step import StepProgram
 
 
-def simulate_step(scenario: Scenario, ranks: Literal["classes", "all"] = "classes") -> StepResult:
+def simulate_step(scenario: Scenario, ranks: Literal["classes", "all"] = "classes", contention: bool = False) -> StepResult:
     """Return the simulated optimizer step of `scenario`.
 
     Parameters
@@ -35,6 +36,9 @@ def simulate_step(scenario: Scenario, ranks: Literal["classes", "all"] = "classe
     scenario : Scenario
     ranks : str
         ``classes`` simulates one rank of each class that behaves alike, which is exact; ``all`` simulates every rank.
+    contention : bool
+        Let collectives of different kinds that overlap in time slow each other where they share links (`simulator.contention`);
+        that all groups of one kind share them is always in.
 
     Raises
     ------
@@ -50,8 +54,12 @@ def simulate_step(scenario: Scenario, ranks: Literal["classes", "all"] = "classe
     classes = classify(plan, cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank=ranks == "all")
     program = build_step(model, plan, job, classes)
     seconds = node_seconds(program, scenario)
-    start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
-    return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario))
+    found, queues = shares(program, scenario), program.streams()
+    start, end = run(queues, program.needs, program.meet, seconds, lambda n: describe(program, n))
+    if contention:
+        seconds = stretched(program, scenario, seconds, start, end, found)
+        start, end = run(queues, program.needs, program.meet, seconds, lambda n: describe(program, n))
+    return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario), found)
 
 
 def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routing: Routing | None = None, seeds: int = 1) -> RanksResult:
