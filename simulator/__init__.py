@@ -8,11 +8,14 @@
 from simulator.closed_forms import bound, estimate
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
+from simulator.network.bill import bill_of_materials
 from simulator.network.build import topology
 from simulator.network.topology import Topology
+from simulator.outcome import sources
+from simulator.planning.fabrics import fabrics
 from simulator.planning.search import Search, search
 from simulator.ranks import RanksResult
-from simulator.result import StepResult, sources
+from simulator.result import StepResult
 from simulator.scenario.catalogue import clusters, models
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.job import Job
@@ -42,6 +45,8 @@ __all__ = [
     "plan_from_megatron",
     "topology",
     "Topology",
+    "bill_of_materials",
+    "fabrics",
     "check",
     "bound",
     "estimate",

@@ -78,5 +78,5 @@ def _factors(scenario: Scenario, kinds: list, mine: np.ndarray, other: np.ndarra
     for t, length in zip(other.tolist(), seconds.tolist(), strict=True):
         busy[kinds[t]] = busy.get(kinds[t], 0.0) + length
     main = max(busy, key=busy.__getitem__)
-    known = {t: together(scenario.plan, scenario.cluster, (kinds[t], main))[0] for t in set(mine.tolist())}
+    known = {t: together(scenario.cluster, ((scenario.plan, *kinds[t]), (scenario.plan, *main)))[0] for t in set(mine.tolist())}
     return np.array([known[t] for t in mine.tolist()])

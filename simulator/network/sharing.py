@@ -203,39 +203,37 @@ def _slowest_group(paths: Paths, sent: Flows, traffic: Traffic, nic: float) -> f
     return _kept(one, Flows(sent.source[mine], sent.target[mine], sent.group[mine]), traffic, nic)[0]
 
 
-def together(plan: Plan, cluster: Cluster, patterns: Iterable[tuple[str, str]]) -> tuple[float, ...]:
+def together(cluster: Cluster, patterns: Iterable[tuple[Plan, str, str]]) -> tuple[float, ...]:
     """Return the factor by which each pattern slows while all of them run at once; 1 is no contention.
+
+    Kinds share a NIC evenly, however many peers each talks to: a sender sends to one peer of a kind at a time, in turn.
 
     Parameters
     ----------
-    patterns : iterable of (axis, kind)
-        Such as ``("ep", "all_to_all"), ("edp", "reduce_scatter")``.
+    patterns : iterable of (plan, axis, kind)
+        Such as all expert groups beside data parallelism, ``(plan, "ep", "all_to_all"), (plan, "edp", "reduce_scatter")``, or
+        the plans of several jobs, each on hosts of its own.
     """
     patterns = tuple(patterns)
     built, solved = known(cluster)
-    key = (_degrees(plan), patterns, plan.pxn)
+    key = tuple((_degrees(plan), axis, traffic_of(kind, plan), plan.pxn) for plan, axis, kind in patterns)
     if key not in solved:
-        solved[key] = _together_factors(built, plan, cluster, patterns)
+        solved[key] = _together_factors(built, cluster, patterns)
     return solved[key]
 
 
-def _together_factors(built: Topology, plan: Plan, cluster: Cluster, patterns: tuple) -> tuple[float, ...]:
-    kinds = [traffic_of(kind, plan) for _, kind in patterns]
-    sent = [flows(plan, cluster, axis, traffic) for (axis, _), traffic in zip(patterns, kinds, strict=True)]
-    paths = [route(built, cluster, s, plan.pxn and "all_to_all" in t) for s, t in zip(sent, kinds, strict=True)]
+def _together_factors(built: Topology, cluster: Cluster, patterns: tuple[tuple[Plan, str, str], ...]) -> tuple[float, ...]:
+    kinds = [traffic_of(kind, plan) for plan, _, kind in patterns]
+    sent = [flows(plan, cluster, axis, traffic) for (plan, axis, _), traffic in zip(patterns, kinds, strict=True)]
+    pxn = [plan.pxn and "all_to_all" in t for (plan, *_), t in zip(patterns, kinds, strict=True)]
+    paths = [route(built, cluster, s, p) for s, p in zip(sent, pxn, strict=True)]
     shift = np.concatenate([[0], np.cumsum([len(p.links) for p in paths])])
     indptr = np.concatenate([p.indptr[:-1] + at for p, at in zip(paths, shift, strict=False)] + [shift[-1:]])
-    rates = fair_rates(indptr, np.concatenate([p.links for p in paths]), paths[0].capacity)
+    turns = [1 / np.bincount(s.source)[s.source] for s in sent]
+    rates = fair_rates(indptr, np.concatenate([p.links for p in paths]), paths[0].capacity, np.concatenate(turns))
     ends = np.cumsum([len(p) for p in paths])
     factors = []
-    for p, s, t, end in zip(paths, sent, kinds, ends, strict=True):
-        if not len(p):
-            factors.append(1.0)
-            continue
-        alone = fair_rates(p.indptr, p.links, p.capacity)
-        shared = rates[end - len(p) : end]
-        if "all_to_all" in t:  # what all flows of a sender have together
-            alone, shared = (np.bincount(s.source, x) for x in (alone, shared))
-            alone, shared = alone[alone > 0], shared[alone > 0]
-        factors.append(float(alone.min() / shared.min()))
+    for p, turn, end in zip(paths, turns, ends, strict=True):
+        alone = fair_rates(p.indptr, p.links, p.capacity, turn)
+        factors.append(float(alone.min() / rates[end - len(p) : end].min()) if len(p) else 1.0)
     return tuple(factors)
