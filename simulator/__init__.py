@@ -14,6 +14,7 @@ from simulator.network.topology import Topology
 from simulator.outcome import sources
 from simulator.planning.fabrics import fabrics
 from simulator.planning.search import Search, search
+from simulator.planning.sweep import grid, stored_scenario, stored_sweep, sweep
 from simulator.ranks import RanksResult
 from simulator.result import StepResult
 from simulator.scenario.catalogue import clusters, models
@@ -59,6 +60,10 @@ __all__ = [
     "search",
     "plan",
     "Search",
+    "grid",
+    "sweep",
+    "stored_sweep",
+    "stored_scenario",
     "validate",
     "sources",
     "SimulatorError",
