@@ -202,7 +202,7 @@ def _placement(s: Scenario) -> Iterator[Problem]:
     before = [x for x in place.order.split("-") if at(x) < at("pp")]
     dense = math.prod({"tp": p.tp, "cp": p.cp, "dp": p.dp}.get(x, 1) for x in before)
     expert = math.prod({"tp": p.etp, "ep": p.ep, "dp": p.edp}.get(x, 1) for x in before)
-    if p.pp > 1 and dense != expert:
+    if p.pp > 1 and dense != expert and p.dp * p.cp * p.tp % (p.etp * p.ep) == 0:  # else another rule says so
         yield Problem(
             "attention and expert mesh have the same stages",
             f"order {place.order} puts {dense} attention and {expert} expert ranks inside pp",
