@@ -43,7 +43,7 @@ def _open(s: Scenario) -> bool:
 
 def _degrees(s: Scenario) -> Iterator[Problem]:
     p, n, fixed = s.plan, s.ranks(s.plan), _fixed(s.plan)
-    if p.world == n:
+    if p.world == n or n < 1:  # without hosts another rule says so
         return
     if n % fixed == 0:
         remedy = f"use dp_shard: {n // fixed}, or leave it out"
@@ -190,11 +190,14 @@ def _placement(s: Scenario) -> Iterator[Problem]:
     for name, places, there in (("hosts", place.hosts, s.cluster.hosts), ("accelerators", place.accelerators, s.cluster.accelerators)):
         beyond = [x for x in places or () if x >= there]
         if beyond:
-            yield Problem(
-                f"{name} exist", f"placement names {name[:-1]} {beyond[0]}, the cluster has 0 to {there - 1}", "name one of those"
-            )
+            numbers = f"placement names {name[:-1]} {beyond[0]}, the cluster has 0 to {there - 1}"
+            yield Problem("what a placement names is there", numbers, "name one of those")
     if s.ranks(p) < 1:
-        yield Problem("hosts are left", f"spare_hosts = {place.spare_hosts}, the cluster has {s.cluster.hosts} hosts", "leave fewer out")
+        yield Problem(
+            "hosts are left",
+            f"spare_hosts = {place.spare_hosts}, the cluster has {s.cluster.hosts} hosts",
+            f"use spare_hosts of at most {s.cluster.hosts - 1}",
+        )
     if p.cp > 1 and p.dp > 1 and (at("cp") > at("dp") or at("cp") < at("tp") < at("dp")):
         yield Problem("dp follows cp", f"order {place.order} with cp = {p.cp} and dp = {p.dp}", f"use {ORDER} or {PIPELINE_INSIDE}")
     if p.dp_replicate > 1 and at("dp") < max(at("tp"), at("ep")):
