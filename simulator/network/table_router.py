@@ -36,7 +36,8 @@ class TableRouter:
     Notes
     -----
     At every switch a flow goes on to a neighbour that is one step nearer to its target; among several a hash of its ends
-    decides. Ideal spraying is approached by cutting a flow into up to 8 parts that are hashed apart.
+    decides. Ideal spraying is approached by cutting a flow into up to 8 parts that are hashed apart. Detours (Valiant, UGAL) are
+    not modelled: a dragonfly then has one link for all that two routers or groups send each other.
     """
 
     accelerators: int
