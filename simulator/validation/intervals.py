@@ -1,0 +1,97 @@
+"""The residual table behind the 80 % intervals: made from a scored table, calibrated and judged with groups left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import brentq
+
+from simulator.confidence import COVERAGE, RESIDUALS, SCALES, WORDS, left_out
+from simulator.files import write_atomically
+from simulator.validation.regimes import GROUP
+
+_REGIMES = ("cold", "anchored")
+
+
+def residual_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the residual table of a `scored` table: keys, features, and ln(measured / predicted) cold and anchored."""
+    table = rows[["id", "source", "model"]].assign(group=rows[GROUP].agg(" on ".join, axis=1))
+    table[[*SCALES, *WORDS]] = rows[[*SCALES, *WORDS]]
+    return table.assign(cold=-rows["residual"], anchored=-np.log(rows["anchored_s"] / rows["measured_s"]))
+
+
+def calibrated(table: pd.DataFrame, regime: str) -> float:
+    """Return the central share of weighted residuals that holds 80 % of the rows whose group is left out.
+
+    Notes
+    -----
+    Rows and groups count half each: the mean of the coverage over rows and of its macro average over groups.
+    """
+
+    def excess(level: float) -> float:
+        row, group = coverage(table, regime, left_out(table, regime, level))
+        return (row + group) / 2 - COVERAGE
+
+    low, high = 0.3, 0.999
+    if excess(low) > 0 or excess(high) < 0:
+        return low if excess(low) > 0 else high
+    return float(brentq(excess, low, high, xtol=2e-3))
+
+
+def coverage(table: pd.DataFrame, regime: str, ends: np.ndarray) -> tuple[float, float]:
+    """Return the share of rows inside their interval, and its mean over groups."""
+    known = ~np.isnan(ends[:, 0])
+    inside = pd.Series((table[regime] >= ends[:, 0]) & (table[regime] <= ends[:, 1]))[known]
+    return float(inside.mean()), float(inside.groupby(table["group"][known]).mean().mean())
+
+
+def write(table: pd.DataFrame, path: Path = RESIDUALS) -> dict[str, float]:
+    """Calibrate the levels and write the table, whole or not at all; return the levels."""
+    levels = {regime: round(calibrated(table, regime), 3) for regime in _REGIMES}
+    head = "#" + " ".join(f"{regime}={level}" for regime, level in levels.items()) + "\n"
+    write_atomically(path, lambda f: f.write(head + table.to_csv(index=False, float_format="%.5g", lineterminator="\n")))
+    return levels
+
+
+def judged(table: pd.DataFrame, levels: dict[str, float]) -> pd.DataFrame:
+    """Return how the intervals do on left-out rows, per regime, for all rows and for complete ones alike.
+
+    Returns
+    -------
+    DataFrame
+        ``regime``, ``rows``, ``coverage`` of rows and ``coverage_macro`` over groups; ``half_width``, the median over rows of half
+        of high over low, less 1; ``score``, the mean interval score of ln(measured / predicted), and ``constant_score``,
+        that of the constant half-width that would have been best on these very rows.
+
+    References
+    ----------
+    Gneiting, Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007, equation 43.
+    """
+    lines = []
+    for regime in _REGIMES:
+        ends = left_out(table, regime, levels[regime])
+        known = ~np.isnan(ends[:, 0])
+        row, group = coverage(table, regime, ends)
+        value, low, high = table[regime].to_numpy(dtype=float)[known], *ends[known].T
+        widths = np.linspace(0.005, 2.0, 400)
+        constant = min(score(value, -w, w).mean() for w in widths)
+        lines.append(
+            {
+                "regime": regime,
+                "rows": int(known.sum()),
+                "coverage": row,
+                "coverage_macro": group,
+                "half_width": float(np.median(np.expm1((high - low) / 2))),
+                "score": float(score(value, low, high).mean()),
+                "constant_score": float(constant),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def score(value: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
+    """Return the interval score: the width, and ``2 / alpha`` times the distance of a value outside."""
+    alpha = 1 - COVERAGE
+    return np.asarray(high - low + 2 / alpha * (np.maximum(low - value, 0) + np.maximum(value - high, 0)))
