@@ -128,24 +128,30 @@ def _quantiles(values: np.ndarray, weights: np.ndarray, levels: tuple[float, flo
     return np.interp(levels, share / weights.sum(), values[order])
 
 
-def left_out(rows: pd.DataFrame, regime: str, level: float) -> np.ndarray:
-    """Return the interval of ln(measured / predicted) for every row from the rows of other groups, shape (N, 2).
+def quantiles(asked: pd.DataFrame, rows: pd.DataFrame, regime: str, level: float, leave_out: bool = False) -> np.ndarray:
+    """Return the interval of ln(measured / predicted) for every question, shape (Q, 2); NaN where no row is comparable.
 
     Parameters
     ----------
+    asked : DataFrame
+        Questions, by the columns of `SCALES` and `WORDS`.
     rows : DataFrame
         As the table of `residuals`.
     regime : str
         ``cold`` or ``anchored``: the column to take residuals from.
     level : float
         Central share of the weighted residuals.
+    leave_out : bool
+        Leave out the rows of a question's own ``group``, for published runs that ask about themselves.
     """
-    known = rows[rows[regime].notna()].reset_index(drop=True)
-    ends = np.full((len(rows), 2), np.nan)
-    group, residual = known["group"].to_numpy(dtype=str), known[regime].to_numpy(dtype=float)
-    for block in np.array_split(np.flatnonzero(rows[regime].notna()), max(1, len(rows) // 256)):
-        asked = rows.iloc[block]
-        weights = _weights(distances(asked, known), known) * (group[None, :] != asked["group"].to_numpy(dtype=str)[:, None])
+    rows = rows[rows[regime].notna()].reset_index(drop=True)
+    ends = np.full((len(asked), 2), np.nan)
+    residual, group = rows[regime].to_numpy(dtype=float), rows["group"].to_numpy(dtype=str)
+    for block in np.array_split(np.arange(len(asked)), len(asked) // 256 + 1):
+        some = asked.iloc[block]
+        weights = _weights(distances(some, rows), rows)
+        if leave_out:
+            weights *= group[None, :] != some["group"].to_numpy(dtype=str)[:, None]
         for place, weight in zip(block, weights, strict=True):
             if weight.any():
                 ends[place] = _quantiles(residual[weight > 0], weight[weight > 0], (0.5 - level / 2, 0.5 + level / 2))
@@ -170,12 +176,11 @@ def interval(scenario: Scenario, seconds: float, regime: str = "cold") -> Interv
     taken is the one that holds 80 % of published runs when their own model and accelerator are left out.
     """
     table, levels = residuals()
-    rows = table[table[regime].notna()].reset_index(drop=True)
     asked = pd.DataFrame([features(scenario)])
+    low, high = quantiles(asked, table, regime, levels[regime])[0]
+    rows = table[table[regime].notna()].reset_index(drop=True)
     distance = distances(asked, rows)
     weight = _weights(distance, rows)[0]
-    half = levels[regime] / 2
-    low, high = _quantiles(rows[regime].to_numpy(dtype=float), weight, (0.5 - half, 0.5 + half))
     near = rows[["id", "source", "model", "accelerator"]].assign(
         distance=distance[0], weight=weight / weight.sum(), measured_over_predicted=np.exp(rows[regime])
     )

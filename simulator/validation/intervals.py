@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 
-from simulator.confidence import COVERAGE, RESIDUALS, SCALES, WORDS, left_out
+from simulator.confidence import COVERAGE, RESIDUALS, SCALES, WORDS, quantiles
 from simulator.files import write_atomically
 from simulator.validation.regimes import GROUP
 
@@ -31,7 +31,7 @@ def calibrated(table: pd.DataFrame, regime: str) -> float:
     """
 
     def excess(level: float) -> float:
-        row, group = coverage(table, regime, left_out(table, regime, level))
+        row, group = coverage(table, regime, quantiles(table, table, regime, level, leave_out=True))
         return (row + group) / 2 - COVERAGE
 
     low, high = 0.3, 0.999
@@ -42,7 +42,7 @@ def calibrated(table: pd.DataFrame, regime: str) -> float:
 
 def coverage(table: pd.DataFrame, regime: str, ends: np.ndarray) -> tuple[float, float]:
     """Return the share of rows inside their interval, and its mean over groups."""
-    known = ~np.isnan(ends[:, 0])
+    known = ~np.isnan(ends[:, 0]) & table[regime].notna().to_numpy()
     inside = pd.Series((table[regime] >= ends[:, 0]) & (table[regime] <= ends[:, 1]))[known]
     return float(inside.mean()), float(inside.groupby(table["group"][known]).mean().mean())
 
@@ -71,8 +71,8 @@ def judged(table: pd.DataFrame, levels: dict[str, float]) -> pd.DataFrame:
     """
     lines = []
     for regime in _REGIMES:
-        ends = left_out(table, regime, levels[regime])
-        known = ~np.isnan(ends[:, 0])
+        ends = quantiles(table, table, regime, levels[regime], leave_out=True)
+        known = ~np.isnan(ends[:, 0]) & table[regime].notna().to_numpy()
         row, group = coverage(table, regime, ends)
         value, low, high = table[regime].to_numpy(dtype=float)[known], *ends[known].T
         widths = np.linspace(0.005, 2.0, 400)
