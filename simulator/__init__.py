@@ -8,6 +8,8 @@
 from simulator.closed_forms import bound, estimate
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
+from simulator.network.build import topology
+from simulator.network.topology import Topology
 from simulator.planning.search import Search, search
 from simulator.ranks import RanksResult
 from simulator.result import StepResult, sources
@@ -38,6 +40,8 @@ __all__ = [
     "models",
     "clusters",
     "plan_from_megatron",
+    "topology",
+    "Topology",
     "check",
     "bound",
     "estimate",

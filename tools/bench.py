@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import simulator as sim
+from simulator.network.flows import flow_times
 from simulator.planning.search import Priced, legal_plans
 from simulator.scenario.plan import PlanColumns
 
@@ -35,11 +36,12 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, one used; Python {platform.python_version()}, numpy {np.__version__}"
 
 
-def median_s(work: Callable[[], object]) -> float:
-    """Return the median seconds of `RUNS` runs after one to warm up."""
-    work()
+def median_s(work: Callable[[], object], runs: int = RUNS) -> float:
+    """Return the median seconds of `runs` runs, after one to warm up if there are several."""
+    if runs > 1:
+        work()
     seconds = []
-    for _ in range(RUNS):
+    for _ in range(runs):
         begin = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - begin)
@@ -50,6 +52,25 @@ def table_of(scenario: sim.Scenario, plans: int) -> PlanColumns:
     """Return legal plans of `scenario`, repeated or cut to `plans` of them."""
     one = next(iter(legal_plans(scenario)))
     return one.take(np.arange(plans) % len(one))
+
+
+def flow_by_flow() -> None:
+    """Print the seconds of concurrent flows of 1 MB +-10 % on non-blocking fat trees of 50 GB/s links."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from fat_tree import THREE_LEVELS, TWO_LEVELS, all_to_all
+
+    random = np.random.default_rng(0)
+    everyone = np.arange(THREE_LEVELS.hosts)
+    cases = (
+        ("all-to-all of 64 hosts", TWO_LEVELS, all_to_all(64), RUNS),
+        ("permutation of 8,192 hosts", THREE_LEVELS, (everyone, random.permutation(everyone)), RUNS),
+        ("all-to-all of 256 hosts", TWO_LEVELS, all_to_all(256), 1),
+    )
+    for name, tree, pairs, runs in cases:
+        indptr, links, capacity, latency = tree.paths(*pairs)
+        size = 1e6 * random.uniform(0.9, 1.1, len(latency))
+        seconds = median_s(lambda: flow_times(indptr, links, capacity, size, latency_s=latency), runs)  # noqa: B023
+        print(f"{name}, {len(size):,} flows: {seconds:.3f} s")
 
 
 def main() -> None:
@@ -72,6 +93,7 @@ def main() -> None:
     print(f"estimate over {len(few):,} plans of at most 64 micro-batches: {seconds:.3f} s = {len(few) / seconds:,.0f} plans/s")
     question = median_s(lambda: sim.search(scenario, top=10))
     print(f"search, ten plans simulated: {question:.3f} s")
+    flow_by_flow()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"peak memory of this process: {peak / 1e9:.2f} GB")
 
