@@ -92,9 +92,14 @@ def show(table: pd.DataFrame, title: str | None = None) -> None:
         whole = name == table.columns[0]  # what a row is about is never broken: people copy it
         view.add_column(COLUMNS.get(name, (name, str))[0], justify="right" if numeric else "left", no_wrap=whole, overflow="fold")
     for row in table.itertuples(index=False):
-        cells = zip(table.columns, row, strict=True)
-        view.add_row(*(COLUMNS.get(name, ("", lambda v: f"{v:g}" if isinstance(v, float) else str(v)))[1](value) for name, value in cells))
+        view.add_row(*(_cell(name, value) for name, value in zip(table.columns, row, strict=True)))
     out.print(view)
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return escape(value)
+    return COLUMNS[name][1](value) if name in COLUMNS else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def headline(result: StepResult) -> None:

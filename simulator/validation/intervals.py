@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -55,28 +56,35 @@ def write(table: pd.DataFrame, path: Path = RESIDUALS) -> dict[str, float]:
     return levels
 
 
-def judged(table: pd.DataFrame, levels: dict[str, float]) -> pd.DataFrame:
-    """Return how the intervals do on left-out rows, per regime, for all rows and for complete ones alike.
+def judged(table: pd.DataFrame, ends: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Return how intervals do, per regime.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `residual_table` returns it.
+    ends : mapping
+        By regime, the interval of ln(measured / predicted) of each row, shape (N, 2).
 
     Returns
     -------
     DataFrame
         ``regime``, ``rows``, ``coverage`` of rows and ``coverage_macro`` over groups; ``half_width``, the median over rows of half
         of high over low, less 1; ``score``, the mean interval score of ln(measured / predicted), and ``constant_score``,
-        that of the constant half-width that would have been best on these very rows.
+        that of the constant interval, of any width around any centre, that would have been best on these very rows.
 
     References
     ----------
     Gneiting, Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007, equation 43.
     """
     lines = []
-    for regime in _REGIMES:
-        ends = quantiles(table, table, regime, levels[regime], leave_out=True)
-        known = ~np.isnan(ends[:, 0]) & table[regime].notna().to_numpy()
-        row, group = coverage(table, regime, ends)
-        value, low, high = table[regime].to_numpy(dtype=float)[known], *ends[known].T
-        widths = np.linspace(0.005, 2.0, 400)
-        constant = min(score(value, -w, w).mean() for w in widths)
+    for regime in ends:
+        known = ~np.isnan(ends[regime][:, 0]) & table[regime].notna().to_numpy()
+        if not known.any():
+            continue
+        row, group = coverage(table, regime, ends[regime])
+        value, low, high = table[regime].to_numpy(dtype=float)[known], *ends[regime][known].T
+        constant = score(value, *np.quantile(value, (0.1, 0.9))).mean()  # no constant interval scores better on these rows
         lines.append(
             {
                 "regime": regime,
@@ -88,7 +96,8 @@ def judged(table: pd.DataFrame, levels: dict[str, float]) -> pd.DataFrame:
                 "constant_score": float(constant),
             }
         )
-    return pd.DataFrame(lines)
+    columns = ["regime", "rows", "coverage", "coverage_macro", "half_width", "score", "constant_score"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def score(value: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:

@@ -15,7 +15,7 @@ from simulator.confidence import quantiles, residuals
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 from simulator.validation.choosing import choosing, sweeps
-from simulator.validation.intervals import judged, residual_table
+from simulator.validation.intervals import judged, residual_table, write
 from simulator.validation.peers import peers
 from simulator.validation.published import published_runs, scenario_from_row, validate
 from simulator.validation.regimes import GROUP, errors, floor, regimes, scored
@@ -52,17 +52,21 @@ class Report:
     own: bool = False
 
     @cached_property
-    def rows(self) -> pd.DataFrame:
-        """The predicted rows, scored, with the left-out 80 % interval of the cold prediction: ``low_s``, ``high_s``."""
-        rows = scored(self.table)
-        asked = residual_table(rows)
+    def _ends(self) -> dict[str, np.ndarray]:
+        """The 80 % intervals of ln(measured / predicted), by regime, shape (rows, 2)."""
+        asked = residual_table(self._scored)
         known = residuals()[0] if self.own else asked
-        for regime, predicted, names in (
-            ("cold", "predicted_s", ["low_s", "high_s"]),
-            ("anchored", "anchored_s", ["anchored_low_s", "anchored_high_s"]),
-        ):
-            ends = np.exp(quantiles(asked, known, regime, self.levels[regime], leave_out=not self.own))
-            rows[names] = rows[[predicted]].to_numpy() * ends
+        return {regime: quantiles(asked, known, regime, self.levels[regime], leave_out=not self.own) for regime in ("cold", "anchored")}
+
+    @cached_property
+    def _scored(self) -> pd.DataFrame:
+        return scored(self.table)
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """The predicted rows, scored, with the 80 % interval of the cold prediction: ``low_s``, ``high_s``."""
+        rows = self._scored.copy()
+        rows[["low_s", "high_s"]] = rows[["predicted_s"]].to_numpy() * np.exp(self._ends["cold"])
         return rows
 
     @cached_property
@@ -112,7 +116,7 @@ class Report:
     @cached_property
     def intervals(self) -> pd.DataFrame:
         """Coverage, width and score of the 80 % intervals on left-out rows."""
-        return judged(residual_table(self.rows), dict(self.levels))
+        return judged(residual_table(self._scored), self._ends)
 
     @cached_property
     def skipped(self) -> pd.Series:
@@ -138,7 +142,7 @@ class Report:
         """Return the report as JSON-ready data: ``summary`` of tables and ``rows``."""
         summary = {
             "regimes": _records(self.regimes),
-            "repeated_measurements": dict(zip(("median", "p90"), self.floor, strict=True)),
+            "repeated_measurements": _records(pd.DataFrame([self.floor], columns=["median", "p90"])),
             "by_feature": _records(self.by_feature),
             "choosing": _records(self.choosing),
             "scaling": _records(self.slopes),
@@ -179,6 +183,13 @@ def confront(
     rows = published_runs() if own is None else own
     table = validate(predict, rows, complete_only=False, progress=progress, processes=processes)
     return Report(table, residuals()[1], own=own is not None)
+
+
+def refreshed(report: Report) -> Report:
+    """Write the residual table that intervals come from, calibrated anew, and return the report with those intervals."""
+    write(residual_table(report.rows))
+    residuals.cache_clear()
+    return Report(report.table, residuals()[1], report.own)
 
 
 def breakdown(row: Mapping[str, Any]) -> pd.DataFrame:
