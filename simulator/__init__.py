@@ -10,9 +10,10 @@ from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, Si
 from simulator.feasibility import check
 from simulator.network.build import topology
 from simulator.network.topology import Topology
+from simulator.outcome import sources
 from simulator.planning.search import Search, search
 from simulator.ranks import RanksResult
-from simulator.result import StepResult, sources
+from simulator.result import StepResult
 from simulator.scenario.catalogue import clusters, models
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.job import Job

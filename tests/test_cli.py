@@ -21,7 +21,7 @@ import yaml
 import simulator as sim
 from simulator import plots
 from simulator.cli import app, main
-from simulator.result import sources
+from simulator.outcome import sources
 from simulator.scenario.profiles import CLUSTERS
 from simulator.validation import published, report
 
@@ -95,6 +95,20 @@ def test_simulate_equals_simulate_step(myriad, file):
     assert found["memory_bytes_per_stage"] == step.memory()["total_bytes"].tolist()
     assert (found["bound_s"], found["estimate_s"]) == (sim.bound(scenario), sim.estimate(scenario))
     assert pd.DataFrame(found["breakdown"])["seconds"].sum() == pytest.approx(step.step_time_s)
+
+
+def test_simulate_ranks_that_vary(myriad, file, tmp_path):
+    words = ["--ranks", "all", "--vary", "jitter=0.05", "--seeds", "3"]
+    found = data(myriad("simulate", file, "--json", *words, "--out", tmp_path / "out"))
+    assert found["distribution"]["seeds"] == 3
+    assert found["distribution"]["min_s"] < found["distribution"]["max_s"]
+    assert {"ranks.csv", "critical_path.csv"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    said = myriad("simulate", file, *words).out
+    assert "Step time over seeds" in said
+    assert "Slowest ranks" in said
+    refused = myriad("simulate", file, "--vary", "jitter=0.05")
+    assert refused.code == 2
+    assert "write ranks='all'" in refused.err
 
 
 def test_simulate_all_ranks_equals_classes(myriad, file):

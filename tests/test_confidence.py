@@ -8,6 +8,7 @@ import pytest
 
 from simulator import confidence
 from simulator.confidence import COVERAGE, NEAR, SCALES, WORDS, distances, features, interval, quantiles, residuals
+from simulator.simulate import simulate_step
 from simulator.validation.intervals import calibrated, coverage, judged, score, write
 from simulator.validation.published import published_runs, scenario_from_row
 
@@ -118,3 +119,13 @@ def test_far_from_everything_says_so():
     assert not around.inside
     assert around.comparable["distance"].min() > NEAR
     assert features(scenario)["accelerators"] == 1024
+
+
+def test_a_step_carries_its_interval():
+    row = published_runs().set_index("id", drop=False).loc["dgxc-v24.11.1-llama3_8b-h100-bf16-8"]
+    scenario, _ = scenario_from_row(row)
+    result = simulate_step(scenario)
+    around, told = result.interval(), result.summary()
+    assert told["step_time_interval_80_s"] == [around.low_s, around.high_s]
+    assert told["inside_validated_range"] is True
+    assert told["comparable_runs"][0] in set(published_runs()["id"])

@@ -48,6 +48,11 @@ def median_s(work: Callable[[], object], runs: int = RUNS) -> float:
     return statistics.median(seconds)
 
 
+def peak_gb() -> float:
+    """Return the most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def table_of(scenario: sim.Scenario, plans: int) -> PlanColumns:
     """Return legal plans of `scenario`, repeated or cut to `plans` of them."""
     one = next(iter(legal_plans(scenario)))
@@ -83,6 +88,13 @@ def main() -> None:
     step = median_s(lambda: sim.simulate_step(best))
     spans = len(sim.simulate_step(best).timeline)
     print(f"event simulation of the 10,240-accelerator step: {step:.3f} s ({spans:,} spans)")
+    jitter = sim.Variation(jitter=0.02)
+    seconds = median_s(lambda: sim.simulate_step(best, ranks="all", variation=jitter))
+    print(f"every rank of it, each operation with its own duration: {seconds:.3f} s")
+    uneven = sim.Variation(jitter=0.02, slow_host_share=0.005, throttled_share=0.1, sequence_spread=0.2)
+    routing = sim.Routing(distribution="dirichlet", concentration=5.0, capacity_factor=1.25)
+    seconds = median_s(lambda: sim.simulate_step(best, ranks="all", variation=uneven, routing=routing))
+    print(f"the same with uneven sequences and experts, capacity 1.25, slow hosts: {seconds:.3f} s; memory so far {peak_gb():.2f} GB")
     for count in (100_000, 1_000_000):
         plans = table_of(scenario, count)
         seconds = median_s(lambda plans=plans: Priced.of(scenario, plans).bounds())
@@ -94,8 +106,7 @@ def main() -> None:
     question = median_s(lambda: sim.search(scenario, top=10))
     print(f"search, ten plans simulated: {question:.3f} s")
     flow_by_flow()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"peak memory of this process: {peak / 1e9:.2f} GB")
+    print(f"peak memory of this process: {peak_gb():.2f} GB")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from simulator.cli.terminal import note
 from simulator.errors import ProfileError
 
 if TYPE_CHECKING:
+    from simulator.scenario.routing import Routing
     from simulator.scenario.scenario import Scenario
+    from simulator.scenario.variation import Variation
 
 ScenarioFile = Annotated[Path | None, typer.Argument(help="Scenario in YAML; may be left out when --set gives model, cluster and job.")]
 Sets = Annotated[
@@ -55,7 +57,7 @@ def load(path: Path | None, sets: list[str] | None, megatron: Path | None = None
         for key, table in {"plan": said, "job": run.job}.items():  # the line has the last word but for --set
             data[key] = (data[key] if isinstance(data.get(key), dict) else {}) | table
     for entry in sets or []:
-        _set(data, entry)
+        _put(data, entry)
     question = validated(Scenario, data, str(path or "scenario"))
     accelerators = question.cluster.accelerators
     if processes not in (None, accelerators):
@@ -63,7 +65,7 @@ def load(path: Path | None, sets: list[str] | None, megatron: Path | None = None
     return question
 
 
-def _set(data: dict[str, Any], entry: str) -> None:
+def _put(data: dict[str, Any], entry: str) -> None:
     """Change one entry of a scenario's table as ``KEY=VALUE`` says."""
     key, equals, value = entry.partition("=")
     *parents, last = key.split(".")
@@ -81,3 +83,22 @@ def _set(data: dict[str, Any], entry: str) -> None:
         place[last] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         place[last] = value
+
+
+Varied = Annotated[
+    list[str] | None,
+    typer.Option("--vary", metavar="KEY=VALUE", help="With all ranks: jitter=0.02, routing.distribution=zipf, ...; repeatable."),
+]
+
+
+def variation(entries: list[str] | None) -> tuple[Variation | None, Routing | None]:
+    """Return what ``--vary`` says of ranks and of routing; None for what it does not mention."""
+    from simulator.scenario.profiles import validated
+    from simulator.scenario.routing import Routing
+    from simulator.scenario.variation import Variation
+
+    said: dict[str, Any] = {}
+    for entry in entries or []:
+        _put(said, entry)
+    routing = validated(Routing, said.pop("routing"), "routing") if "routing" in said else None
+    return validated(Variation, {"jitter": 0} | said, "variation") if said else None, routing
