@@ -28,8 +28,8 @@ SCALES = {
 }  # fmt: skip
 #: words that make runs comparable, and how many units a difference counts
 WORDS = {"accelerator": 1.5, "arch": 1.5, "precision": 1.0, "recompute": 0.5, "sharding": 1.0}
-#: units over which the weight of a row falls to 1/e
-REACH = 0.5
+#: units over which the weight of a row falls to 1/e, shortest first, and how many groups of rows must count
+REACHES, GROUPS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0), 5.0
 #: a question is inside the validated range when a row is as near as this, units
 NEAR = 2.0
 
@@ -115,10 +115,34 @@ def residuals() -> tuple[pd.DataFrame, dict[str, float]]:
     return pd.read_csv(StringIO("".join(text[1:]))), {regime: float(level) for regime, level in levels.items()}
 
 
-def _weights(distance: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
-    """Return the weight of every row for every question: near rows count more, and many rows of one group less than as many groups."""
-    size = rows.groupby("group")["group"].transform("size").to_numpy()
-    return np.exp(-(distance - distance.min(axis=1, keepdims=True)) / REACH) / np.sqrt(size)
+def _weights(distance: np.ndarray, group: np.ndarray, may: np.ndarray) -> np.ndarray:
+    """Return the weight of every row for every question, shape (Q, N).
+
+    Parameters
+    ----------
+    distance : ndarray of shape (Q, N)
+    group : ndarray of shape (N,)
+        Number of each row's group, from 0.
+    may : ndarray of shape (Q, N)
+        Whether a row may be used for a question.
+
+    Notes
+    -----
+    ``exp(-distance / reach) / sqrt(rows of the group)``, with the shortest reach of `REACHES` at which `GROUPS` groups count:
+    ``(sum of w)^2 / sum of w^2`` over the groups' weights. One measurement that is near says where, not how far it may be off.
+    """
+    size = np.sqrt(np.bincount(group))[group]
+    member = (group[:, None] == np.arange(group.max() + 1)[None, :]).astype(float)
+    near = np.where(may, distance, np.inf).min(axis=1, keepdims=True)
+    found, done = np.zeros(distance.shape), np.zeros(len(distance), dtype=bool)
+    for reach in REACHES:
+        some = ~done
+        weights = np.exp(-(distance[some] - np.minimum(near[some], 1e300)) / reach) / size * may[some]
+        of_groups = weights @ member
+        enough = of_groups.sum(axis=1) ** 2 >= GROUPS * (of_groups**2).sum(axis=1)
+        found[some] = weights
+        done[np.flatnonzero(some)[enough]] = True
+    return found
 
 
 def _quantiles(values: np.ndarray, weights: np.ndarray, levels: tuple[float, float]) -> np.ndarray:
@@ -146,12 +170,10 @@ def quantiles(asked: pd.DataFrame, rows: pd.DataFrame, regime: str, level: float
     """
     rows = rows[rows[regime].notna()].reset_index(drop=True)
     ends = np.full((len(asked), 2), np.nan)
-    residual, group = rows[regime].to_numpy(dtype=float), rows["group"].to_numpy(dtype=str)
+    residual, (group, names) = rows[regime].to_numpy(dtype=float), pd.factorize(rows["group"])
+    own = names.get_indexer(asked["group"]) if leave_out else np.full(len(asked), -1)
     for block in np.array_split(np.arange(len(asked)), len(asked) // 256 + 1):
-        some = asked.iloc[block]
-        weights = _weights(distances(some, rows), rows)
-        if leave_out:
-            weights *= group[None, :] != some["group"].to_numpy(dtype=str)[:, None]
+        weights = _weights(distances(asked.iloc[block], rows), group, group[None, :] != own[block][:, None])
         for place, weight in zip(block, weights, strict=True):
             if weight.any():
                 ends[place] = _quantiles(residual[weight > 0], weight[weight > 0], (0.5 - level / 2, 0.5 + level / 2))
@@ -172,15 +194,15 @@ def interval(scenario: Scenario, seconds: float, regime: str = "cold") -> Interv
     Notes
     -----
     The ends are the prediction times weighted quantiles of measured over predicted among published runs. A run weighs
-    ``exp(-distance / REACH)``, divided by the root of the number of runs of its model and accelerator. The central share
-    taken is the one that holds 80 % of published runs when their own model and accelerator are left out.
+    the less the farther it is and the more runs its group (model and accelerator) has. The central share taken is the one
+    that holds 80 % of published runs when their own group is left out.
     """
     table, levels = residuals()
     asked = pd.DataFrame([features(scenario)])
     low, high = quantiles(asked, table, regime, levels[regime])[0]
     rows = table[table[regime].notna()].reset_index(drop=True)
     distance = distances(asked, rows)
-    weight = _weights(distance, rows)[0]
+    weight = _weights(distance, pd.factorize(rows["group"])[0], np.ones(distance.shape, dtype=bool))[0]
     near = rows[["id", "source", "model", "accelerator"]].assign(
         distance=distance[0], weight=weight / weight.sum(), measured_over_predicted=np.exp(rows[regime])
     )

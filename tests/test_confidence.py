@@ -122,7 +122,7 @@ def test_far_from_everything_says_so():
 
 
 def test_a_step_carries_its_interval():
-    row = published_runs().set_index("id", drop=False).loc["dgxc-v24.11.1-llama3_8b-h100-bf16-8"]
+    row = published_runs().set_index("id", drop=False).loc["dgxc-v24.11.1-gpt3_175b-h100-bf16-128"]
     scenario, _ = scenario_from_row(row)
     result = simulate_step(scenario)
     around, told = result.interval(), result.summary()
