@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find simulator hardware_profiles -type f -not -name '*.pyc' -not -path '*/__pycache__/*') pyproject.toml README.md
 
-.PHONY: demo test validate accuracy bench clean
+.PHONY: demo test validate accuracy proofs bench clean
 
 demo: .venv/installed
 	$(BIN)/myriad plan examples/kimi-k2-10240-h100.yaml --out out
@@ -21,6 +21,9 @@ validate: .venv/installed
 # What a change to the physics changes: the residuals behind the intervals, and the page. From the checkout, not the wheel.
 accuracy: .venv/installed
 	$(BIN)/python -m simulator.cli validate --refresh --docs docs/accuracy.md
+
+proofs: .venv/tested
+	$(BIN)/pytest -m long
 
 bench: .venv/installed
 	$(PIP) install -c constraints.txt '.[fast]'

@@ -133,11 +133,13 @@ def _weights(distance: np.ndarray, group: np.ndarray, may: np.ndarray) -> np.nda
     """
     size = np.sqrt(np.bincount(group))[group]
     member = (group[:, None] == np.arange(group.max() + 1)[None, :]).astype(float)
-    near = np.where(may, distance, np.inf).min(axis=1, keepdims=True)
+    usable = np.where(may, distance, np.inf)
+    nearest = usable.min(axis=1, keepdims=True)
+    ahead = usable - np.where(np.isfinite(nearest), nearest, 0.0)
     found, done = np.zeros(distance.shape), np.zeros(len(distance), dtype=bool)
     for reach in REACHES:
         some = ~done
-        weights = np.exp(-(distance[some] - np.minimum(near[some], 1e300)) / reach) / size * may[some]
+        weights = np.exp(-ahead[some] / reach) / size
         of_groups = weights @ member
         enough = of_groups.sum(axis=1) ** 2 >= GROUPS * (of_groups**2).sum(axis=1)
         found[some] = weights

@@ -259,7 +259,7 @@ def test_the_commands_of_the_readme_are_understood():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = [line.split("#")[0].replace("[config.json]", "") for line in text.splitlines() if line.startswith("myriad ")]
     verbs = {name.name or name.callback.__name__ for name in app.registered_commands}
-    assert {shlex.split(line)[1] for line in lines} == verbs == {"plan", "simulate", "validate", "models", "clusters", "sources"}
+    assert {shlex.split(line)[1] for line in lines} == verbs
     for example in re.findall(r"examples/[\w.-]+\.yaml", text):
         assert (ROOT / example).is_file()
 

@@ -42,7 +42,7 @@ def test_rows_without_a_factor_have_no_part_in_anchored_intervals():
 def test_near_rows_count_more():
     table = rows(-1.0, 1.0)
     table["hidden"] = [1.0, 1000.0]
-    assert quantiles(rows(0.0), table, "cold", 0.5).mean() == pytest.approx(-0.5, abs=0.01)
+    assert quantiles(rows(0.0), table, "cold", 0.5).mean() < -0.3
 
 
 def test_distance_units():
