@@ -10,6 +10,7 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Module, Overlap, Plan, Precision
 from simulator.validation.row import Row
+from simulator.validation.row_kernels import kernels_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
@@ -33,8 +34,8 @@ _PAIRED = (
 )
 #: sources from before sequence parallelism, or whose default is without it
 _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
-#: sources whose public recipe reduces gradients in bf16 (Megatron-Bridge scripts/performance: grad_reduce_in_fp32=False)
-_BF16_GRADIENTS = "Megatron-Bridge|gpu-tpu-pedia"
+#: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
+_BF16_GRADIENTS = "Megatron-Bridge|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf"
 
 
 def plan_of(row: Row, model: Model) -> Plan:
@@ -78,6 +79,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         dispatcher=_dispatcher(row, model),
         precision=_precision(row),
         overlap=_overlap(row, degrees),
+        kernels=kernels_of(row),
     )
 
 
