@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 
 from simulator.errors import ProfileError
+from simulator.validation.memory import published_memory
 from simulator.validation.page import schema_page
 from simulator.validation.published import published_runs
 from simulator.validation.report import confront
-from simulator.validation.schema import COLUMNS
+from simulator.validation.schema import PEAKS, RUNS
 from simulator.validation.user_rows import read_user_rows
 
 GOOD = {
@@ -35,7 +36,7 @@ def write(tmp_path):
 def test_a_good_row_of_few_columns_is_scored(write):
     found = read_user_rows(write(GOOD, GOOD | MOE | {"id": "sparse", "model": "my MoE"}))
     assert found.problems == []
-    report = confront(found.rows)
+    report = confront({"data": found.rows})
     assert report.table["skipped"].tolist() == ["", ""]
     assert report.rows["release"].tolist() == ["runs", "runs"]
     assert (report.rows["low_s"] < report.rows["high_s"]).all()
@@ -102,13 +103,28 @@ def test_what_is_no_table_is_refused(tmp_path, content):
 
 def test_a_row_that_converts_to_no_scenario_is_skipped_with_the_reason(write):
     found = read_user_rows(write(GOOD | {"pp": 2, "pp_schedule": "V-half"}, GOOD | {"id": "fine"}))
-    table = confront(found.rows).table
+    table = confront({"data": found.rows}).table
     assert table["skipped"].tolist() == ["pipeline schedule not modelled: V-half", ""]
 
 
+def test_memory_rows_are_scored_and_told(tmp_path):
+    rows = published_memory().set_index("id", drop=False).loc[["mem-tt-8b-8-eager", "mem-tt-8b-128-eager"]].copy()
+    rows.loc["mem-tt-8b-128-eager", "value_GiB"] = "67 GiB"
+    rows.to_csv(tmp_path / "peaks.csv", index=False)
+    found = read_user_rows(tmp_path / "peaks.csv", "memory")
+    assert [(p.rule, p.remedy) for p in found.problems] == [
+        ("peaks.csv, line 3 (mem-tt-8b-128-eager), column value_GiB",
+         "write 67, if that is the peak on the fullest accelerator, 2^30 bytes; blank where the run failed")
+    ]  # fmt: skip
+    report = confront({"memory": found.rows})
+    assert report.memory["id"].tolist() == ["mem-tt-8b-8-eager"]
+    assert report.memory["measured_bytes"].tolist() == [82.4 * 2**30]
+    assert report.rows.empty
+
+
 def test_the_schema_knows_every_published_column():
-    columns = set(published_runs().columns) - {"file"}
-    assert columns == {c.name for c in COLUMNS} - {"release"}
+    assert set(published_runs().columns) - {"file"} == {c.name for c in RUNS} - {"release"}
+    assert set(published_memory().columns) <= {c.name for c in PEAKS}
 
 
 def test_the_page_on_the_schema_is_the_schema():

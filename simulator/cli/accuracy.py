@@ -18,41 +18,36 @@ if TYPE_CHECKING:
     from simulator.errors import Problem
     from simulator.validation.report import Report
 
-Files = Annotated[
-    list[Path] | None,
-    typer.Option("--data", help="CSV of your own runs, in the columns of docs/validation.md; repeatable.", exists=True, dir_okay=False),
-]
+
+def _files(kind: str, what: str) -> object:
+    return typer.Option(f"--{kind}", help=f"CSV of your own {what}, as in docs/validation.md; repeatable.", exists=True, dir_okay=False)
 
 
 def validate(
-    data: Files = None,
+    data: Annotated[list[Path] | None, _files("data", "training runs")] = None,
+    memory: Annotated[list[Path] | None, _files("memory", "memory peaks and failures")] = None,
     worst: Annotated[int, typer.Option(min=0, help="How many of the worst rows to explain.")] = 15,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the rows.")] = os.cpu_count() or 1,
     docs: Annotated[Path | None, typer.Option(help="Write the report as a Markdown page, too.", dir_okay=False)] = None,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Write the residuals that the intervals come from, first.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="First write the residuals that the intervals come from.")] = False,
     folder: OutDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare predictions with published training runs, or with your own: cold, anchored, relative, with intervals."""
-    from simulator.validation.page import HEAD, markdown, own_rows, sections, skipped, worst_rows
+    """Compare predictions with published measurements, or with your own: cold, anchored, relative, with intervals."""
+    from simulator.files import write_atomically
+    from simulator.validation.page import HEAD, markdown, sections
     from simulator.validation.report import confront, refreshed
 
-    rows, problems = _own(data)
+    own, problems = _own({"data": data, "memory": memory})
     with progress() as tell:
-        report = confront(rows, processes=processes, progress=lambda done, total: tell("predict", done, total))
-    if refresh and rows is None:
+        report = confront(own, processes=processes, progress=tell)
+    if refresh and own is None:
         report = refreshed(report)
     for problem in problems:
         say(f"[red]{escape(problem.rule)}:[/] {escape(problem.numbers)}\n  remedy: {escape(problem.remedy)}", err)
-    if rows is None:
-        parts = sections(report, worst)
-    else:
-        own = {row["id"]: row for row in rows.to_dict("records")}
-        parts = [own_rows(report), worst_rows(report, worst, own), skipped(report)]
     files = _write(report, folder) if folder else []
+    parts = [] if as_json and not docs else sections(report, worst, own)
     if docs:
-        from simulator.files import write_atomically
-
         write_atomically(docs, lambda f: f.write(markdown(parts, HEAD)))
         files.append(docs)
     if as_json:
@@ -67,17 +62,15 @@ def validate(
         report_files(files)
 
 
-def _own(data: list[Path] | None) -> tuple[pd.DataFrame | None, list[Problem]]:
-    """Return the rows of all files that can be scored, None when there is no file, and what is wrong with the others."""
+def _own(files: dict[str, list[Path] | None]) -> tuple[dict[str, pd.DataFrame] | None, list[Problem]]:
+    """Return a user's rows that can be scored, by kind, None when there is no file, and what is wrong with the others."""
     import pandas as pd
 
     from simulator.validation.user_rows import read_user_rows
 
-    if not data:
-        return None, []
-    read = [read_user_rows(path) for path in data]
-    rows = pd.concat([found.rows for found in read], ignore_index=True)
-    return rows, [problem for found in read for problem in found.problems]
+    read = {kind: [read_user_rows(path, kind) for path in paths] for kind, paths in files.items() if paths}
+    rows = {kind: pd.concat([found.rows for found in some], ignore_index=True) for kind, some in read.items()}
+    return rows or None, [problem for some in read.values() for found in some for problem in found.problems]
 
 
 def _write(report: Report, folder: Path) -> list[Path]:

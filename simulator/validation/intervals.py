@@ -11,14 +11,13 @@ from scipy.optimize import brentq
 
 from simulator.confidence import COVERAGE, RESIDUALS, SCALES, WORDS, quantiles
 from simulator.files import write_atomically
-from simulator.validation.regimes import GROUP
 
 _REGIMES = ("cold", "anchored")
 
 
 def residual_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the residual table of a `scored` table: keys, features, and ln(measured / predicted) cold and anchored."""
-    table = rows[["id", "source", "model"]].assign(group=rows[GROUP].agg(" on ".join, axis=1))
+    table = rows[["id", "source", "model"]].assign(group=rows["family"] + " on " + rows["accelerator"])
     table[[*SCALES, *WORDS]] = rows[[*SCALES, *WORDS]]
     return table.assign(cold=-rows["residual"], anchored=-np.log(rows["anchored_s"] / rows["measured_s"]))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 from simulator.validation.choosing import choosing, sweeps
 from simulator.validation.intervals import judged, residual_table, write
+from simulator.validation.memory import memory_summary, published_memory, validate_memory
 from simulator.validation.peers import peers
 from simulator.validation.published import published_runs, scenario_from_row, validate
 from simulator.validation.regimes import GROUP, errors, floor, regimes, scored
@@ -45,11 +46,14 @@ class Report:
         Levels of the interval quantiles, by regime.
     own : bool
         Whether the rows are a user's: their intervals come from the shipped residuals, and not from each other's.
+    memory : DataFrame
+        As `simulator.validation.memory.validate_memory` returns it.
     """
 
     table: pd.DataFrame
     levels: Mapping[str, float]
     own: bool = False
+    memory: pd.DataFrame = field(default_factory=lambda: validate_memory(published_memory().head(0)))
 
     @cached_property
     def _ends(self) -> dict[str, np.ndarray]:
@@ -148,6 +152,7 @@ class Report:
             "scaling": _records(self.slopes),
             "peers": _records(self.peers),
             "intervals": _records(self.intervals),
+            "memory": _records(memory_summary(self.memory)),
         }
         ends = self.rows.set_index("id")[["low_s", "high_s", "anchored_s"]]
         rows = self.table.drop(columns="anchored_s", errors="ignore").join(ends, on="id")
@@ -157,7 +162,7 @@ class Report:
             | {"assumptions": record["assumptions"].split("; ") if record["assumptions"] else []}
             for record in _records(rows)
         ]
-        return {"summary": summary, "rows": records}
+        return {"summary": summary, "rows": records, "memory_rows": _records(self.memory)}
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -166,30 +171,38 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def confront(
-    own: pd.DataFrame | None = None,
+    own: Mapping[str, pd.DataFrame] | None = None,
     predict: Callable[[Scenario], float] = estimate,
     processes: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
     """Return the report on the published rows, or on a user's own.
 
     Parameters
     ----------
-    own : DataFrame, optional
-        Rows of a user, as `simulator.validation.user_rows.read_user_rows` returns them.
-    predict, processes, progress
+    own : mapping, optional
+        Rows of a user by kind, as `simulator.validation.user_rows.read_user_rows` returns them; a kind that is not there has
+        no part in the report.
+    predict, processes
         As in `simulator.validation.published.validate`.
+    progress : callable, optional
+        Called with what is being done, rows done and rows in all.
     """
-    rows = published_runs() if own is None else own
-    table = validate(predict, rows, complete_only=False, progress=progress, processes=processes)
-    return Report(table, residuals()[1], own=own is not None)
+    tell = progress or (lambda stage, done, total: None)
+    runs, peaks = (published_runs(), None) if own is None else (own.get("data"), own.get("memory"))
+    runs = published_runs().head(0) if runs is None else runs
+    table = validate(predict, runs, complete_only=False, progress=partial(tell, "step times"), processes=processes)
+    report = Report(table, residuals()[1], own=own is not None)
+    if own is None or peaks is not None:
+        report = replace(report, memory=validate_memory(peaks, partial(tell, "memory")))
+    return report
 
 
 def refreshed(report: Report) -> Report:
     """Write the residual table that intervals come from, calibrated anew, and return the report with those intervals."""
     write(residual_table(report.rows))
     residuals.cache_clear()
-    return Report(report.table, residuals()[1], report.own)
+    return replace(report, levels=residuals()[1])
 
 
 def breakdown(row: Mapping[str, Any]) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from simulator.scenario.plan import Module
@@ -28,7 +28,7 @@ class Column:
     needed: Literal["always", "moe", ""] = ""
 
 
-COLUMNS = (
+RUNS = (
     Column("id", "text", "name of the row; unique", "always"),
     Column("source", "text", "who measured; rows of one source and release share their software"),
     Column("release", "text", "software release: container, tag or commit; source and year when left out"),
@@ -79,7 +79,59 @@ COLUMNS = (
     Column("missing_fields", "text", "what had to be guessed"),
     Column("complete", "text", "yes when nothing had to be guessed (the default), else partial"),
 )  # fmt: skip
-BY_NAME = {column.name: column for column in COLUMNS}
+_PEAKS = {
+    "metric": Column("metric", "text", "what value_GiB counts: max_memory_allocated, max_memory_reserved, or nvidia-smi used", ""),
+    "value_GiB": Column("value_GiB", "number", "the peak on the fullest accelerator, 2^30 bytes; blank where the run failed"),
+    "outcome": Column("outcome", "text", "fits or OOM"),
+    "training_run_id": Column("training_run_id", "text", "published run that supplies what this row leaves out"),
+}
+_OPTIONAL = ("kv_heads", "head_dim", "vocab", "dense_layers", "cp", "gbs")
+_NOT_TIMED = ("value", "step_time_s_derived", "flop_convention", "other_metrics", "missing_fields", "total_params_b", "active_params_b")
+PEAKS = (
+    *(replace(c, needed="") if c.name in _OPTIONAL else c for c in RUNS if c.name not in (*_NOT_TIMED, "metric", "release")),
+    *_PEAKS.values(),
+)
+COLLECTIVES = (
+    Column("source", "text", "who measured"),
+    Column("gpu", "text", "accelerator, as in the table of runs", "always"),
+    Column("nodes", "whole", "hosts", "always"),
+    Column("gpus", "whole", "accelerators in the group", "always"),
+    Column("fabric", "text", "links, in words"),
+    Column("collective", "text", "all_reduce, all_gather, reduce_scatter, alltoall, moe_dispatch or moe_combine", "always"),
+    Column("bytes", "whole", "size as nccl-tests counts it", "always"),
+    Column("algbw_GBps", "number", "size / time, 1e9 bytes/s"),
+    Column("busbw_GBps", "number", "bus bandwidth as nccl-tests counts it, 1e9 bytes/s"),
+    Column("notes", "text", "anything else; 'time 13.67 us' is understood"),
+    Column("provenance", "text", "where it can be read"),
+)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns of one kind of table.
+
+    Parameters
+    ----------
+    columns : tuple of Column
+    measured : tuple of str
+        Columns of which one must hold the measurement, and the remedy where none does.
+    """
+
+    columns: tuple[Column, ...]
+    measured: tuple[str, ...]
+    remedy: str
+
+    @property
+    def by_name(self) -> dict[str, Column]:
+        """The columns by their names."""
+        return {column.name: column for column in self.columns}
+
+
+SCHEMAS = {
+    "data": Schema(RUNS, ("step_time_s_derived", "value"), "write the measured seconds of one optimizer step"),
+    "memory": Schema(PEAKS, ("value_GiB", "outcome"), "write the peak in 2^30 bytes, or fits or OOM as outcome"),
+    "collectives": Schema(COLLECTIVES, ("algbw_GBps", "busbw_GBps"), "write the bandwidth in 1e9 bytes/s"),
+}
 #: units that people write behind numbers -> what to multiply by for the unit of the column
 _UNITS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "k": 1e3, "M": 1e6, "B": 1e9, "%": 1e-2}
 
