@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simulator.closed_forms import estimate
 from simulator.confidence import quantiles, residuals
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
@@ -18,7 +17,7 @@ from simulator.validation.choosing import choosing, sweeps
 from simulator.validation.intervals import judged, residual_table, write
 from simulator.validation.memory import memory_summary, published_memory, validate_memory
 from simulator.validation.peers import peers
-from simulator.validation.published import published_runs, scenario_from_row, validate
+from simulator.validation.published import published_runs, roomy, scenario_from_row, step_s, validate
 from simulator.validation.regimes import GROUP, errors, floor, regimes, scored
 from simulator.validation.scaling import slopes
 
@@ -172,7 +171,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def confront(
     own: Mapping[str, pd.DataFrame] | None = None,
-    predict: Callable[[Scenario], float] = estimate,
+    predict: Callable[[Scenario], float] = step_s,
     processes: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
@@ -207,8 +206,4 @@ def refreshed(report: Report) -> Report:
 
 def breakdown(row: Mapping[str, Any]) -> pd.DataFrame:
     """Return where the step of a published row goes, simulated, whether or not the model says that it fits in memory."""
-    scenario, _ = scenario_from_row(row)
-    accelerator = scenario.cluster.accelerator
-    roomy = accelerator.model_copy(update={"hbm_bytes": 1e3 * accelerator.hbm_bytes})
-    cluster = scenario.cluster.model_copy(update={"accelerator": roomy})
-    return simulate_step(scenario.model_copy(update={"cluster": cluster})).breakdown()
+    return simulate_step(roomy(scenario_from_row(row)[0])).breakdown()
