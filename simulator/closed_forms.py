@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from simulator.beside import Beside
 from simulator.engine.replay import Lap, Runs, replay, replay_streams
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, schedule
-from simulator.sharing import Beside
 from simulator.stage_times import PASSES, BlockPrice, StageTimes, price_blocks, stage_times
 from simulator.units import Number
 from simulator.workload.stages import blocks, stage_blocks
@@ -138,7 +138,8 @@ def _reduced(plan: Plan | PlanColumns, t: StageTimes, ends: Number, order: Sched
     return done.max(axis=-1)
 
 
-def _one(scenario: Scenario) -> tuple[StageTimes, int]:
+def times_of(scenario: Scenario) -> tuple[StageTimes, int]:
+    """Return the parts of one step of `scenario`, and its micro-batches."""
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
     micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
     all_blocks = blocks(model, plan, job)
@@ -154,5 +155,5 @@ def orders(plan: Plan):
 
 def estimate(scenario: Scenario) -> float:
     """Return the estimated seconds of one step of `scenario`; balanced ranks, no slow hosts."""
-    times, micro_batches = _one(scenario)
+    times, micro_batches = times_of(scenario)
     return float(estimate_s(scenario.plan, times, micro_batches, orders(scenario.plan)))

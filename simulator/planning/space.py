@@ -169,7 +169,7 @@ def divisors(n: int) -> list[int]:
 
 def _degrees(scenario: Scenario, space: Space) -> dict[str, list[int]]:
     """Return the values of every degree that are worth combining."""
-    model, job, n, like = scenario.model, scenario.job, scenario.cluster.accelerators, scenario.plan
+    model, job, n, like = scenario.model, scenario.job, scenario.ranks(scenario.plan), scenario.plan
     own, layers = divisors(n), model.layers + model.mtp_layers
     free = {
         "tp": [t for t in own if t <= scenario.cluster.host.scale_up_domain],
@@ -249,7 +249,7 @@ def legal_table(scenario: Scenario, space: Space) -> Table:
 
 def _table(scenario: Scenario, space: Space) -> Table | str:
     """Return the legal plans, or the rule that leaves none."""
-    n, degrees = scenario.cluster.accelerators, _degrees(scenario, space)
+    n, degrees = scenario.ranks(scenario.plan), _degrees(scenario, space)
     grid = np.meshgrid(*degrees.values(), indexing="ij")
     columns = {name: axis.ravel().astype(np.int64) for name, axis in zip(degrees, grid, strict=True)}
     inner = columns["tp"] * columns["cp"] * columns["pp"] * columns["dp_replicate"]
