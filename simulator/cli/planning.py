@@ -1,0 +1,133 @@
+"""Verbs that decide: compare, fewest, cheapest, budget, scale, advise."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from simulator.cli.question import AsJson, ScenarioFile, Sets, load
+from simulator.cli.terminal import print_json, progress, records, say, show
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Counts = Annotated[list[int] | None, typer.Option("--accelerators", help="A number of accelerators to look at; repeatable.")]
+#: what of an answer is shown to people
+_SHOWN = ("cluster", "accelerators", "step_time_s", "mfu_causal", "training_days", "cost_usd", "energy_kwh", "efficiency", "tokens", "plan")
+
+
+def _tell(table: pd.DataFrame, title: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"rows": records(table)})
+        return
+    show(table[[name for name in _SHOWN if name in table]].fillna("no plan"), title)
+
+
+def compare(
+    scenarios: Annotated[list[Path], typer.Argument(help="Scenarios in YAML; the first is what the others are held against.")],
+    as_json: AsJson = False,
+) -> None:
+    """Simulate several scenarios and explain their differences term by term."""
+    from simulator.planning.compare import compare as beside
+
+    found = beside({str(path): load(path, None) for path in scenarios})
+    names = list(found.results)
+    differences = {name: found.differences(name) for name in names[1:]}
+    if as_json:
+        why = {name: records(table) for name, table in differences.items()}
+        print_json({"rows": records(found.table), "terms": records(found.terms()), "differences": why})
+        return
+    show(found.table.drop(columns="model"), "Beside each other")
+    for name, table in differences.items():
+        show(table[table["seconds"].abs() > 0].head(8), f"What {name} takes longer than {names[0]}")
+
+
+def fewest(
+    scenario: ScenarioFile = None,
+    days: Annotated[float, typer.Option(min=0, help="Deadline for the whole job.")] = 30.0,
+    counts: Counts = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the fewest accelerators that finish the job in time."""
+    from simulator.planning.questions import fewest_accelerators
+
+    with progress() as tell:
+        table = fewest_accelerators(load(scenario, sets), days, counts, progress=tell)
+    _tell(table, f"The last size finishes in {days:g} days", as_json)
+
+
+def cheapest(
+    scenario: ScenarioFile = None,
+    clusters: Annotated[
+        list[str] | None, typer.Option("--cluster", help="Name or file of a cluster; repeatable. All shipped ones.")
+    ] = None,
+    days: Annotated[float | None, typer.Option(min=0, help="Deadline for the whole job.")] = None,
+    usd: Annotated[float | None, typer.Option("--budget", min=0, help="Money for the whole job, USD.")] = None,
+    counts: Counts = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the cheapest cluster, by kind and size, that meets a deadline or a budget."""
+    from simulator.planning.questions import cheapest as best
+    from simulator.scenario.profiles import CLUSTERS
+
+    loaded = {name: CLUSTERS.load(name) for name in clusters or CLUSTERS.names()}
+    with progress() as tell:
+        table = best(load(scenario, sets), loaded, counts, days, usd, progress=tell)
+    _tell(table, "Clusters that meet the limits, best first", as_json)
+
+
+def budget(
+    usd: Annotated[float, typer.Option("--usd", min=0, help="Money for the whole job.")],
+    scenario: ScenarioFile = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how many tokens a budget trains on."""
+    import pandas as pd
+
+    from simulator.planning.questions import tokens_for
+
+    _tell(pd.DataFrame([tokens_for(load(scenario, sets), usd)]), f"What {usd / 1e6:g} M$ train", as_json)
+
+
+def scale(
+    scenario: ScenarioFile = None,
+    counts: Counts = None,
+    kind: Annotated[Literal["strong", "weak"], typer.Option(help="The same batch on all sizes, or one that grows with them.")] = "strong",
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how the step scales with the number of accelerators, each size with its own best plan."""
+    from simulator.planning.questions import scaling, sizes
+
+    question = load(scenario, sets)
+    with progress() as tell:
+        table = scaling(question, counts or sizes(question.cluster), kind, progress=tell)
+    _tell(table, f"{kind.capitalize()} scaling", as_json)
+
+
+def advise(
+    flop: Annotated[float, typer.Option(min=0, help="Model FLOP of the whole training.")],
+    activation: Annotated[float, typer.Option(help="Share of the parameters that a token uses; 1 is a dense model.")] = 1.0,
+    granularity: Annotated[float, typer.Option(help="Experts that make up one MLP of the usual width.")] = 12.0,
+    as_json: AsJson = False,
+) -> None:
+    """Advise on parameters and tokens for a compute budget, by published scaling laws."""
+    from simulator.planning.advice import advise as of_laws
+
+    found = of_laws(flop, activation, granularity)
+    if as_json:
+        print_json(asdict(found))
+        return
+    say(
+        f"{found.parameters / 1e9:,.1f} B active of {found.total_parameters / 1e9:,.1f} B parameters on {found.tokens / 1e12:,.2f} T tokens"
+    )
+    say(
+        f"loss {found.loss:.3f} nats per token, as a dense model with {found.leverage:.1f} times the compute; {found.batch_tokens / 1e6:.1f} M"
+    )
+    say("tokens per step. Sources: " + "; ".join(found.sources))
