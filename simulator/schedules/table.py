@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -242,10 +242,18 @@ class Schedule:
         Shape (pp, moments, 2, vpp): with all their activations, and with only what the weight gradient still needs, chunk by
         chunk. F takes the activations, B gives them back, I gives back what W does not need. Short rows are padded with zeros.
         """
+        return self._moments(actions)
+
+    @cached_property
+    def resident(self) -> np.ndarray:
+        """As `in_flight`, but where the parts of a pair go layer by layer: what one gives back the other takes at once."""
+        return self._moments(lambda row: (a for entry in row for a in sorted(actions((entry,)), key=lambda a: a.kind == "F")))
+
+    def _moments(self, unpaired: Callable[[tuple[Entry, ...]], Iterator[Action]]) -> np.ndarray:
         moments = []
         for row in self.table:
             whole, rest, seen = [0] * self.vpp, [0] * self.vpp, {(0,) * 2 * self.vpp}
-            for kind, chunk, _ in actions(row):
+            for kind, chunk, _ in unpaired(row):
                 whole[chunk] += {"F": 1, "W": 0}.get(kind, -1)
                 rest[chunk] += {"I": 1, "W": -1}.get(kind, 0)
                 if kind in "FI":
