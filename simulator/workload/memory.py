@@ -127,14 +127,14 @@ def _working(stage: StageBlocks, blocks: Mapping[str, Block]) -> Number:
     return most
 
 
-def _buffers(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan, places: np.ndarray, pairs: bool) -> Number:
+def _buffers(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan, places: np.ndarray, layerwise: bool) -> Number:
     """Return what a rank holds beside states and saved activations: temporaries, gathered state, placeholders, scratch.
 
-    In a pair of forward and backward, the one has saved a block before the other gives one back.
+    In a pair that goes layer by layer, the forward has saved a block before the backward gives one back.
     """
     working = np.stack(np.broadcast_arrays(*(_working(stage, blocks) for stage in stages)), axis=-1)
     found = working[..., places].max(axis=-2) + _gathered(stages, blocks, plan)[..., places].max(axis=-2)
-    if pairs:
+    if layerwise:
         found = found + _largest(stages, blocks, lambda block: block.saved_bytes)[..., places].max(axis=-2)
     if plan.framework.weight_gradients == "placeholders" and plan.zero < 2:
         held = [_placeholders(tuple(stages[i] for i in places[:, rank]), blocks) for rank in range(places.shape[1])]
@@ -175,7 +175,9 @@ def memory_per_stage(
     it reserves; communicators and context lie outside of it. ``total`` is what the device shows as used.
     """
     order = schedule(plan.schedule, single(plan.pp), single(plan.vpp), micro_batches_kept(plan, micro_batches), plan.table)
-    counts = order.resident
+    # the report of DualPipe counts both parts of a pair whole (DeepSeek-V3, table 2: pp + 1); Megatron goes layer by layer
+    layerwise = order.pairs and plan.schedule not in ("dualpipe", "dualpipev")
+    counts = order.resident if layerwise else order.in_flight
     if plan.schedule == "gpipe":  # holds every micro-batch; no need to write them all down
         counts = np.array([micro_batches, 0.0]).reshape(1, 1, 2, 1).repeat(single(plan.pp), axis=0)
     places = np.array(order.held).T  # (vpp, pp): the stage in each place
@@ -200,7 +202,7 @@ def memory_per_stage(
     saved = np.stack(np.broadcast_arrays(*kept), axis=-3)  # (..., 2, vpp, pp)
     peaks = np.einsum("rtkc,...kcr->...rt", counts, saved)
     parts["activations"] = peaks.max(axis=-1)
-    parts["buffers"] = _buffers(stages, blocks, plan, places, order.pairs)
+    parts["buffers"] = _buffers(stages, blocks, plan, places, layerwise)
     reserve = plan.reserve
     parts["fragmentation"] = sum(parts.values()) * (reserve.fragmentation / (1 - reserve.fragmentation))
     if plan.framework.weight_gradients == "copied":
