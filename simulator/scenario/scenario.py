@@ -103,6 +103,6 @@ def change(table: dict[str, Any], key: str, value: Any) -> None:
         if inner is None or isinstance(inner, str):  # a name: keep it as the base and change one thing
             inner = place[parent] = {"base": inner} if inner else {}
         if not isinstance(inner, dict):
-            raise ProfileError(f"{key}: {parent} is {inner!r}, not a table")
+            raise ProfileError(f"{parent} is {inner!r}, not a table: {key} leads nowhere")
         place = inner
     place[last] = value
