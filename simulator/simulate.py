@@ -21,6 +21,7 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
+from simulator.schedules import schedule
 from simulator.sharing import Beside
 from simulator.stage_times import pass_beside
 from simulator.timeline import Timeline
@@ -91,7 +92,7 @@ def simulate_events(scenario: Scenario, every_rank: bool = False) -> StepResult:
     slow = slowdowns(program, scenario)
     seconds = node_seconds(program, scenario, slow)
     start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
-    return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario, slow))
+    return StepResult(scenario, _timeline(program, scenario, start, end), compute_parts(program, scenario, slow))
 
 
 def simulate_steps(scenario: Scenario, steps: int = 3, post_validation: bool = True) -> StepsResult:
@@ -118,9 +119,9 @@ def simulate_steps(scenario: Scenario, steps: int = 3, post_validation: bool = T
     plan, job = scenario.plan, scenario.job
     classes = classify(plan, scenario.cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank=False)
     program = build_step(scenario.model, plan, job, classes, steps, post_validation)
-    seconds = node_seconds(program, scenario, slowdowns(program, scenario))
+    seconds = node_seconds(program, scenario)
     start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
-    return StepsResult(scenario, post_validation, steps, _timeline(program, start, end))
+    return StepsResult(scenario, post_validation, steps, _timeline(program, scenario, start, end))
 
 
 def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routing: Routing | None = None, seeds: int = 1) -> RanksResult:
@@ -157,7 +158,7 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
     order = prepare(
         program.streams(), program.needs, program.meet, spans(program, scenario), plan.world // plan.pp, lambda n: describe(program, n)
     )
-    seconds = node_seconds(program, scenario, slowdowns(program, scenario))
+    seconds = node_seconds(program, scenario)
     times, first = np.empty(seeds), None
     for i in range(seeds):
         now = variation.model_copy(update={"seed": variation.seed + i})
@@ -180,8 +181,9 @@ def classify(plan: Plan, cluster: Cluster, heaviest: float, every_rank: bool) ->
     return rank_classes(plan, slowdown[host], load, every_rank)
 
 
-def node_seconds(program: StepProgram, scenario: Scenario, slow: np.ndarray) -> np.ndarray:
+def node_seconds(program: StepProgram, scenario: Scenario, slow: np.ndarray | None = None) -> np.ndarray:
     """Return the seconds of every node: the price of its task, times the slowdown of its class and of sharing when it computes."""
+    slow = slowdowns(program, scenario) if slow is None else slow
     args = scenario.model, scenario.plan, scenario.cluster
     loads, variant = np.unique(program.classes.load, return_inverse=True)
     price = np.array([[sum(float(op_s(op, *args, load=load)) for op in task.ops) for load in loads] for task in program.tasks])
@@ -242,11 +244,28 @@ def describe(program: StepProgram, node: int) -> str:
     return f"{where}: {program.tasks[program.task[node]].name} {action or ''}".strip()
 
 
-def _timeline(program: StepProgram, start: np.ndarray, end: np.ndarray) -> Timeline:
+def _timeline(program: StepProgram, scenario: Scenario, start: np.ndarray, end: np.ndarray) -> Timeline:
     rank = np.asarray(program.rank_class)
     task = np.asarray(program.task)
     names = np.array([t.name for t in program.tasks], dtype=object)
     streams = np.array([t.stream for t in program.tasks], dtype=object)
     actions = {None: ""} | {a: str(a) for a in set(program.label) if a is not None}
     action = np.array([actions[a] for a in program.label], dtype=object)
-    return Timeline(rank, program.classes.stage[rank], streams[task], names[task], action, start, end, program.classes.count)
+    takes = taken_bytes(program, scenario)
+    return Timeline(rank, program.classes.stage[rank], streams[task], names[task], action, start, end, program.classes.count, takes)
+
+
+def taken_bytes(program: StepProgram, scenario: Scenario) -> dict[tuple[int, str], float]:
+    """Return the activations that each (class, action) takes, or gives back (negative)."""
+    model, plan, job = scenario.model, scenario.plan, scenario.job
+    order = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
+    all_blocks, stages = blocks(model, plan, job), stage_blocks(model, plan, job)
+    saved, rest = ([sum(float(getattr(all_blocks[n], f)) for n in names) for names in stages] for f in ("saved_bytes", "weight_bytes"))
+    rest = [min(both) for both in zip(saved, rest, strict=True)]
+    takes = {}
+    for c, action in dict.fromkeys(zip(program.rank_class, program.label, strict=True)):
+        if action is not None:
+            part = order.held[program.classes.stage[c]][action.chunk]
+            given = {"F": saved[part], "B": -saved[part], "I": rest[part] - saved[part], "W": -rest[part]}
+            takes[c, str(action)] = given[action.kind]
+    return takes

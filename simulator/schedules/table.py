@@ -287,13 +287,16 @@ class Schedule:
 def read_table(text: str, name: str = "user") -> Table:
     """Return the table in a text, one line per rank, entries such as ``0F3``, ``1B2`` or ``0F3+1B2`` between blanks or commas.
 
+    Comments (``#``) and the line that says the wiring are left out.
+
     Raises
     ------
     PlanError
         Names line and entry that are not understood.
     """
     rows = []
-    for number, line in enumerate((x for x in text.splitlines() if x.strip() and not x.lstrip().startswith("#")), start=1):
+    lines = (x for x in text.splitlines() if x.strip() and not x.lstrip().startswith(("#", "wiring:")))
+    for number, line in enumerate(lines, start=1):
         row: list[Entry] = []
         for word in re.split(r"[\s,;]+", line.strip().strip(",;")):
             parts = [_ENTRY.fullmatch(part) for part in word.split("+")]

@@ -23,7 +23,7 @@ ROUNDING = 1e-9
 
 def test_every_example():
     kimi = {
-        "tp": 2, "pp": 8, "vpp": 2, "ep": 16, "schedule": "interleaved", "layout": "balanced", "recompute": "selective",
+        "tp": 2, "pp": 8, "vpp": 2, "ep": 32, "schedule": "interleaved", "layout": "balanced", "recompute": "selective",
         "recompute_modules": ("core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj"),
     }  # fmt: skip
     for path in sorted(EXAMPLES.glob("*.yaml")):

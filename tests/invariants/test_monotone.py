@@ -15,7 +15,7 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
-from simulator.simulate import node_seconds, simulate_ranks, slowdowns
+from simulator.simulate import node_seconds, simulate_ranks
 from simulator.workload.routing import RoutedTokens, moe_layer_count
 from simulator.workload.stages import blocks
 
@@ -57,7 +57,7 @@ def test_more_imbalance_never_helps(s, seed):
     shape = moe_layer_count(s.model), micro_batches, result.order.ranks // (plan.ep * plan.etp), plan.ep
     away = np.random.default_rng(seed).uniform(-1, 1, shape)
     away -= away.mean(axis=-1, keepdims=True)
-    seconds = node_seconds(result.program, s, slowdowns(result.program, s))
+    seconds = node_seconds(result.program, s)
     times = []
     for strength in (0.0, 0.1, 0.3, 0.49):
         routed = RoutedTokens(1.0 + strength * away, np.zeros(shape[:-1]), 1.0)
