@@ -66,9 +66,11 @@ class Beside:
 
         Notes
         -----
-        While a stream talks, products have ``1 - share`` of the multiprocessors and memory-bound kernels ``1 - bytes / seconds
-        / bandwidth`` of the memory; the kernels that it meets are a fair sample of all. With K seconds of kernels that take K'
-        under way, C seconds of talk meet ``min(1, C / K')`` of them: ``1 + sum over streams of min(1, C / K') (K' - K) / K``.
+        A stream that talks for C of K seconds of kernels meets products of P and memory-bound kernels of M seconds for ``C P / K``
+        and ``C M / K``. Products then lack its share s of the multiprocessors, the others its share b = bytes / C / bandwidth of
+        the memory, and catch up later: ``K + sum over streams of min(C / K, 1 / (1 - s)) s P + min(C / K, 1 / (1 - b)) b M``; no
+        kernel is slower than all of the time beside the stream. What memory loses, ``C b``, is the stream's bytes however fast
+        it talks, so a faster link slows nothing.
         """
         alone = np.maximum(self.products_s + self.memory_s, 1e-12)
         slow: Number = 1.0
@@ -76,8 +78,8 @@ class Beside:
             length = np.maximum(seconds, 1e-12)
             share = taken / length
             bandwidth = np.minimum(moved / length / (accelerator.hbm_bytes_per_s * accelerator.hbm_efficiency), FAIR_SHARE)
-            more = self.products_s * share / (1 - share) + self.memory_s * bandwidth / (1 - bandwidth)
-            slow = slow + np.minimum(1.0, seconds / (alone + more)) * more / alone
+            for kernels, lost in ((self.products_s, share), (self.memory_s, bandwidth)):
+                slow = slow + np.minimum(seconds / alone, 1 / (1 - lost)) * lost * kernels / alone
         return slow
 
 

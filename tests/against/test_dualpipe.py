@@ -3,7 +3,8 @@
 "Insights into DeepSeek-V3" (ISCA 2025, arXiv 2505.09343), table 4: 19.926 s = 1F 1.13 + bubble 2.06 + 1B 1.99 + 1W 0.48 +
 1F1B 13.95 + optimizer 0.29 s. The plan is the published one (DeepSeek-V3 technical report, arXiv 2412.19437): DualPipe on 16
 ranks, EP64, ZeRO-1, no TP, FP8 linear layers and dispatch, bf16 moments, fp32 gradients and master weights, RMSNorm and MLA
-up-projections recomputed, SwiGLU's inputs cached in FP8 and its outputs recomputed (sections 3.2.3 and 3.3).
+up-projections recomputed, SwiGLU's inputs cached in FP8 and its outputs recomputed, the dense and shared ones' too (sections
+3.2.3 and 3.3).
 
 Assumed: a micro-batch of one sequence (not printed; it makes 120 per pipeline), layers balanced over the stages, the phases
 means over ranks. The run was no benchmark with forced routing. How far its experts were from balanced is not printed, so it
@@ -42,12 +43,14 @@ def dualpipe(routing: str) -> Scenario:
     plain = Scenario.load(EXAMPLE)
     job = plain.job.model_copy(update={"routing": routing})
     precision = plain.plan.precision.model_copy(update={"activations": "fp8"})
-    return plain.model_copy(update={"job": job}).with_plan(schedule="dualpipe", vpp=2, precision=precision)
+    return plain.model_copy(update={"job": job}).with_plan(
+        schedule="dualpipe", vpp=2, precision=precision, recompute_modules=(*plain.plan.recompute_modules, "mlp_act")
+    )
 
 
 @pytest.fixture(scope="module", params=["balanced", "natural"])
 def step(request):
-    return simulate_step(dualpipe(request.param))  # the plan fits in 80 GB, or this would refuse it
+    return simulate_step(dualpipe(request.param))
 
 
 def phases(step) -> dict[str, float]:
@@ -109,8 +112,8 @@ def test_jitter(step):
 
 
 def test_every_part_of_the_memory_counts(step):
-    """84.8 GB of the 85.5 that the part has; with SwiGLU's inputs in bf16 it would not fit."""
-    assert step.peak_memory_bytes == pytest.approx(84.8e9, rel=0.01)
+    """82.9 GB of the 85.5 that the part has; with SwiGLU's inputs in bf16 it would not fit."""
+    assert step.peak_memory_bytes == pytest.approx(82.9e9, rel=0.02)
     s = step.scenario
     plain = s.with_plan(precision=s.plan.precision.model_copy(update={"activations": "bf16"}))
     with pytest.raises(Exception, match="the model fits in memory"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from grid import grid, uneven
 from scipy.stats import spearmanr
+from small import roomy
 
 from simulator.closed_forms import bound, estimate
 from simulator.scenario.scenario import Scenario
@@ -27,7 +28,7 @@ def test_every_example():
         "recompute_modules": ("core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj"),
     }  # fmt: skip
     for path in sorted(EXAMPLES.glob("*.yaml")):
-        s = Scenario.load(path)
+        s = roomy(Scenario.load(path))
         s = s.with_plan(**kimi) if path.stem.startswith("kimi") else s  # its degrees are left to the search
         step = simulate_step(s).step_time_s
         assert bound(s) <= step * (1 + ROUNDING), path.stem
