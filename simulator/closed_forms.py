@@ -10,11 +10,11 @@ from operator import attrgetter
 
 import numpy as np
 
+from simulator.beside import Beside
 from simulator.engine.replay import Lap, Runs, replay, replay_streams
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, schedule
-from simulator.sharing import Beside
 from simulator.stage_times import PASSES, BlockPrice, StageTimes, price_blocks, stage_times
 from simulator.units import Number
 from simulator.workload.stages import blocks, stage_blocks

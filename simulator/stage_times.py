@@ -8,6 +8,7 @@ from operator import attrgetter
 
 import numpy as np
 
+from simulator.beside import Beside
 from simulator.engine.replay import Runs
 from simulator.pricing import op_s, segments_s
 from simulator.scenario.cluster import Accelerator, Cluster
@@ -15,7 +16,6 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.schedules import Schedule
-from simulator.sharing import Beside
 from simulator.units import Number
 from simulator.workload.ops import COMPUTE, Block, Op, Segment, passes
 from simulator.workload.stages import StageBlocks

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from simulator.beside import Beside
 from simulator.closed_forms import bound_s, estimate_s
 from simulator.errors import PlanError, Problem, ProfileError
 from simulator.result import StepResult
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, repeating, schedule
-from simulator.sharing import Beside
 from simulator.simulate import simulate_step
 from simulator.stage_times import BlockPrice, StageTimes, price_blocks, stage_times
 from simulator.workload.memory import memory_per_stage
@@ -67,7 +67,7 @@ def legal_plans(scenario: Scenario) -> Iterator[PlanColumns]:
     are balanced. Tensor parallelism stays inside the scale-up domain; context parallelism is tried above 8,192 tokens;
     interleaved schedules have at least pp micro-batches.
     """
-    model, job, n, like = scenario.model, scenario.job, scenario.cluster.accelerators, scenario.plan
+    model, job, n, like = scenario.model, scenario.job, scenario.ranks(scenario.plan), scenario.plan
     layers = model.layers + model.mtp_layers
     domain, sparse = scenario.cluster.host.scale_up_domain, all(kind.moe for kind in model.kinds)
     tp = [
