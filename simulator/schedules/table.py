@@ -114,10 +114,10 @@ class Schedule:
         return any(isinstance(entry, Pair) for row in self.table for entry in row)
 
     @cached_property
-    def finishes(self) -> tuple[tuple[int, ...], ...]:
-        """For each rank, its chunks in the order in which their last backward ends."""
-        last = [{a.chunk: n for n, a in enumerate(actions(row)) if a.kind in "BW"} for row in self.table]
-        return tuple(tuple(sorted(range(self.vpp), key=lambda chunk, at=at: at.get(chunk, -1))) for at in last)
+    def finishes(self) -> tuple[tuple[tuple[int, str], ...], ...]:
+        """For each rank, its chunks in the order in which their last backward ends, and whether that is a B or a W."""
+        last = [{a.chunk: (n, a.kind) for n, a in enumerate(actions(row)) if a.kind in "BW"} for row in self.table]
+        return tuple(tuple((chunk, kind) for chunk, (_, kind) in sorted(at.items(), key=lambda item: item[1])) for at in last)
 
     @cached_property
     def messages_before(self) -> tuple[int, ...]:
@@ -295,13 +295,16 @@ class Schedule:
 def read_table(text: str, name: str = "user") -> Table:
     """Return the table in a text, one line per rank, entries such as ``0F3``, ``1B2`` or ``0F3+1B2`` between blanks or commas.
 
+    Comments (``#``) and the line that says the wiring are left out.
+
     Raises
     ------
     PlanError
         Names line and entry that are not understood.
     """
     rows = []
-    for number, line in enumerate((x for x in text.splitlines() if x.strip() and not x.lstrip().startswith("#")), start=1):
+    lines = (x for x in text.splitlines() if x.strip() and not x.lstrip().startswith(("#", "wiring:")))
+    for number, line in enumerate(lines, start=1):
         row: list[Entry] = []
         for word in re.split(r"[\s,;]+", line.strip().strip(",;")):
             parts = [_ENTRY.fullmatch(part) for part in word.split("+")]
