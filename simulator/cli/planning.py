@@ -124,10 +124,9 @@ def advise(
     if as_json:
         print_json(asdict(found))
         return
+    active, total = found.parameters / 1e9, found.total_parameters / 1e9
     say(
-        f"{found.parameters / 1e9:,.1f} B active of {found.total_parameters / 1e9:,.1f} B parameters on {found.tokens / 1e12:,.2f} T tokens"
+        f"{active:,.1f} B active of {total:,.1f} B parameters on {found.tokens / 1e12:,.2f} T tokens, {found.batch_tokens / 1e6:.1f} M a step"
     )
-    say(
-        f"loss {found.loss:.3f} nats per token, as a dense model with {found.leverage:.1f} times the compute; {found.batch_tokens / 1e6:.1f} M"
-    )
-    say("tokens per step. Sources: " + "; ".join(found.sources))
+    say(f"loss {found.loss:.3f} nats per token, that of a dense model with {found.leverage:.1f} times the compute")
+    say("Sources: " + "; ".join(found.sources))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -251,10 +251,18 @@ class Schedule:
         Shape (pp, moments, 2, vpp): with all their activations, and with only what the weight gradient still needs, chunk by
         chunk. F takes the activations, B gives them back, I gives back what W does not need. Short rows are padded with zeros.
         """
+        return self._moments(actions)
+
+    @cached_property
+    def resident(self) -> np.ndarray:
+        """As `in_flight`, but where the parts of a pair go layer by layer: what one gives back the other takes at once."""
+        return self._moments(lambda row: (a for entry in row for a in sorted(actions((entry,)), key=lambda a: a.kind == "F")))
+
+    def _moments(self, unpaired: Callable[[tuple[Entry, ...]], Iterator[Action]]) -> np.ndarray:
         takes = {"F": (1, 0), "B": (-1, 0), "I": (-1, 1), "W": (0, -1)}
         moments = []
         for row in self.table:
-            parts = list(actions(row))
+            parts = list(unpaired(row))
             steps = np.zeros((len(parts) + 1, 2, self.vpp))
             steps[np.arange(1, len(parts) + 1), :, [chunk for _, chunk, _ in parts]] = [takes[kind] for kind, _, _ in parts]
             peaks = [0] + [n for n, (kind, _, _) in enumerate(parts, start=1) if kind in "FI"]

@@ -28,6 +28,8 @@ MOMENTS = {"adam": 2, "muon": 1, "sgd": 0}
 PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "fragmentation", "communication", "context")
 #: how a framework counts its memory -> the parts that it counts
 METRICS = {"allocated": PARTS[:5], "reserved": PARTS[:6], "device": PARTS}
+#: blocks whose matrix products stay in 16 bits
+_ENDS = ("embedding", "head")
 #: bytes of the 16-bit gradients that autograd itself hands over
 AUTOGRAD = 2.0
 
@@ -58,14 +60,33 @@ def state_bytes(dense: Number, expert: Number, plan: Plan, job: Job) -> dict[str
     }
 
 
+def low_precision_copies(plan: Plan) -> float:
+    """Return bytes per parameter of the layers for what matrix products in low precision read instead of the weight itself.
+
+    Notes
+    -----
+    Scaled along rows for one product and along columns for the other, two copies stay from micro-batch to micro-batch
+    (Transformer Engine's weight cache); weights that are kept in low precision are one of the two. ZeRO-3 casts what it
+    gathers anew.
+    """
+    p, low = plan.precision, ("fp8", "fp4")
+    if plan.zero >= 3:
+        return 0.0
+    if p.parameters in low:
+        return ELEMENT_BYTES[p.parameters]
+    return 2 * ELEMENT_BYTES[p.gemm] if p.gemm in low else 0.0
+
+
 def _gathered(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan) -> Number:
     """Whole weights (ZeRO-3) and whole gradients (ZeRO-2, ZeRO-3) of the two largest blocks in turn on each stage."""
     weights = min(ELEMENT_BYTES[plan.precision.parameters], AUTOGRAD)  # cast before they are gathered
     element = weights * (plan.zero >= 3) + ELEMENT_BYTES[plan.precision.gradients] * (plan.zero >= 2)
-    sizes = {name: block.dense_parameters + block.expert_parameters for name, block in blocks.items()}
-    return (
-        2 * element * _of_stages(stages, lambda stage: np.maximum.reduce(np.broadcast_arrays(0.0, *(sizes[name] for name in set(stage)))))
-    )
+    return 2 * element * _largest(stages, blocks, lambda block: block.dense_parameters + block.expert_parameters)
+
+
+def _largest(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], size: Callable[[Block], Number]) -> Number:
+    """Return the size of the largest block of each stage, as a trailing axis."""
+    return _of_stages(stages, lambda stage: np.maximum.reduce(np.broadcast_arrays(0.0, *(size(blocks[name]) for name in set(stage)))))
 
 
 def _of_stages(stages: tuple[StageBlocks, ...], of: Callable[[StageBlocks], Number]) -> Number:
@@ -107,10 +128,15 @@ def _working(stage: StageBlocks, blocks: Mapping[str, Block]) -> Number:
     return most
 
 
-def _buffers(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan, places: np.ndarray) -> Number:
-    """Return what a rank holds beside states and saved activations: temporaries, gathered state, placeholders, scratch."""
+def _buffers(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan, places: np.ndarray, layerwise: bool) -> Number:
+    """Return what a rank holds beside states and saved activations: temporaries, gathered state, placeholders, scratch.
+
+    In a pair that goes layer by layer, the forward has saved a block before the backward gives one back.
+    """
     working = _of_stages(stages, lambda stage: _working(stage, blocks))
     found = working[..., places].max(axis=-2) + _gathered(stages, blocks, plan)[..., places].max(axis=-2)
+    if layerwise:
+        found = found + _largest(stages, blocks, lambda block: block.saved_bytes)[..., places].max(axis=-2)
     if plan.framework.weight_gradients == "placeholders" and plan.zero < 2:
         held = [_placeholders(tuple(stages[i] for i in places[:, rank]), blocks) for rank in range(places.shape[1])]
         found = found + np.stack(np.broadcast_arrays(*held), axis=-1)
@@ -124,19 +150,25 @@ def communicators(plan: Plan) -> Number:
 
 
 class _Held(NamedTuple):
-    """What ranks hold: stages by rank and chunk, (ranks, vpp), and micro-batches, (ranks, moments, 2, vpp)."""
+    """What ranks hold: stages by rank and chunk, (ranks, vpp), and micro-batches, (ranks, moments, 2, vpp).
+
+    `layerwise` says whether pairs go layer by layer.
+    """
 
     stages: np.ndarray
     counts: np.ndarray
+    layerwise: bool
 
 
 def _held(plan: Plan, micro_batches: int) -> _Held:
     """Return what every rank of a schedule holds."""
     order = schedule(plan.schedule, single(plan.pp), single(plan.vpp), micro_batches_kept(plan, micro_batches), plan.table)
-    counts = order.in_flight
+    # the report of DualPipe counts both parts of a pair whole (DeepSeek-V3, table 2: pp + 1); Megatron goes layer by layer
+    layerwise = order.pairs and plan.schedule not in ("dualpipe", "dualpipev")
+    counts = order.resident if layerwise else order.in_flight
     if plan.schedule == "gpipe":  # holds every micro-batch; no need to write them all down
         counts = np.array([micro_batches, 0.0]).reshape(1, 1, 2, 1).repeat(single(plan.pp), axis=0)
-    return _Held(np.array(order.held), counts)
+    return _Held(np.array(order.held), counts, layerwise)
 
 
 @lru_cache(maxsize=8192)
@@ -156,7 +188,7 @@ def _decisive(plan: Plan, micro_batches: int, stages: tuple[StageBlocks, ...]) -
         if not any((counts[rank][:, None] <= counts[other]).all(axis=-1).any(axis=-1).all() for other in rivals):
             rivals.append(rank)
     ranks = sorted(rank for ranks in kept.values() for rank in ranks)
-    return _Held(held.stages[ranks], held.counts[ranks])
+    return _Held(held.stages[ranks], held.counts[ranks], held.layerwise)
 
 
 def memory_per_stage(
@@ -202,10 +234,10 @@ def memory_per_stage(
     kinds = tuple(blocks)
     numbers = np.array([[stage.count(kind) for stage in stages] for kind in kinds], dtype=float)[:, places]  # (kinds, vpp, ranks)
 
-    def held(field: str) -> Number:
-        """Return the sum of a block's field over the stage in each place, (..., vpp, ranks)."""
+    def held(field: str, but: tuple[str, ...] = ()) -> Number:
+        """Return the sum of a block's field over the stage in each place, without the blocks in `but`; (..., vpp, ranks)."""
         values = np.stack(np.broadcast_arrays(*(getattr(blocks[kind], field) for kind in kinds)), axis=-1)
-        found = values @ numbers.reshape(len(kinds), -1)
+        found = values @ (numbers * np.array([kind not in but for kind in kinds])[:, None, None]).reshape(len(kinds), -1)
         return found.reshape(*found.shape[:-1], *places.shape)
 
     dense, expert = (held(f).sum(axis=-2) for f in ("dense_parameters", "expert_parameters"))
@@ -214,6 +246,8 @@ def memory_per_stage(
         dense = dense + (last & ~first) * np.asarray(model.vocab * model.hidden / plan.tp)[..., None]
     columns = plan.with_rank_axis()
     parts = state_bytes(dense, expert, columns, job)
+    layers = sum(held(f, _ENDS).sum(axis=-2) for f in ("dense_parameters", "expert_parameters"))
+    parts["weights"] = parts["weights"] + low_precision_copies(plan) * layers
     kept = [held("saved_bytes"), held("weight_bytes")]
     if plan.framework.keeps_outputs:
         sent = plan.micro_batch * job.sequence_length / plan.cp / (plan.tp if plan.sequence_parallel else 1) * model.hidden * AUTOGRAD
@@ -225,7 +259,7 @@ def memory_per_stage(
     by_rank = counts.reshape(*counts.shape[:2], -1).swapaxes(1, 2)  # (ranks, 2 vpp, moments)
     peaks = np.stack([of_rank @ moments for of_rank, moments in zip(flat, by_rank, strict=True)], axis=-2)  # (..., ranks, moments)
     parts["activations"] = peaks.max(axis=-1)
-    parts["buffers"] = _buffers(stages, blocks, plan, places)
+    parts["buffers"] = _buffers(stages, blocks, plan, places, order.layerwise)
     reserve = plan.reserve
     parts["fragmentation"] = sum(parts.values()) * (reserve.fragmentation / (1 - reserve.fragmentation))
     if plan.framework.weight_gradients == "copied":
