@@ -64,7 +64,7 @@ def test_cheapest_cluster_and_the_budget_that_nothing_meets():
     with pytest.raises(PlanError, match=r"cost_usd <= 1e-12: . accelerators of small come nearest"):
         cheapest(s, both, (4, 8), budget_usd=1e-12, space=TINY)
     with pytest.raises(ProfileError, match="no cluster can have these numbers"):
-        cheapest(s, both, (3,), days=1.0, space=TINY)
+        cheapest(s, both, (6,), days=1.0, space=TINY)
 
 
 def test_tokens_grow_with_the_budget():

@@ -125,8 +125,7 @@ def advise(
         print_json(asdict(found))
         return
     active, total = found.parameters / 1e9, found.total_parameters / 1e9
-    say(
-        f"{active:,.1f} B active of {total:,.1f} B parameters on {found.tokens / 1e12:,.2f} T tokens, {found.batch_tokens / 1e6:.1f} M a step"
-    )
+    tokens, batch = found.tokens / 1e12, found.batch_tokens / 1e6
+    say(f"{active:,.1f} B active of {total:,.1f} B parameters on {tokens:,.2f} T tokens, {batch:.1f} M tokens a step")
     say(f"loss {found.loss:.3f} nats per token, that of a dense model with {found.leverage:.1f} times the compute")
     say("Sources: " + "; ".join(found.sources))
