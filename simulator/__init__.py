@@ -8,6 +8,7 @@
 from simulator.closed_forms import bound, estimate
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
+from simulator.formats.megatron import plan_from_megatron
 from simulator.network.build import topology
 from simulator.network.topology import Topology
 from simulator.outcome import sources
@@ -18,7 +19,6 @@ from simulator.result import StepResult
 from simulator.scenario.catalogue import clusters, models
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.job import Job
-from simulator.scenario.megatron import plan_from_megatron
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing

@@ -47,7 +47,7 @@ def load(path: Path | None, sets: list[str] | None, megatron: Path | None = None
     data = read_yaml(path) if path else {}
     processes = None
     if megatron:
-        from simulator.scenario.megatron import plan_from_megatron
+        from simulator.formats.megatron import plan_from_megatron
 
         run = plan_from_megatron(read_text(megatron))
         for warning in run.warnings:
