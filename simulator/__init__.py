@@ -9,9 +9,11 @@ from simulator.closed_forms import bound, estimate
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
 from simulator.formats.megatron import plan_from_megatron
+from simulator.network.bill import bill_of_materials
 from simulator.network.build import topology
 from simulator.network.topology import Topology
 from simulator.outcome import sources
+from simulator.planning.fabrics import fabrics
 from simulator.planning.search import Search, search
 from simulator.planning.sweep import grid, stored_scenario, stored_sweep, sweep
 from simulator.ranks import RanksResult
@@ -24,7 +26,7 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
-from simulator.simulate import simulate_ranks, simulate_step
+from simulator.simulate import simulate_ranks, simulate_step, simulate_steps
 from simulator.validation.published import validate
 
 #: the command's word for `search`
@@ -44,12 +46,15 @@ __all__ = [
     "plan_from_megatron",
     "topology",
     "Topology",
+    "bill_of_materials",
+    "fabrics",
     "check",
     "bound",
     "estimate",
     "simulate_step",
     "StepResult",
     "simulate_ranks",
+    "simulate_steps",
     "RanksResult",
     "Variation",
     "Routing",

@@ -13,6 +13,7 @@ from simulator.errors import PlanError
 from simulator.formats.launch import SOFTWARE
 from simulator.formats.megatron import plan_from_megatron
 from simulator.formats.megatron_write import megatron_command, megatron_flags
+from simulator.scenario.placement import ORDER, PIPELINE_INSIDE, Placement
 from simulator.scenario.plan import Overlap, Plan, Precision
 from simulator.scenario.profiles import MODELS
 from simulator.scenario.scenario import Scenario
@@ -44,6 +45,7 @@ def sayable(draw: st.DrawFn) -> Plan:
         layout=one(None, "balanced", letters(pp * vpp)), recompute=recompute, recompute_modules=modules, precision=precision,
         sequence_parallel=one(True, False), dispatcher=one("alltoall", "deepep"),
         overlap=Overlap(grad_reduce=one(True, False), param_gather=one(True, False)),
+        placement=Placement(order=one(ORDER, PIPELINE_INSIDE)),
     )  # fmt: skip
 
 
@@ -87,6 +89,7 @@ def test_there_and_back_is_the_same_plan(plan):
         ({"overlap": {"tp": False}}, "overlap.tp: False"),
         ({"overlap": {"multiprocessors": 0.3}}, "overlap.multiprocessors: 0.3"),
         ({"context_parallel": "all_to_all"}, "context_parallel: all_to_all"),
+        ({"placement": {"order": "pp-dp-ep-cp-tp"}}, "placement.order: pp-dp-ep-cp-tp"),
     ],
 )
 def test_what_megatron_cannot_say_is_named(change, term):

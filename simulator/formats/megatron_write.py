@@ -8,6 +8,7 @@ from simulator.formats.launch import refuse, refuse_unsaid
 from simulator.formats.megatron import plan_from_megatron
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
+from simulator.scenario.placement import PIPELINE_INSIDE
 from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 from simulator.workload.stages import stage_blocks
@@ -82,7 +83,8 @@ def _degrees(plan: Plan) -> list[str]:
         "expert-tensor-parallel-size": plan.etp,
         "micro-batch-size": plan.micro_batch,
     }
-    return [f"--{name} {value}" for name, value in flags.items()] + ["--sequence-parallel"] * plan.sequence_parallel
+    inside = ["--use-tp-pp-dp-mapping"] * (plan.placement.order == PIPELINE_INSIDE)
+    return [f"--{name} {value}" for name, value in flags.items()] + ["--sequence-parallel"] * plan.sequence_parallel + inside
 
 
 def _pipeline(plan: Plan) -> list[str]:
