@@ -8,7 +8,9 @@
 from simulator.closed_forms import bound, estimate
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
+from simulator.formats.deepspeed import plan_from_deepspeed
 from simulator.formats.megatron import plan_from_megatron
+from simulator.formats.torchtitan import plan_from_torchtitan
 from simulator.network.bill import bill_of_materials
 from simulator.network.build import topology
 from simulator.network.topology import Topology
@@ -44,6 +46,8 @@ __all__ = [
     "models",
     "clusters",
     "plan_from_megatron",
+    "plan_from_torchtitan",
+    "plan_from_deepspeed",
     "topology",
     "Topology",
     "bill_of_materials",

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from small import cluster, job, moe
 
 from simulator.errors import PlanError, ProfileError
-from simulator.formats.deepspeed import deepspeed_config, plan_from_deepspeed, save_deepspeed
+from simulator.formats.deepspeed import deepspeed_config, deepspeed_text, plan_from_deepspeed
 from simulator.formats.launch import SOFTWARE
-from simulator.formats.torchtitan import plan_from_torchtitan, save_torchtitan, torchtitan_config
+from simulator.formats.torchtitan import plan_from_torchtitan, torchtitan_config, torchtitan_text
 from simulator.scenario.plan import Overlap, Plan, Precision
 from simulator.scenario.scenario import Scenario
 
@@ -111,11 +111,10 @@ def test_deepspeed_there_and_back(data):
 
 def test_files_come_back(tmp_path):
     titan = Plan(pp=2, dp_shard=8, zero=2, overlap=Overlap(tp=False))
-    save_torchtitan(question(titan), tmp_path / "run.toml")
-    assert tomllib.loads((tmp_path / "run.toml").read_text()) == torchtitan_config(question(titan))
+    assert tomllib.loads(torchtitan_text(question(titan))) == torchtitan_config(question(titan))
     half = Precision(gradient_reduce="bf16")
     speed = Plan(dp_shard=16, zero=2, sequence_parallel=False, precision=half, overlap=Overlap(grad_reduce=True, param_gather=True))
-    save_deepspeed(question(speed), tmp_path / "ds.json")
+    (tmp_path / "ds.json").write_text(deepspeed_text(question(speed)))
     assert same(speed, plan_from_deepspeed(tmp_path / "ds.json").plan.on(16))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from simulator.errors import PlanError, Problem, ProfileError
-from simulator.files import write_atomically
 from simulator.formats.launch import Launch, refuse_unsaid
 from simulator.scenario.plan import Plan
 from simulator.scenario.profiles import read_text, validated
@@ -137,10 +136,9 @@ def deepspeed_config(scenario: Scenario) -> dict[str, Any]:
     return config
 
 
-def save_deepspeed(scenario: Scenario, path: str | Path) -> None:
-    """Write `deepspeed_config` as JSON, atomically."""
-    text = json.dumps(deepspeed_config(scenario), indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text))
+def deepspeed_text(scenario: Scenario) -> str:
+    """Return `deepspeed_config` as JSON."""
+    return json.dumps(deepspeed_config(scenario), indent=2) + "\n"
 
 
 def _loaded(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from simulator.errors import PlanError, Problem, ProfileError, nearest
-from simulator.files import write_atomically
 from simulator.formats.launch import Launch, refuse, refuse_unsaid
 from simulator.scenario.plan import Plan
 from simulator.scenario.profiles import read_text, validated
@@ -298,10 +297,10 @@ def _unsayable(plan: Plan) -> dict[str, str]:
     return found
 
 
-def save_torchtitan(scenario: Scenario, path: str | Path) -> None:
-    """Write `torchtitan_config` as TOML, atomically."""
+def torchtitan_text(scenario: Scenario) -> str:
+    """Return `torchtitan_config` as TOML."""
     lines = []
     for section, table in torchtitan_config(scenario).items():
         # a JSON text, number, boolean or list of texts is the same in TOML
         lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items()), ""]
-    write_atomically(path, lambda file: file.write("\n".join(lines)))
+    return "\n".join(lines)
