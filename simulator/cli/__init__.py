@@ -12,6 +12,7 @@ from rich.markup import escape
 from simulator.cli.accuracy import validate
 from simulator.cli.fabrics import fabrics
 from simulator.cli.facts import clusters, models, sources
+from simulator.cli.launches import export
 from simulator.cli.planning import advise, budget, cheapest, compare, fewest, scale
 from simulator.cli.steps import plan, simulate
 from simulator.cli.sweeps import sweep
@@ -25,7 +26,10 @@ app = typer.Typer(
     help="Plan a ten-thousand-GPU training cluster before it exists.",
 )
 #: in the order of the help
-VERBS = (plan, simulate, compare, fewest, cheapest, budget, scale, advise, sweep, fabrics, validate, models, clusters, sources)
+VERBS = (
+    plan, simulate, compare, fewest, cheapest, budget, scale, advise,
+    sweep, export, fabrics, validate, models, clusters, sources,
+)  # fmt: skip
 for verb in VERBS:
     app.command()(verb)
 
