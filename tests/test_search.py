@@ -96,12 +96,13 @@ def test_legal_plans_are_those_of_a_brute_force(s):
         assert Plan.model_validate(plan.model_dump(mode="json")) == plan
 
 
-@each
-def test_columns_are_priced_as_single_plans(s):
+@pytest.mark.parametrize("name", ["moe", "narrow", "replicas", "gpipe", "not split", "natural"])
+def test_columns_are_priced_as_single_plans(name):
+    s = SCENARIOS[name]
     draw = np.random.default_rng(0)
     for zero, schedules in ((1, EVERY_SCHEDULE), (3, ("1f1b", "interleaved"))):
         table = legal_table(s, Space(schedule=schedules)).of_kind(zero=zero)
-        chosen = np.sort(draw.choice(len(table), size=min(8, len(table)), replace=False))
+        chosen = np.sort(draw.choice(len(table), size=min(5, len(table)), replace=False))
         priced = Priced.of(s, table.take(chosen))
         bounds, estimates, needs = priced.bounds(), priced.estimates(), priced.peak_memory()
         for i, row in enumerate(chosen.tolist()):
