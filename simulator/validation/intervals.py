@@ -51,7 +51,7 @@ def write(table: pd.DataFrame, path: Path = RESIDUALS) -> dict[str, float]:
     """Calibrate the levels and write the table, whole or not at all; return the levels."""
     levels = {regime: round(calibrated(table, regime), 3) for regime in _REGIMES}
     head = "#" + " ".join(f"{regime}={level}" for regime, level in levels.items()) + "\n"
-    write_atomically(path, lambda f: f.write(head + table.to_csv(index=False, float_format="%.5g", lineterminator="\n")))
+    write_atomically(path, lambda f: f.write(head + table.to_csv(index=False, float_format="%.7g", lineterminator="\n")))
     return levels
 
 

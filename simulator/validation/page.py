@@ -11,6 +11,7 @@ from simulator.confidence import NEAR
 from simulator.result import NOT_MODELLED
 from simulator.validation.causes import cause
 from simulator.validation.choosing import SWEEP
+from simulator.validation.collectives import summarise_collectives
 from simulator.validation.memory import memory_summary
 from simulator.validation.published import published_runs
 from simulator.validation.regimes import errors
@@ -65,6 +66,7 @@ def sections(report: Report, worst: int, own: Mapping[str, pd.DataFrame] | None 
     """
     if own is not None:
         parts = [own_peaks(report)] if "memory" in own else []
+        parts += [own_collectives(report)] if "collectives" in own else []
         if "data" in own:
             rows = {row["id"]: row for row in own["data"].to_dict("records")}
             parts = [own_rows(report), worst_rows(report, worst, rows), skipped(report), *parts]
@@ -75,6 +77,7 @@ def sections(report: Report, worst: int, own: Mapping[str, pd.DataFrame] | None 
         _scaling(report),
         _choosing(report),
         memory_section(report),
+        collectives_section(report),
         _intervals(report),
         *_features(report),
         worst_rows(report, worst),
@@ -198,6 +201,44 @@ def memory_section(report: Report) -> Section:
         "balanced 90 % overall and 97 % outside; SimuMax reports 1.4 % at most on its B200 rows."
     )
     return Section("Memory", words, pd.DataFrame(lines))
+
+
+def collectives_section(report: Report) -> Section:
+    """Return how far collectives are off, per kind and source."""
+    lines = [
+        {
+            "collective": c["collective"],
+            "source": c["source"],
+            "rows ≥ 1 MiB": f"{c['rows']:.0f}",
+            "median": percent(c["median_error"]),
+            "within 25 %": percent(c["within_25"]),
+            "smaller rows": f"{c['small_rows']:.0f}",
+            "within a factor of 2": percent(c["small_within_2x"]),
+        }
+        for c in summarise_collectives(report.collectives).to_dict("records")
+    ]
+    words = (
+        "Predicted against measured collectives, the constants of every link generation fitted without the source that is judged. "
+        "Groups of few rows show no percentile."
+    )
+    return Section("Collectives", words, pd.DataFrame(lines))
+
+
+def own_collectives(report: Report) -> Section:
+    """Return a user's collectives, one by one."""
+    lines = [
+        {
+            "collective": c["collective"],
+            "accelerators": c["gpus"],
+            "bytes": f"{c['bytes']:,.0f}",
+            "measured": f"{c['measured_s']:.3g} s",
+            "predicted": f"{c['predicted_s']:.3g} s",
+            "error": percent(c["relative_error"], sign=True),
+            "skipped": c["skipped"],
+        }
+        for c in report.collectives.to_dict("records")
+    ]
+    return Section("Your collectives", f"{len(lines)} rows.", pd.DataFrame(lines))
 
 
 def _intervals(report: Report) -> Section:
