@@ -17,7 +17,7 @@ from simulator.validation.choosing import choosing, sweeps
 from simulator.validation.collectives import summarise_collectives, validate_collectives
 from simulator.validation.intervals import judged, residual_table, write
 from simulator.validation.memory import memory_summary, published_memory, validate_memory
-from simulator.validation.peers import peers
+from simulator.validation.peers import peers, plausible
 from simulator.validation.published import published_runs, roomy, scenario_from_row, step_s, validate
 from simulator.validation.regimes import GROUP, errors, floor, regimes, scored
 from simulator.validation.scaling import slopes
@@ -119,6 +119,11 @@ class Report:
     def peers(self) -> pd.DataFrame:
         """Errors on the rows that other simulators published theirs on."""
         return peers(self.rows)
+
+    @cached_property
+    def plausible(self) -> pd.DataFrame:
+        """Errors of the published rows that leave something out, for every plausible value of it."""
+        return plausible(published_runs())
 
     @cached_property
     def intervals(self) -> pd.DataFrame:

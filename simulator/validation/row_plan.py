@@ -87,7 +87,7 @@ def job_of(row: Row) -> Job:
     """Return the job of a published row: one optimizer step."""
     batch, sequence = row.need("gbs"), row.need("seq_len")
     natural = row.has(r"natural routing|no force-?balanc|unforced", "notes", "overlap_notes")
-    if row.has("ISCA'25", "source"):
+    if row.has("ISCA'25", "source") and not row.has("force-balanced", "notes"):
         row.assume("routing not printed: natural, as the production run that it was")
         natural = True
     if row.text("arch") == "moe" and not natural and not row.has(r"balanc|capacity factor|tokendrop", "notes", "overlap_notes"):
