@@ -13,6 +13,7 @@ from simulator.scenario.scenario import Scenario
 from simulator.schedules import Pair, Schedule, schedule
 from simulator.stage_times import BlockPrice, StageTimes, price_blocks, stage_times
 from simulator.units import Number
+from simulator.workload.ops import HOST
 from simulator.workload.stages import blocks, stage_blocks
 
 
@@ -138,8 +139,8 @@ def pair_s(t: StageTimes, forward: int, backward: int, share: float) -> tuple[Nu
         for which, thread in enumerate(threads):
             if turn < len(thread):
                 begin, last = ends[which], ends[which]
-                for stream, seconds in thread[turn]:
-                    seconds = seconds * slow if stream == "compute" else seconds
+                for kind, seconds in thread[turn]:
+                    seconds, stream = seconds * slow if kind == "compute" else seconds, "compute" if kind == HOST else kind
                     done = np.maximum(begin, streams.get(stream, 0.0)) + seconds
                     streams[stream] = done
                     last = np.maximum(last, done)

@@ -35,6 +35,7 @@ COLOURS = {
     "compute: attention": "#44AA99",
     "compute: memory": "#117733",
     "compute: recompute": "#999933",
+    "compute: host": "#EE8866",
     "compute: optimizer": "#DDCC77",
     "exposed: tp": "#AA4499",
     "exposed: cp": "#FFAABB",

@@ -15,7 +15,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.units import Number
 from simulator.workload.experts import copies
-from simulator.workload.ops import Op, Segment
+from simulator.workload.ops import HOST, Op, Segment
 
 _COLLECTIVES = {
     "all_gather": collectives.all_gather_s,
@@ -46,9 +46,12 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0)
         grouped = op.kind == "grouped_gemm"
         return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)
     if op.kind == "attention":
-        return compute.attention_s(op.flop, op.bytes, (op.k + op.n) / 2, op.grad == "input", cluster.accelerator)
+        width, backward = (op.k + op.n) / 2, op.grad == "input"
+        return compute.attention_s(op.flop, op.bytes, width, backward, cluster.accelerator, plan.kernels.attention)
     if op.kind == "memory":
-        return compute.memory_s(op.bytes, cluster.accelerator)
+        return compute.memory_s(op.bytes, cluster.accelerator, op.launches)
+    if op.kind == HOST:
+        return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster), cluster.host.dispatch_s)
     if op.kind == "send":
         return collectives.send_s(op.bytes, group(plan, "pp"), cluster)
     members = group(plan, op.axis)
@@ -63,6 +66,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0)
 
 def loaded(op: Op, load: Number) -> Op:
     """Return an operation for `load` times the tokens: more rows forward, a deeper product for the weights."""
+    if op.kind == HOST:
+        return replace(op, beside=tuple(tuple(loaded(o, load) if o.routed else o for o in segment) for segment in op.beside))
     deeper = op.grad == "weight"
     return replace(op, flop=op.flop * load, bytes=op.bytes * load, m=op.m * (1.0 if deeper else load), k=op.k * (load if deeper else 1.0))
 

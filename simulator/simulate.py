@@ -114,7 +114,7 @@ def node_seconds(program: StepProgram, scenario: Scenario) -> np.ndarray:
     args = scenario.model, scenario.plan, scenario.cluster
     loads, variant = np.unique(program.classes.load, return_inverse=True)
     price = np.array([[sum(float(op_s(op, *args, load=load)) for op in task.ops) for load in loads] for task in program.tasks])
-    computes = np.array([task.stream == "compute" for task in program.tasks])
+    computes = np.array([task.computes for task in program.tasks])
     task, rank = np.asarray(program.task), np.asarray(program.rank_class)
     seconds = price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0)
     return seconds * _crowding(program, seconds, computes[task], rank, scenario.plan.overlap.multiprocessors)
@@ -147,7 +147,9 @@ def compute_parts(program: StepProgram, scenario: Scenario) -> dict[str, float]:
     loads, variant = np.unique(classes.load, return_inverse=True)
     runs = np.zeros((len(program.tasks), len(loads)))
     rank = np.asarray(program.rank_class)
-    np.add.at(runs, (np.asarray(program.task), variant[rank]), (share * classes.slowdown)[rank])
+    task = np.asarray(program.task)
+    slowed = np.array([task.computes for task in program.tasks])[task]
+    np.add.at(runs, (task, variant[rank]), share[rank] * np.where(slowed, classes.slowdown[rank], 1.0))
     for number, task in enumerate(program.tasks):
         if task.stream != "compute":
             continue

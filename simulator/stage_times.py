@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from simulator.compute import host_wait_s
 from simulator.pricing import op_s, segments_s
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.job import Job
@@ -14,7 +15,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.schedules import Schedule
 from simulator.units import Number
-from simulator.workload.ops import COMPUTE, Block, Op, Segment
+from simulator.workload.ops import COMPUTE, HOST, Block, Op, Segment, host_wait
 from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parameter_ops, send_op
 
@@ -54,8 +55,8 @@ class BlockPrice:
 SUMS = ("forward_s", "backward_s", "input_s", "weight_s", "forward_compute_s", "backward_compute_s", "gather_s", "reduce_s")
 
 
-def _runs(segments: list[list[tuple[Op, Number]]]) -> Runs:
-    """Join kernels in a row and leave out what takes no time for any plan, as the step program does."""
+def _runs(segments: list[list[tuple[Op, Number]]], wait: Number) -> Runs:
+    """Join kernels in a row and leave out what takes no time for any plan, as the step program does; `wait` for the host is last."""
     runs: list[tuple[tuple[str, Number], ...]] = []
     for segment in segments:
         parts = tuple((op.stream, seconds) for op, seconds in segment if np.any(seconds))
@@ -63,7 +64,7 @@ def _runs(segments: list[list[tuple[Op, Number]]]) -> Runs:
             runs[-1] = (("compute", runs[-1][0][1] + parts[0][1]),)
         elif parts:
             runs.append(parts)
-    return tuple(runs)
+    return (*runs, ((HOST, wait),)) if np.any(wait) else tuple(runs)
 
 
 def _longest(parts: list[Number]) -> Number:
@@ -80,20 +81,33 @@ def price_blocks(all_blocks: Mapping[str, Block], model: Model, plan: Plan | Pla
         kept = [[seconds for op, seconds in segment if keep(op)] for segment in segments]
         return sum((_longest(parts) for parts in kept if parts), 0.0)
 
+    def launched(segments: Iterable[Segment], seconds: Number, keep: Callable[[Op], bool] = lambda op: True) -> Number:
+        """Return how long the host still launches after `seconds` of a pass."""
+        if cluster.host.dispatch_s is None:
+            return 0.0
+        kept = tuple(tuple(op for op in segment if keep(op)) for segment in segments)
+        return host_wait_s(host_wait(kept, plan.kernels).launches, seconds, cluster.host.dispatch_s)
+
     def one(block: Block) -> BlockPrice:
         forward, backward = priced(block.forward), priced(block.backward)
         computes = COMPUTE.__contains__
+        whole = chain(forward), chain(backward)
+        waits = launched(block.forward, whole[0]), launched(block.backward, whole[1])
+        parts = []
+        for keep in (lambda op: op.grad != "weight", lambda op: op.grad == "weight"):
+            alone = chain(backward, keep)
+            parts.append(alone + launched(block.backward, alone, keep))
         return BlockPrice(
-            forward_s=chain(forward),
-            backward_s=chain(backward),
-            input_s=chain(backward, lambda op: op.grad != "weight"),
-            weight_s=chain(backward, lambda op: op.grad == "weight"),
-            forward_compute_s=chain(forward, lambda op: computes(op.kind)),
-            backward_compute_s=chain(backward, lambda op: computes(op.kind)),
+            forward_s=whole[0] + waits[0],
+            backward_s=whole[1] + waits[1],
+            input_s=parts[0],
+            weight_s=parts[1],
+            forward_compute_s=chain(forward, lambda op: computes(op.kind)) + waits[0],
+            backward_compute_s=chain(backward, lambda op: computes(op.kind)) + waits[1],
             gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),
             reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster),
-            forward_runs=_runs(forward),
-            backward_runs=_runs(backward),
+            forward_runs=_runs(forward, waits[0]),
+            backward_runs=_runs(backward, waits[1]),
         )
 
     return {name: one(block) for name, block in all_blocks.items()}

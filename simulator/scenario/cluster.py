@@ -45,6 +45,8 @@ class Accelerator(Facts):
         Share of the idle time of the last wave of tiles that smaller tiles or split-K win back.
     head_ramp : int
         Head width that costs fused attention half of its speed; the published efficiency is that of width 128.
+    older_attention : dict
+        Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
     """
 
     vendor: str
@@ -62,6 +64,7 @@ class Accelerator(Facts):
     k_ramp: int = Field(ge=0)
     last_wave_recovered: float = Field(ge=0, le=1)
     head_ramp: int = Field(ge=0)
+    older_attention: dict[Literal["flash2", "flash1"], Fraction] = {}
     tdp_w: Watts
 
     @model_validator(mode="after")
@@ -106,6 +109,8 @@ class Host(Facts):
         Bandwidth of a tree all-reduce over that of a ring.
     overhead_w : float
         Power of the host beside its accelerators: processors, NICs, fans.
+    dispatch_s : float or None
+        Time that a processor takes to launch one kernel, framework included, seconds; None: launching never limits.
     """
 
     accelerators: int = Field(gt=0)
@@ -118,6 +123,7 @@ class Host(Facts):
     protocol_share: dict[Literal["ll", "ll128", "simple"], Fraction]
     tree_share: Fraction
     overhead_w: Watts
+    dispatch_s: Seconds | None = None
 
     @field_validator("nic_bytes_per_s")
     @classmethod

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from simulator.scenario.facts import Frozen
+from simulator.scenario.kernels import Kernels
 from simulator.units import Bytes
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
@@ -171,6 +172,8 @@ class Plan(Frozen, _Degrees):
         Split norms and residuals over tp, as Megatron does.
     dispatcher : str
         ``alltoall`` sends one copy per expert; ``deepep`` sends one per host that a token visits and fans out inside.
+    kernels : Kernels
+        Which generation of kernels the training stack runs.
     """
 
     tp: int = Field(default=1, gt=0)
@@ -193,6 +196,7 @@ class Plan(Frozen, _Degrees):
     precision: Precision = Precision()
     reserve: Reserve = Reserve()
     overlap: Overlap = Overlap()
+    kernels: Kernels = Kernels()
 
     @model_validator(mode="after")
     def _schedule_and_chunks(self) -> Plan:

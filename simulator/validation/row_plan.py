@@ -10,10 +10,10 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Module, Overlap, Plan, Precision
 from simulator.validation.row import Row
+from simulator.validation.row_kernels import kernels_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
-    r"cuda_graph=(?!none)|cuda_graph_(?:impl|scope)=(?!none)|cuda[- ]?graphs|CUDA graph|_CUDA_GRAPH=1": "CUDA graphs",
     r"moe_a2a_overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap|overlap_moe_expert_parallel_comm=True|DualPipe overlaps": (
         "expert all-to-all beside compute"
     ),
@@ -26,9 +26,7 @@ _NOT_MODELLED = {
     r"fp8 all-gather": "FP8 parameter gather",
     r"paged[_ ]stash": "paged stash of activations",
     r"Ulysses": "Ulysses context parallelism",
-    r"kernel=(?:torch|fused);": "attention that is not FlashAttention",
     r"grouped_gemm=false": "one GEMM per expert instead of a grouped one",
-    r"FSDP2 \(?eager": "eager kernels (no compiler fusion)",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
 #: sources from before sequence parallelism, or whose default is without it
@@ -70,6 +68,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         dispatcher=_dispatcher(row, model),
         precision=_precision(row),
         overlap=_overlap(row, degrees),
+        kernels=kernels_of(row),
     )
 
 

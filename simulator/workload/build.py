@@ -16,7 +16,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.schedules import Action, Entry, Schedule, schedule
 from simulator.workload.classes import RankClasses
-from simulator.workload.ops import Block, Op, Segment
+from simulator.workload.ops import Block, Op, Segment, host_wait
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import (
     NORM_OP,
@@ -47,7 +47,7 @@ class _Pieces:
         inputs, weights = split_backward(block.backward)
         bodies = {"F": block.forward, "B": block.backward, "I": inputs, "W": weights}
         return cls(
-            {kind: fused(segments, plan) for kind, segments in bodies.items()},
+            {kind: fused((*segments, (host_wait(segments, plan.kernels),)), plan) for kind, segments in bodies.items()},
             _tasks(parameter_ops(block, plan), plan),
             _tasks(gradient_ops(block, plan), plan),
         )

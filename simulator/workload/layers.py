@@ -12,7 +12,7 @@ DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024 (MLA, fine-grained experts, FP
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,10 +20,19 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import LayerKind, Model
 from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, Precision
 from simulator.units import Number
-from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op
+from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op, gemm
 
 #: backward over forward FLOP of fused attention: it computes the scores again and then four products instead of two
 ATTENTION_BACKWARD_FLOP = 2.5
+#: bytes per score that softmax moves, forward and backward: as one kernel in bf16 (read, write; read twice, write), or
+#: scale, mask, cast, fp32 softmax and cast on their own, and their gradients
+SCORE_BYTES: dict[str, tuple[float, float]] = {"unfused": (4.0, 6.0), "eager": (29.0, 35.0)}
+#: bytes per element of an RMSNorm written in PyTorch: cast, square, mean, scale, cast back, weight; and their gradients
+EAGER_NORM_BYTES = (36.0, 100.0)
+#: times that eager rotary embedding reads or writes its rows, most of them in fp32
+EAGER_ROTARY_PASSES = 14
+#: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order
+ROUTER_LAUNCHES, PERMUTE_LAUNCHES = (20, 15), (8, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +75,27 @@ def attended(sequence: Number, window: int | None, causal: bool = True) -> Numbe
 def _builder(plan: Plan) -> BlockBuilder:
     gemm = plan.precision.gemm
     return BlockBuilder(
-        gemm, ELEMENT_BYTES[gemm], plan.recompute, plan.recomputed, plan.overlap.tp, ELEMENT_BYTES[plan.precision.gradients]
+        gemm, ELEMENT_BYTES[gemm], plan.recompute, plan.recomputed, plan.overlap.tp, ELEMENT_BYTES[plan.precision.gradients], plan.kernels
     )
 
 
 def _norm(
     b: BlockBuilder, name: str, tokens: Number, width: int, model: Model, saved: Number, modules: tuple[str, ...] = ("layernorm",)
 ) -> None:
-    """Read and write the row forward; read it, its gradient, write the input's gradient backward."""
-    b.memory(name, 2 * tokens * width * BF16, 3 * tokens * width * BF16, saved, modules)
+    """Read and write the row forward; read it, its gradient, write the input's gradient backward.
+
+    An eager RMSNorm is seven operations in fp32, with twice as many behind them; LayerNorm is one kernel in PyTorch too.
+    """
+    eager = b.kernels.norm == "eager" and not model.layer_norm
+    there, back = EAGER_NORM_BYTES if eager else (2 * BF16, 3 * BF16)
+    b.memory(name, there * tokens * width, back * tokens * width, saved, modules, launches=(7, 14) if eager else (1, 2))
     b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
 
 
 def _residual(b: BlockBuilder, x: Shape, hidden: int) -> None:
-    size = x.split_tokens * hidden * BF16
-    b.memory("residual", 3 * size, 3 * size)
+    """Add a branch to the residual stream; dropout writes a mask of a byte per element and reads it back."""
+    size, mask = x.split_tokens * hidden * BF16, x.split_tokens * hidden if b.kernels.dropout else 0.0
+    b.memory("residual", 3 * size + mask, 3 * size + mask, mask)
 
 
 def _enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = ()) -> tuple[Op | None, Op | None]:
@@ -115,6 +130,9 @@ def _core_attention(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim
     FLOP = 2 T keys heads (qk_dim + v_dim), ring attention balanced over the ranks (zig-zag). One log-sum-exp per
     head is saved; the output is saved as the input of the projection.
     """
+    if b.kernels.attention in SCORE_BYTES:
+        _unfused_attention(b, x, heads, qk_dim, v_dim)
+        return
     flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
     traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
     there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim)
@@ -127,6 +145,39 @@ def _core_attention(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim
     b.add([forward], [backward], x.tokens * heads * FP32, ("core_attn",))
 
 
+def _unfused_attention(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int) -> None:
+    """Scores, softmax and weighted values as kernels of their own; nothing that the mask hides is left out.
+
+    Notes
+    -----
+    With S = T s heads scores: two products of 2 S d FLOP forward, four backward. Softmax and dropout read and write S
+    elements, see `SCORE_BYTES`; their outputs are saved (the ``5 a s^2 b`` of Korthikanti et al., equation 1).
+    """
+    scores, products = x.tokens * x.sequence * heads, x.tokens / x.sequence * x.cp * heads
+    rows = x.sequence / x.cp
+    core = ("core_attn",)
+    there, back = SCORE_BYTES[b.kernels.attention]
+    drop = 2 * BF16 + 1 if b.kernels.dropout else 0.0
+
+    def product(name: str, k: Number, n: Number, grad: str = "") -> Op:
+        op = gemm(f"attn.core.{name}", rows, k, n, "bf16", BF16, grad, groups=products)
+        return replace(op, kind="gemm")  # one weight-free batch: as fast as a single product
+
+    forward = [
+        (product("scores", qk_dim, x.sequence),),
+        (Op("attn.core.softmax", "memory", bytes=scores * (there + drop), launches=2),),
+        (product("values", x.sequence, v_dim),),
+    ]
+    backward = [
+        (product("values", v_dim, x.sequence, "input"),),
+        (product("values", x.sequence, v_dim, "input"),),
+        (Op("attn.core.softmax", "memory", bytes=scores * (back + drop), grad="input", launches=2),),
+        (product("scores", x.sequence, qk_dim, "input"),),
+        (product("scores", x.sequence, qk_dim, "input"),),
+    ]
+    b.add(forward, backward, scores * (BF16 + (BF16 + 1 if b.kernels.dropout else 0.0)), core)
+
+
 def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
     h, dim, heads, kv = model.hidden, model.head_dim, model.heads, model.kv_heads
     _norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
@@ -135,7 +186,7 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
     beside = _enter_tp(b, "attn", x, h)
     b.linear("attn.qkv", x.tokens, h, width, beside=beside)
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
-    b.memory("attn.rotary", 2 * rotated, 2 * rotated, x.tokens * width * BF16)
+    _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
     b.linear("attn.out", x.tokens, local_heads * dim, h, saved=_twice(b, x.tokens * local_heads * dim))
     _leave_tp(b, "attn", x, h)
@@ -147,6 +198,23 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
 def _twice(b: BlockBuilder, elements: Number) -> Number:
     """Bytes of a tensor that attention keeps in bf16 and a low-precision linear layer in its own datatype."""
     return elements * (BF16 + (b.element if b.element < BF16 else 0.0))
+
+
+def _rotary(b: BlockBuilder, rotated: Number, saved: Number, modules: tuple[str, ...] = ()) -> None:
+    """Turn queries and keys in one kernel, or eagerly: to fp32, four products and two sums, and back."""
+    eager = b.kernels.pointwise == "eager"
+    passes = EAGER_ROTARY_PASSES if eager else 2
+    b.memory("attn.rotary", passes * rotated, passes * rotated, saved, modules, launches=(8, 8) if eager else (1, 1))
+
+
+def _activation(
+    b: BlockBuilder, name: str, mats: int, size: Number, kept: Number, saved: Number, modules: tuple[str, ...], routed: bool = False
+) -> None:
+    """Activate the up-projection, gated or not; eagerly the gate's activation and product go through memory on their own."""
+    eager = (2, 4) if b.kernels.pointwise == "eager" else (0, 0)
+    there, back = mats + 1 + eager[0], 2 * mats + 1 + eager[1]
+    launches = (2, 3) if b.kernels.pointwise == "eager" else (1, 1)
+    b.memory(f"{name}.activation", there * size + kept, back * size - kept, saved, modules, routed, launches)
 
 
 def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
@@ -167,8 +235,7 @@ def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) 
     b.linear("attn.q_up", x.tokens, q_input, heads * qk, saved=x.tokens * heads * qk * BF16, modules=up, beside=beside)
     keys_values = heads * (mla.nope_dim + mla.v_dim)
     b.linear("attn.kv_up", x.tokens, mla.kv_rank, keys_values, saved=x.tokens * heads * (qk + mla.v_dim) * BF16, modules=up)
-    rotated = x.tokens * heads * 2 * qk * BF16
-    b.memory("attn.rotary", 2 * rotated, 2 * rotated, modules=up)
+    _rotary(b, x.tokens * heads * 2 * qk * BF16, 0.0, up)
     _core_attention(b, x, heads, qk, mla.v_dim, heads * (qk + mla.v_dim), kind.window)
     b.linear("attn.out", x.tokens, heads * mla.v_dim, h, saved=_twice(b, x.tokens * heads * mla.v_dim))
     _leave_tp(b, "attn", x, h)
@@ -182,14 +249,7 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     beside = _enter_tp(b, name, x, h, modules)
     saved, cast = _kept(x.tokens * mats * local, kept)
     b.linear(f"{name}.up", x.tokens, h, mats * local, saved=saved, modules=modules, beside=beside)
-    size = x.tokens * local * BF16
-    b.memory(
-        f"{name}.activation",
-        (mats + 1) * size + cast,
-        (2 * mats + 1) * size - cast,
-        x.tokens * local * b.element,
-        (*modules, f"{name}_act"),
-    )
+    _activation(b, name, mats, x.tokens * local * BF16, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
     b.linear(f"{name}.down", x.tokens, local, h, modules=modules)
     _leave_tp(b, name, x, h, modules)
     bias = (mats * local + h) if model.mlp_bias else 0
@@ -218,14 +278,14 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     moe = ("moe",)
     scores = x.split_tokens * e.count * FP32
     b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
-    b.memory("router.topk", 4 * scores, 4 * scores, modules=moe)
+    b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES)
     copies, rows_moved = received * h, (x.split_tokens + received) * h
     # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
     cast = precision.dispatch == b.dtype != "bf16"
     there, back = (rows_moved * ELEMENT_BYTES[p] for p in (precision.dispatch if cast else "bf16", "bf16"))
     if cast:
         b.memory("moe.dispatch.cast", x.split_tokens * h * (BF16 + b.element), 0.0, modules=moe)
-    b.memory("moe.permute", there, back, modules=moe)
+    b.memory("moe.permute", there, back, modules=moe, launches=PERMUTE_LAUNCHES)
     out, back = (x.split_tokens * h * ELEMENT_BYTES[p] for p in (precision.dispatch, precision.combine))
     b.exchange("moe.dispatch", out, back, moe)
     gather, scatter = (
@@ -244,14 +304,11 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
         routed=True,
         arrives=(cast, False),
     )
-    size = rows * ffn * BF16
-    b.memory(
-        "moe.activation", (mats + 1) * size + kept, (2 * mats + 1) * size - kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True
-    )
+    _activation(b, "moe", mats, rows * ffn * BF16, kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(False, cast))
     b.collective(scatter, gather, moe)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
-    b.memory("moe.unpermute", rows_moved * BF16, there, modules=moe)
+    b.memory("moe.unpermute", rows_moved * BF16, there, modules=moe, launches=PERMUTE_LAUNCHES)
     if cast:
         b.memory("moe.combine.cast", 0.0, x.split_tokens * h * (BF16 + b.element), modules=moe)
     expert = (mats + 1) * h * ffn + ((mats * ffn + h) if model.mlp_bias else 0)
@@ -295,13 +352,14 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     -----
     The logits live once in bf16 and once in fp32; the loss reads them for the maximum, the sum and the gradient.
     """
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp)
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp, kernels=plan.kernels)
     vocab = model.vocab / x.tp
     _norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = _enter_tp(b, "head", x, model.hidden)
     logits = x.tokens * vocab
     b.linear("head.logits", x.tokens, model.hidden, vocab, saved=logits * (BF16 + FP32), beside=beside)
-    b.memory("head.loss", logits * (BF16 + 3 * FP32), logits * (FP32 + BF16))
+    eager = logits * 3 * FP32 if plan.kernels.pointwise == "eager" else 0.0  # log-softmax writes, its gradient reads and writes
+    b.memory("head.loss", logits * (BF16 + 3 * FP32), logits * (FP32 + BF16) + eager)
     if not model.tied_embeddings:
         b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
     return b.build(x.split_tokens * model.hidden * BF16)

@@ -13,10 +13,10 @@ Target: the step within 10 %, each phase above 1 s (forwards, backwards, pairs, 
 fitted to this row, published in brackets:
 
     routing   step            1F              1B              1F1B            bubble          1W            optimizer
-    balanced  17.61 (-11.6 %) 1.15  (+2.0 %)  1.66 (-16.7 %)  13.27 (-4.9 %)   1.02 (-50 %)    0.25 (-47 %)  0.26
-    natural   20.34  (+2.1 %) 1.36 (+20.2 %)  1.89  (-4.8 %)  15.24 (+9.3 %)   1.30 (-37 %)    0.25 (-47 %)  0.29
+    balanced  17.82 (-10.6 %) 1.16  (+2.3 %)  1.66 (-16.6 %)  13.16 (-5.6 %)   1.33 (-36 %)    0.25 (-47 %)  0.26
+    natural   20.54  (+3.1 %) 1.36 (+20.4 %)  1.90  (-4.7 %)  15.09 (+8.2 %)   1.65 (-20 %)    0.25 (-47 %)  0.29
 
-So the step is met with natural routing and bracketed by the two. Missed: the bubble, by a third to a half (stages that differ
+So the step is met with natural routing and bracketed by the two. Missed: the bubble, by a fifth to a third (stages that differ
 from micro-batch to micro-batch, as jitter and routing make them, are not here: every rank of a stage waits the same), 1F
 under natural routing by a hair, and the weight gradients on their own, half of the published time (0.48 s, below 1 s, so not
 a target): our FP8 efficiency is that of large library GEMMs, not of ones with fine-grained scales.
@@ -69,22 +69,22 @@ def test_phases_add_up(step):
 
 
 def test_step(step):
-    """Target 10 %: met with natural routing, missed by 1.6 points with balanced."""
+    """Target 10 %: met with natural routing, missed by 0.6 points with balanced."""
     miss = step.step_time_s / PUBLISHED_STEP_S - 1
     if step.scenario.job.routing == "natural":
-        assert miss == pytest.approx(0.021, abs=0.02)
+        assert miss == pytest.approx(0.031, abs=0.02)
         assert abs(miss) < 0.10
     else:
-        assert miss == pytest.approx(-0.116, abs=0.02)
+        assert miss == pytest.approx(-0.106, abs=0.02)
 
 
 def test_phases(step):
-    """Target 20 % for what is above 1 s: met by 1B and 1F1B, by 1F when balanced (20.2 % when natural), missed by the bubble."""
+    """Target 20 % for what is above 1 s: met by 1B and 1F1B, by 1F when balanced (20.4 % when natural), missed by the bubble."""
     found, natural = misses(step), step.scenario.job.routing == "natural"
     assert found["forward_s"] == pytest.approx(0.202 if natural else 0.020, abs=0.03)
     assert found["backward_s"] == pytest.approx(-0.048 if natural else -0.167, abs=0.03)
     assert found["pair_s"] == pytest.approx(0.093 if natural else -0.049, abs=0.03)
-    assert found["bubble_s"] == pytest.approx(-0.37 if natural else -0.50, abs=0.06)
+    assert found["bubble_s"] == pytest.approx(-0.20 if natural else -0.355, abs=0.06)
     assert max(abs(found["backward_s"]), abs(found["pair_s"])) < 0.20
 
 
