@@ -19,6 +19,7 @@ validate: .venv/installed
 	$(BIN)/myriad validate --out out
 
 bench: .venv/installed
+	$(PIP) install -c constraints.txt '.[fast]'
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python tools/bench.py
 
 # The built wheel is what runs and what gets tested, not the checkout.

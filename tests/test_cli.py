@@ -21,7 +21,7 @@ import yaml
 import simulator as sim
 from simulator import plots
 from simulator.cli import app, main
-from simulator.result import sources
+from simulator.outcome import sources
 from simulator.scenario.profiles import CLUSTERS
 from simulator.validation import published
 
@@ -95,6 +95,20 @@ def test_simulate_equals_simulate_step(myriad, file):
     assert found["memory_bytes_per_stage"] == step.memory()["total_bytes"].tolist()
     assert (found["bound_s"], found["estimate_s"]) == (sim.bound(scenario), sim.estimate(scenario))
     assert pd.DataFrame(found["breakdown"])["seconds"].sum() == pytest.approx(step.step_time_s)
+
+
+def test_simulate_ranks_that_vary(myriad, file, tmp_path):
+    words = ["--ranks", "all", "--vary", "jitter=0.05", "--seeds", "3"]
+    found = data(myriad("simulate", file, "--json", *words, "--out", tmp_path / "out"))
+    assert found["distribution"]["seeds"] == 3
+    assert found["distribution"]["min_s"] < found["distribution"]["max_s"]
+    assert {"ranks.csv", "critical_path.csv"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    said = myriad("simulate", file, *words).out
+    assert "Step time over seeds" in said
+    assert "Slowest ranks" in said
+    refused = myriad("simulate", file, "--vary", "jitter=0.05")
+    assert refused.code == 2
+    assert "write ranks='all'" in refused.err
 
 
 def test_simulate_all_ranks_equals_classes(myriad, file):
@@ -432,8 +446,11 @@ def test_all_problems_of_a_plan_at_once(myriad, file):
 
 
 def test_ctrl_c_ends_quietly_and_leaves_nothing(tmp_path):
-    with started("plan", ROOT / "examples/kimi-k2-10240-h100.yaml", "--out", tmp_path / "out") as process:
-        time.sleep(2.5)
+    question = tmp_path / "question.yaml"
+    os.mkfifo(question)
+    with started("plan", question, "--out", tmp_path / "out") as process:
+        question.write_text((ROOT / "examples/kimi-k2-10240-h100.yaml").read_text())  # waits until the command reads it
+        time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")

@@ -134,7 +134,10 @@ def _host(row: Row, profile: Host, count: int) -> Host:
     printed = re.search(r"\d+ domains x (\d+) GPUs", row.text("intra_node"))
     if printed:
         changes["scale_up_domain"] = int(printed.group(1))
-    elif profile.scale_up_domain == 72 and count > 72 and count % 64 == 0:
+    elif profile.scale_up_domain == 72 and count <= 72 and count % per_host == 0:
+        # one domain holds the whole job, so that nothing straddles
+        profile = adapted(profile, {"scale_up_domain": count}, "assumed", "the job fits into one NVLink domain", "one domain")
+    elif profile.scale_up_domain == 72 and count % 64 == 0:
         # Expert groups of 64 would straddle domains of 72; NVIDIA's launch scripts use 64 ranks of each
         row.assume("NVLink domain: 64 of its 72 GPUs used")
         profile = adapted(profile, {"scale_up_domain": 64}, "assumed", "64 of 72, so that no expert group straddles domains", "64 of 72")
