@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find simulator hardware_profiles -type f -not -name '*.pyc' -not -path '*/__pycache__/*') pyproject.toml README.md
 
-.PHONY: demo test validate bench clean
+.PHONY: demo test validate proofs bench clean
 
 demo: .venv/installed
 	$(BIN)/myriad plan examples/kimi-k2-10240-h100.yaml --out out
@@ -17,6 +17,9 @@ test: .venv/tested
 
 validate: .venv/installed
 	$(BIN)/myriad validate --out out
+
+proofs: .venv/tested
+	$(BIN)/pytest -m long
 
 bench: .venv/installed
 	$(PIP) install -c constraints.txt '.[fast]'

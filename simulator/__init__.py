@@ -12,6 +12,7 @@ from simulator.network.build import topology
 from simulator.network.topology import Topology
 from simulator.outcome import sources
 from simulator.planning.search import Search, search
+from simulator.planning.sweep import grid, stored_scenario, stored_sweep, sweep
 from simulator.ranks import RanksResult
 from simulator.result import StepResult
 from simulator.scenario.catalogue import clusters, models
@@ -55,6 +56,10 @@ __all__ = [
     "search",
     "plan",
     "Search",
+    "grid",
+    "sweep",
+    "stored_sweep",
+    "stored_scenario",
     "validate",
     "sources",
     "SimulatorError",

@@ -142,7 +142,7 @@ def sources(of: Scenario | Cluster) -> pd.DataFrame:
             "profile": "plan", "fact": f"reserve.{name}", "value": float(getattr(reserve, name)), "grade": "assumed",
             "source": "memory that no tensor explains; measure it on your software stack", "date": None,
         }
-        for name in ("context", "communication", "fragmentation")
+        for name in ("context", "communicator", "workspace", "fragmentation")
     ]  # fmt: skip
     if scenario.job.routing == "natural":
         text = "heaviest expert rank over the mean; published forced and natural routing differ by 8 to 20 % of the step"

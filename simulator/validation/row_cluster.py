@@ -30,6 +30,7 @@ _MACHINES = {
     "H800-SXM-80GB": ("h800-sxm5-80", "dgx-h800", "ib-ndr-rail-deepseek"),
     "B200": ("b200-sxm-180", "dgx-b200", "ib-ndr-rail"),
     "B300": ("b300-sxm-288", "dgx-b300", "ib-xdr-rail"),
+    "GB200/GB300 class": ("gb200-186", "gb200-nvl72", "ib-ndr-nvl72"),
     "GB200": ("gb200-186", "gb200-nvl72", "ib-ndr-nvl72"),
     "GB300": ("gb300-288", "gb300-nvl72", "ib-xdr-rail"),
     "MI300X": ("mi300x", "mi300x-platform", "roce-400g"),

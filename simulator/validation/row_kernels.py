@@ -11,7 +11,7 @@ from simulator.validation.row import Row
 #: sources of one software generation -> its kernels and why
 _STACKS: list[tuple[str, dict[str, Any], str]] = [
     (
-        "vTrain|SC'21|Korthikanti|MT-NLG",
+        "vTrain|SC'21|Korthikanti|MT-NLG|Zero Bubble",
         {"attention": "unfused", "dropout": True},
         "Megatron-LM before FlashAttention: scores in memory, fused softmax, dropout",
     ),

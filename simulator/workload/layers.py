@@ -20,8 +20,23 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import LayerKind, Model
 from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, Precision
 from simulator.units import Number
-from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op, gemm
+from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op, Segment, gemm
 
+#: bytes of the softmax that unfused attention saves per score: in 16 bits, or in fp32 and cast
+SCORE_SAVED: dict[str, float] = {"unfused": BF16, "eager": FP32 + BF16}
+#: bytes of one element of a dropout mask
+MASK = 1.0
+#: bytes per logit that wait for the backward, and at the fullest moment of the loss, for each kind of cross-entropy. In
+#: place: the bf16 logits. Fused: their fp32 copy, which becomes the softmax; in steps, the copy less its maximum is another.
+#: Eager: the fp32 log-softmax, and two gradients
+#: beside it; when the logits are gathered, they stay as the output of the last stage, and their bf16 gradient is sliced
+LOGIT_BYTES = {
+    "in_place": (BF16, BF16),
+    "fused": (FP32, BF16 + FP32),
+    "vocab_parallel": (FP32, BF16 + 2 * FP32),
+    "eager": (FP32, 3 * FP32),
+    "gathered": (BF16 + FP32, 3 * FP32 + 2 * BF16),
+}
 #: backward over forward FLOP of fused attention: it computes the scores again and then four products instead of two
 ATTENTION_BACKWARD_FLOP = 2.5
 #: bytes per score that softmax moves, forward and backward: as one kernel in bf16 (read, write; read twice, write), or
@@ -47,13 +62,15 @@ class Shape:
     ep: Number
     etp: Number
     sequence_parallel: bool
+    ulysses: bool
 
     @classmethod
     def of(cls, plan: Plan, job: Job) -> Shape:
         """Return the sizes that `plan` gives to one micro-batch of `job`."""
         tokens = plan.micro_batch * job.sequence_length / plan.cp
         split = tokens / plan.tp if plan.sequence_parallel else tokens
-        return cls(tokens, split, job.sequence_length, plan.tp, plan.cp, plan.ep, plan.etp, plan.sequence_parallel)
+        ulysses = plan.context_parallel == "all_to_all"
+        return cls(tokens, split, job.sequence_length, plan.tp, plan.cp, plan.ep, plan.etp, plan.sequence_parallel, ulysses)
 
 
 def attended(sequence: Number, window: int | None, causal: bool = True) -> Number:
@@ -75,7 +92,13 @@ def attended(sequence: Number, window: int | None, causal: bool = True) -> Numbe
 def _builder(plan: Plan) -> BlockBuilder:
     gemm = plan.precision.gemm
     return BlockBuilder(
-        gemm, ELEMENT_BYTES[gemm], plan.recompute, plan.recomputed, plan.overlap.tp, ELEMENT_BYTES[plan.precision.gradients], plan.kernels
+        gemm,
+        ELEMENT_BYTES[gemm],
+        plan.recompute,
+        plan.recomputed,
+        plan.overlap.tp,
+        ELEMENT_BYTES[plan.precision.gradients],
+        plan.kernels,
     )
 
 
@@ -84,17 +107,20 @@ def _norm(
 ) -> None:
     """Read and write the row forward; read it, its gradient, write the input's gradient backward.
 
-    An eager RMSNorm is seven operations in fp32, with twice as many behind them; LayerNorm is one kernel in PyTorch too.
+    An eager RMSNorm is seven operations in fp32, with twice as many behind them, and keeps an fp32 copy of the row and the
+    normalised row beside the row and the result; LayerNorm is one kernel in PyTorch too.
     """
     eager = b.kernels.norm == "eager" and not model.layer_norm
     there, back = EAGER_NORM_BYTES if eager else (2 * BF16, 3 * BF16)
+    if eager:
+        saved = saved + tokens * width * (FP32 + BF16)
     b.memory(name, there * tokens * width, back * tokens * width, saved, modules, launches=(7, 14) if eager else (1, 2))
     b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
 
 
-def _residual(b: BlockBuilder, x: Shape, hidden: int) -> None:
-    """Add a branch to the residual stream; dropout writes a mask of a byte per element and reads it back."""
-    size, mask = x.split_tokens * hidden * BF16, x.split_tokens * hidden if b.kernels.dropout else 0.0
+def _residual(b: BlockBuilder, x: Shape, model: Model) -> None:
+    """Add a branch to the residual stream; dropout writes a mask and reads it back."""
+    size, mask = x.split_tokens * model.hidden * BF16, x.split_tokens * model.hidden * MASK if b.kernels.dropout else 0.0
     b.memory("residual", 3 * size + mask, 3 * size + mask, mask)
 
 
@@ -122,60 +148,67 @@ def _leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[s
         b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
 
 
-def _core_attention(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int, kv_width: Number, window: int | None) -> None:
+def _core_attention(
+    b: BlockBuilder, x: Shape, model: Model, heads: Number, qk_dim: int, v_dim: int, kv_width: Number, window: int | None
+) -> None:
     """Scores and weighted values, fused; with context parallelism the keys and values pass around a ring beside it.
 
     Notes
     -----
     FLOP = 2 T keys heads (qk_dim + v_dim), ring attention balanced over the ranks (zig-zag). One log-sum-exp per
-    head is saved; the output is saved as the input of the projection.
+    head is saved; the output is saved as the input of the projection. Unfused, the softmax of every score is saved
+    (`SCORE_SAVED`), with dropout also its mask and its result (Korthikanti et al., 2022, section 4.1); backward, the
+    gradients of both pass. Fused, the query's gradient is summed up in fp32.
     """
-    if b.kernels.attention in SCORE_BYTES:
-        _unfused_attention(b, x, heads, qk_dim, v_dim)
-        return
+    ring = x.tokens * x.cp * kv_width * BF16
+    passed = (Op("attn.ring", "all_gather", bytes=size * ring, axis="cp", grad=grad) for size, grad in ((1, ""), (2, "input")))
+    fused = b.kernels.attention not in SCORE_BYTES
+    cores = _fused_core(x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim)
+    forward, backward = ([(segments[0][0], beside), *segments[1:]] for segments, beside in zip(cores, passed, strict=True))
+    scores = x.tokens * x.sequence * heads
+    if b.kernels.attention in SCORE_SAVED:
+        saved = scores * (SCORE_SAVED[b.kernels.attention] + (MASK + BF16 if b.kernels.dropout else 0.0))
+        works = scores * 2 * BF16
+    else:
+        saved = x.tokens * heads * FP32
+        works = x.tokens * (heads * (qk_dim * (BF16 + FP32) + 2 * v_dim * BF16) + kv_width * BF16)
+    if x.ulysses:
+        saved = saved + np.where(np.asarray(x.cp) > 1, x.tokens * heads * v_dim * BF16, 0.0)
+    b.add(forward, backward, saved, ("core_attn",))
+    b.works(works)
+
+
+def _fused_core(
+    x: Shape, heads: Number, qk_dim: int, v_dim: int, kv_width: Number, window: int | None
+) -> tuple[list[Segment], list[Segment]]:
     flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
     traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
     there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim)
-    back = Op(
-        "attn.core", "attention", flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, m=x.tokens, k=qk_dim, n=v_dim, grad="input"
-    )
-    ring = x.tokens * x.cp * kv_width * BF16
-    forward = (there, Op("attn.ring", "all_gather", bytes=ring, axis="cp"))
-    backward = (back, Op("attn.ring", "all_gather", bytes=2 * ring, axis="cp", grad="input"))
-    b.add([forward], [backward], x.tokens * heads * FP32, ("core_attn",))
+    back = replace(there, flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, grad="input")
+    return [(there,)], [(back,)]
 
 
-def _unfused_attention(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int) -> None:
-    """Scores, softmax and weighted values as kernels of their own; nothing that the mask hides is left out.
+def _unfused_core(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int) -> tuple[list[Segment], list[Segment]]:
+    """Return scores, softmax and weighted values as kernels of their own; nothing that the mask hides is left out.
 
     Notes
     -----
     With S = T s heads scores: two products of 2 S d FLOP forward, four backward. Softmax and dropout read and write S
-    elements, see `SCORE_BYTES`; their outputs are saved (the ``5 a s^2 b`` of Korthikanti et al., equation 1).
+    elements, see `SCORE_BYTES`.
     """
-    scores, products = x.tokens * x.sequence * heads, x.tokens / x.sequence * x.cp * heads
-    rows = x.sequence / x.cp
-    core = ("core_attn",)
+    scores, products, rows = x.tokens * x.sequence * heads, x.tokens / x.sequence * x.cp * heads, x.sequence / x.cp
     there, back = SCORE_BYTES[b.kernels.attention]
-    drop = 2 * BF16 + 1 if b.kernels.dropout else 0.0
+    drop = 2 * BF16 + MASK if b.kernels.dropout else 0.0
 
-    def product(name: str, k: Number, n: Number, grad: str = "") -> Op:
+    def product(name: str, k: Number, n: Number, grad: str = "") -> Segment:
         op = gemm(f"attn.core.{name}", rows, k, n, "bf16", BF16, grad, groups=products)
-        return replace(op, kind="gemm")  # one weight-free batch: as fast as a single product
+        return (replace(op, kind="gemm", launches=1.0),)  # one batch without weights: as fast as a single product
 
-    forward = [
-        (product("scores", qk_dim, x.sequence),),
-        (Op("attn.core.softmax", "memory", bytes=scores * (there + drop), launches=2),),
-        (product("values", x.sequence, v_dim),),
-    ]
-    backward = [
-        (product("values", v_dim, x.sequence, "input"),),
-        (product("values", x.sequence, v_dim, "input"),),
-        (Op("attn.core.softmax", "memory", bytes=scores * (back + drop), grad="input", launches=2),),
-        (product("scores", x.sequence, qk_dim, "input"),),
-        (product("scores", x.sequence, qk_dim, "input"),),
-    ]
-    b.add(forward, backward, scores * (BF16 + (BF16 + 1 if b.kernels.dropout else 0.0)), core)
+    softmax = Op("attn.core.softmax", "memory", bytes=scores * (there + drop), launches=2)
+    values, keys = product("values", v_dim, x.sequence, "input"), product("scores", x.sequence, qk_dim, "input")
+    forward = [product("scores", qk_dim, x.sequence), (softmax,), product("values", x.sequence, v_dim)]
+    gradient = replace(softmax, bytes=scores * (back + drop), grad="input")
+    return forward, [values, product("values", x.sequence, v_dim, "input"), (gradient,), keys, keys]
 
 
 def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
@@ -187,7 +220,7 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
     b.linear("attn.qkv", x.tokens, h, width, beside=beside)
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
     _rotary(b, rotated, x.tokens * width * BF16)
-    _core_attention(b, x, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
+    _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
     b.linear("attn.out", x.tokens, local_heads * dim, h, saved=_twice(b, x.tokens * local_heads * dim))
     _leave_tp(b, "attn", x, h)
     b.dense_parameters = b.dense_parameters + h * width + local_heads * dim * h
@@ -210,7 +243,9 @@ def _rotary(b: BlockBuilder, rotated: Number, saved: Number, modules: tuple[str,
 def _activation(
     b: BlockBuilder, name: str, mats: int, size: Number, kept: Number, saved: Number, modules: tuple[str, ...], routed: bool = False
 ) -> None:
-    """Activate the up-projection, gated or not; eagerly the gate's activation and product go through memory on their own."""
+    """Activate the up-projection, gated or not; eagerly the gate's activation is a kernel of its own, whose output is kept."""
+    if mats == 2 and b.kernels.pointwise == "eager":
+        b.add([], [], size, modules)
     eager = (2, 4) if b.kernels.pointwise == "eager" else (0, 0)
     there, back = mats + 1 + eager[0], 2 * mats + 1 + eager[1]
     launches = (2, 3) if b.kernels.pointwise == "eager" else (1, 1)
@@ -236,7 +271,7 @@ def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) 
     keys_values = heads * (mla.nope_dim + mla.v_dim)
     b.linear("attn.kv_up", x.tokens, mla.kv_rank, keys_values, saved=x.tokens * heads * (qk + mla.v_dim) * BF16, modules=up)
     _rotary(b, x.tokens * heads * 2 * qk * BF16, 0.0, up)
-    _core_attention(b, x, heads, qk, mla.v_dim, heads * (qk + mla.v_dim), kind.window)
+    _core_attention(b, x, model, heads, qk, mla.v_dim, heads * (qk + mla.v_dim), kind.window)
     b.linear("attn.out", x.tokens, heads * mla.v_dim, h, saved=_twice(b, x.tokens * heads * mla.v_dim))
     _leave_tp(b, "attn", x, h)
     q_down = h * mla.q_rank if mla.q_rank else 0
@@ -249,7 +284,9 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     beside = _enter_tp(b, name, x, h, modules)
     saved, cast = _kept(x.tokens * mats * local, kept)
     b.linear(f"{name}.up", x.tokens, h, mats * local, saved=saved, modules=modules, beside=beside)
-    _activation(b, name, mats, x.tokens * local * BF16, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
+    size = x.tokens * local * BF16
+    _activation(b, name, mats, size, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
+    b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
     b.linear(f"{name}.down", x.tokens, local, h, modules=modules)
     _leave_tp(b, name, x, h, modules)
     bias = (mats * local + h) if model.mlp_bias else 0
@@ -305,6 +342,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
         arrives=(cast, False),
     )
     _activation(b, "moe", mats, rows * ffn * BF16, kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
+    b.works(rows * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(False, cast))
     b.collective(scatter, gather, moe)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
@@ -322,27 +360,31 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
 def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job) -> Block:
     """Return the block of one transformer layer of `kind`."""
     x, b, h = Shape.of(plan, job), _builder(plan), model.hidden
-    (_latent_attention if model.latent else _attention)(b, model, kind, x)
-    _residual(b, x, h)
     layer_input = x.split_tokens * h * BF16
-    b.add([], [], 2 * layer_input)  # inputs of the two norms
+    b.add([], [], layer_input)
+    (_latent_attention if model.latent else _attention)(b, model, kind, x)
+    _residual(b, x, model)
+    b.add([], [], layer_input)  # of the second norm
     _norm(b, "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
     if kind.moe:
         _experts(b, model, x, plan.precision)
     else:
         _mlp(b, model, x, "mlp", model.ffn, ("mlp",), plan.precision.activations)
-    _residual(b, x, h)
+    _residual(b, x, model)
     return b.build(layer_input)
 
 
 def embedding(model: Model, plan: Plan, job: Job) -> Block:
     """Return the block of the input embedding, vocabulary split over tp."""
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16)
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, kernels=plan.kernels)
     size = x.tokens * model.hidden * BF16
     b.memory("embedding", 2 * size, 2 * size)
     _leave_tp(b, "embedding", x, model.hidden)
     b.dense_parameters = model.vocab * model.hidden / x.tp + model.positions * model.hidden
-    return b.build(0.0)
+    b.works(b.dense_parameters * BF16)  # its gradient is written out before it is added
+    dropped = x.split_tokens * model.hidden * MASK if b.kernels.dropout else 0.0
+    b.add([], [], dropped)
+    return b.build(dropped)
 
 
 def head(model: Model, plan: Plan, job: Job) -> Block:
@@ -350,14 +392,23 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
 
     Notes
     -----
-    The logits live once in bf16 and once in fp32; the loss reads them for the maximum, the sum and the gradient.
+    The loss reads the logits for the maximum, the sum and the gradient. How many bytes of each are kept, and live at its
+    fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16 gradient, the rows it gathers again,
+    their gradient and, unless it is added in place, the gradient of its matrix.
     """
     x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp, kernels=plan.kernels)
     vocab = model.vocab / x.tp
     _norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = _enter_tp(b, "head", x, model.hidden)
     logits = x.tokens * vocab
-    b.linear("head.logits", x.tokens, model.hidden, vocab, saved=logits * (BF16 + FP32), beside=beside)
+    kept, most = (
+        size * logits * (x.tp if plan.framework.cross_entropy == "gathered" else 1.0) for size in LOGIT_BYTES[plan.framework.cross_entropy]
+    )
+    b.linear("head.logits", x.tokens, model.hidden, vocab, saved=kept, beside=beside)
+    written = 0.0 if plan.framework.weight_gradients == "fused" else model.hidden * vocab * BF16
+    b.works(most - kept)
+    b.works(logits * BF16 - kept + 2 * x.tokens * model.hidden * BF16 + written)
+    b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
     eager = logits * 3 * FP32 if plan.kernels.pointwise == "eager" else 0.0  # log-softmax writes, its gradient reads and writes
     b.memory("head.loss", logits * (BF16 + 3 * FP32), logits * (FP32 + BF16) + eager)
     if not model.tied_embeddings:
@@ -385,4 +436,6 @@ def mtp_layer(model: Model, plan: Plan, job: Job) -> Block:
         own.saved_bytes + layer.saved_bytes + loss.saved_bytes,
         own.recompute_bytes + layer.recompute_bytes + loss.recompute_bytes,
         own.weight_bytes + layer.weight_bytes + loss.weight_bytes,
+        np.maximum(loss.working_bytes, layer.working_bytes - loss.saved_bytes),
+        layer.matrices + own.matrices,
     )

@@ -115,7 +115,8 @@ def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float,
     kind = "grouped_gemm" if "groups" in more else "gemm"
     flop = 2.0 * groups * m * k * n
     traffic = groups * ((m * k + k * n) * element + BF16 * m * n)
-    return Op(name, kind, flop=flop, bytes=traffic, m=m, n=n, k=k, dtype=dtype, grad=grad, launches=LINEAR_LAUNCHES, **more)
+    launches = groups if "groups" in more else LINEAR_LAUNCHES  # Transformer Engine launches one product per expert
+    return Op(name, kind, flop=flop, bytes=traffic, m=m, n=n, k=k, dtype=dtype, grad=grad, launches=launches, **more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,11 @@ class Block:
     weight_bytes : Number
         What the weight gradient still needs once the input gradient is done: inputs and output gradients of the linear
         layers.
+    working_bytes : Number
+        Gradients of activations and other temporaries of the block's own backward, at its fullest moment, less what it
+        has given back of `saved_bytes` by then.
+    matrices : tuple of (str, Number)
+        Elements of one weight matrix of each linear layer, beside the layer's name.
     """
 
     forward: tuple[Segment, ...]
@@ -144,6 +150,8 @@ class Block:
     saved_bytes: Number
     recompute_bytes: Number
     weight_bytes: Number
+    working_bytes: Number = 0.0
+    matrices: tuple[tuple[str, Number], ...] = ()
 
 
 @dataclass(slots=True)
@@ -184,11 +192,24 @@ class BlockBuilder:
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
+    matrices: dict[str, Number] = field(default_factory=dict)
     _entries: list[_Entry] = field(default_factory=list)
+    _working: list[tuple[int, Number]] = field(default_factory=list)
 
     def add(self, forward: Iterable[Segment], backward: Iterable[Segment], saved: Number = 0.0, modules: Iterable[str] = ()) -> None:
         """Append a piece: its forward and backward segments, the activations it saves and the modules it belongs to."""
         self._entries.append(_Entry(tuple(forward), tuple(backward), saved, frozenset(modules)))
+
+    def works(self, bytes: Number) -> None:
+        """Note that temporaries take `bytes` in the backward of the last piece, when what later pieces saved is given back."""
+        self._working.append((len(self._entries), bytes))
+
+    def _fullest(self) -> Number:
+        """Return the temporaries of the fullest moment of the backward, less what has been given back by then."""
+        most: Number = 0.0
+        for after, size in self._working:
+            most = np.maximum(most, size - sum((e.saved for e in self._entries[after:]), 0.0))
+        return most
 
     def memory(
         self,
@@ -230,6 +251,7 @@ class BlockBuilder:
         d, e, groups = dtype or self.dtype, BF16 if dtype else self.element, more.get("groups", 1.0)
         routed = more.get("routed", False)
         self.weight_bytes = self.weight_bytes + groups * m * (k + n) * e
+        self.matrices[name] = k * n
         there = gemm(name, m, k, n, d, e, **more)
         dgrad = gemm(name, m, n, k, d, e, grad="input", **more)
         wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
@@ -241,10 +263,10 @@ class BlockBuilder:
             backward += [ops] if self.overlap else [(op,) for op in ops]
         if e < BF16:
             there, back = (0.0 if known else BF16 + e for known in arrives)
-            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * k * there, routed=routed),))
+            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * k * there, routed=routed, launches=groups),))
             back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
-            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * n * back, grad="input", routed=routed),))
-            again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", routed=routed)
+            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * n * back, grad="input", routed=routed, launches=groups),))
+            again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", routed=routed, launches=groups)
             backward.insert(next(i for i, ops in enumerate(backward) if any(op is wgrad for op in ops)), (again,))
         self.add(forward, backward, saved, modules)
 
@@ -279,7 +301,8 @@ class BlockBuilder:
         everything = sum(e.saved for e in self._entries)
         kept = sum(e.saved for e in self._entries if not e.modules & self.recomputed)
         saved = layer_input if self.recompute == "full" else kept
-        return Block(forward, tuple(backward), self.dense_parameters, self.expert_parameters, saved, everything - saved, self.weight_bytes)
+        sizes = (self.dense_parameters, self.expert_parameters, saved, everything - saved, self.weight_bytes, self._fullest())
+        return Block(forward, tuple(backward), *sizes, matrices=tuple(self.matrices.items()))
 
 
 def _again(segments: Iterable[Segment]) -> list[Segment]:
