@@ -15,7 +15,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.schedules import Schedule
 from simulator.units import Number
-from simulator.workload.ops import COMPUTE, HOST, Block, Op, Segment, host_wait
+from simulator.workload.ops import COMPUTE, HOST, Block, Op, Segment, hides_launches, host_wait
 from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parameter_ops, send_op
 
@@ -81,27 +81,24 @@ def price_blocks(all_blocks: Mapping[str, Block], model: Model, plan: Plan | Pla
         kept = [[seconds for op, seconds in segment if keep(op)] for segment in segments]
         return sum((_longest(parts) for parts in kept if parts), 0.0)
 
-    def launched(segments: Iterable[Segment], seconds: Number, keep: Callable[[Op], bool] = lambda op: True) -> Number:
-        """Return how long the host still launches after `seconds` of a pass."""
+    def launched(segments: list[list[tuple[Op, Number]]], keep: Callable[[Op], bool] = lambda op: True) -> Number:
+        """Return how long the host still launches when the kernels of a pass are through."""
         if cluster.host.dispatch_s is None:
             return 0.0
-        kept = tuple(tuple(op for op in segment if keep(op)) for segment in segments)
-        return host_wait_s(host_wait(kept, plan.kernels).launches, seconds, cluster.host.dispatch_s)
+        kept = tuple(tuple(op for op, _ in segment if keep(op)) for segment in segments)
+        beside = chain(segments, lambda op: keep(op) and hides_launches(op))
+        return host_wait_s(host_wait(kept, plan.kernels).launches, beside, cluster.host.dispatch_s)
 
     def one(block: Block) -> BlockPrice:
         forward, backward = priced(block.forward), priced(block.backward)
         computes = COMPUTE.__contains__
-        whole = chain(forward), chain(backward)
-        waits = launched(block.forward, whole[0]), launched(block.backward, whole[1])
-        parts = []
-        for keep in (lambda op: op.grad != "weight", lambda op: op.grad == "weight"):
-            alone = chain(backward, keep)
-            parts.append(alone + launched(block.backward, alone, keep))
+        waits = launched(forward), launched(backward)
+        halves = (lambda op: op.grad != "weight"), (lambda op: op.grad == "weight")
         return BlockPrice(
-            forward_s=whole[0] + waits[0],
-            backward_s=whole[1] + waits[1],
-            input_s=parts[0],
-            weight_s=parts[1],
+            forward_s=chain(forward) + waits[0],
+            backward_s=chain(backward) + waits[1],
+            input_s=chain(backward, halves[0]) + launched(backward, halves[0]),
+            weight_s=chain(backward, halves[1]) + launched(backward, halves[1]),
             forward_compute_s=chain(forward, lambda op: computes(op.kind)) + waits[0],
             backward_compute_s=chain(backward, lambda op: computes(op.kind)) + waits[1],
             gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),

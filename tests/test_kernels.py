@@ -73,12 +73,13 @@ def test_older_attention_is_slower_by_its_share():
 # --- eager operations ---
 
 
-def test_eager_operations_only_move_more_bytes():
+def test_eager_operations_move_and_keep_more_bytes():
     eager, fused = (layer(Kernels(norm=k, pointwise=k)) for k in ("eager", "fused"))
     for one, other in ((eager.forward, fused.forward), (eager.backward, fused.backward)):
         assert total(one, lambda op: op.flop) == total(other, lambda op: op.flop)
         assert total(one, lambda op: op.bytes) > 1.5 * total(other, lambda op: op.bytes)
-    assert (eager.saved_bytes, eager.dense_parameters) == (fused.saved_bytes, fused.dense_parameters)
+    assert eager.saved_bytes > fused.saved_bytes
+    assert eager.dense_parameters == fused.dense_parameters
 
 
 def test_layer_norm_is_one_kernel_in_pytorch_too():
@@ -124,7 +125,7 @@ def test_a_slow_host_sets_the_pace():
 
 def test_a_pass_lasts_as_long_as_the_longer_of_device_and_host():
     s = host_bound(40e-6)
-    forward = blocks(s.model, s.plan, s.job)["layer0"].forward
+    forward = tuple(tuple(op for op in seg if not op.axis) for seg in blocks(s.model, s.plan, s.job)["layer0"].forward)
     wait = host_wait(forward, s.plan.kernels)
     both = segments_s((*forward, (wait,)), s.model, s.plan, s.cluster)
     assert both == pytest.approx(max(float(segments_s(forward, s.model, s.plan, s.cluster)), wait.launches * 40e-6), rel=1e-12)

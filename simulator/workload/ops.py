@@ -93,10 +93,19 @@ Segment = tuple[Op, ...]
 
 
 def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
-    """Return what the last kernel of `segments` waits for: the host, which launches them one after the other."""
+    """Return what the last kernel of `segments` waits for: the host, which launches them one after the other.
+
+    It launches while kernels and collectives run, but not during an expert all-to-all, whose sizes it has to read first.
+    """
     ops = [op for segment in segments for op in segment if op.kind in COMPUTE and not kernels.captured(op.name)]
     launches = sum((op.launches for op in ops if np.any(op.bytes)), 0.0)
-    return Op(HOST, HOST, launches=launches, beside=segments, routed=any(op.routed for op in ops))
+    beside = tuple(tuple(op for op in segment if hides_launches(op)) for segment in segments)
+    return Op(HOST, HOST, launches=launches, beside=tuple(filter(None, beside)), routed=any(op.routed for op in ops))
+
+
+def hides_launches(op: Op) -> bool:
+    """Return whether the host goes on launching while `op` runs."""
+    return op.kind in COMPUTE or not op.routed
 
 
 def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float, grad: str = "", **more: Any) -> Op:

@@ -13,10 +13,10 @@ Target: the step within 10 %, each phase above 1 s (forwards, backwards, pairs, 
 fitted to this row, published in brackets:
 
     routing   step            1F              1B              1F1B            bubble          1W            optimizer
-    balanced  17.82 (-10.6 %) 1.16  (+2.3 %)  1.66 (-16.6 %)  13.16 (-5.6 %)   1.33 (-36 %)    0.25 (-47 %)  0.26
-    natural   20.54  (+3.1 %) 1.36 (+20.4 %)  1.90  (-4.7 %)  15.09 (+8.2 %)   1.65 (-20 %)    0.25 (-47 %)  0.29
+    balanced  17.78 (-10.7 %) 1.16  (+2.3 %)  1.66 (-16.6 %)  13.17 (-5.6 %)   1.29 (-37 %)    0.25 (-47 %)  0.26
+    natural   20.35  (+2.1 %) 1.36 (+20.4 %)  1.90  (-4.8 %)  14.95 (+7.2 %)   1.59 (-23 %)    0.25 (-47 %)  0.29
 
-So the step is met with natural routing and bracketed by the two. Missed: the bubble, by a fifth to a third (stages that differ
+So the step is met with natural routing and bracketed by the two. Missed: the bubble, by a quarter to a third (stages that differ
 from micro-batch to micro-batch, as jitter and routing make them, are not here: every rank of a stage waits the same), 1F
 under natural routing by a hair, and the weight gradients on their own, half of the published time (0.48 s, below 1 s, so not
 a target): our FP8 efficiency is that of large library GEMMs, not of ones with fine-grained scales.
@@ -69,13 +69,13 @@ def test_phases_add_up(step):
 
 
 def test_step(step):
-    """Target 10 %: met with natural routing, missed by 0.6 points with balanced."""
+    """Target 10 %: met with natural routing, missed by 0.7 points with balanced."""
     miss = step.step_time_s / PUBLISHED_STEP_S - 1
     if step.scenario.job.routing == "natural":
-        assert miss == pytest.approx(0.031, abs=0.02)
+        assert miss == pytest.approx(0.021, abs=0.02)
         assert abs(miss) < 0.10
     else:
-        assert miss == pytest.approx(-0.106, abs=0.02)
+        assert miss == pytest.approx(-0.107, abs=0.02)
 
 
 def test_phases(step):
@@ -84,7 +84,7 @@ def test_phases(step):
     assert found["forward_s"] == pytest.approx(0.202 if natural else 0.020, abs=0.03)
     assert found["backward_s"] == pytest.approx(-0.048 if natural else -0.167, abs=0.03)
     assert found["pair_s"] == pytest.approx(0.093 if natural else -0.049, abs=0.03)
-    assert found["bubble_s"] == pytest.approx(-0.20 if natural else -0.355, abs=0.06)
+    assert found["bubble_s"] == pytest.approx(-0.23 if natural else -0.37, abs=0.06)
     assert max(abs(found["backward_s"]), abs(found["pair_s"])) < 0.20
 
 
@@ -105,8 +105,8 @@ def test_brackets():
 
 
 def test_every_part_of_the_memory_counts(step):
-    """84.8 GB of the 85.5 that the part has; with SwiGLU's inputs in bf16 it would not fit."""
-    assert step.peak_memory_bytes == pytest.approx(84.8e9, rel=0.01)
+    """83.1 GB of the 85.5 that the part has; with SwiGLU's inputs in bf16 it would not fit."""
+    assert step.peak_memory_bytes == pytest.approx(83.1e9, rel=0.01)
     s = step.scenario
     plain = s.with_plan(precision=s.plan.precision.model_copy(update={"activations": "bf16"}))
     with pytest.raises(Exception, match="the model fits in memory"):
