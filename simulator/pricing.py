@@ -9,8 +9,9 @@ import numpy as np
 
 from simulator import compute
 from simulator.network import collectives
+from simulator.network.sharing import share
 from simulator.scenario.cluster import Cluster
-from simulator.scenario.mesh import group
+from simulator.scenario.mesh import placed
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.units import Number
@@ -24,7 +25,7 @@ _COLLECTIVES = {
 }
 
 
-def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0) -> Number:
+def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0, graph: bool = False) -> Number:
     """Return the seconds of one operation.
 
     Parameters
@@ -34,6 +35,9 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0)
         What decides groups and rates; `plan` may be columns of plans.
     load : Number
         Tokens routed to this rank over the mean; scales the routed operations. Many loads at once for a single plan.
+    graph : bool
+        Ask the cluster's graph what concurrent groups leave each other (`simulator.network.sharing`; a single plan only), not
+        the oversubscription of its tiers.
 
     Returns
     -------
@@ -51,10 +55,13 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0)
     if op.kind == "memory":
         return compute.memory_s(op.bytes, cluster.accelerator, op.launches)
     if op.kind == HOST:
-        return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster), cluster.host.dispatch_s)
+        return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph), cluster.host.dispatch_s)
+    members = placed(plan, op.axis, cluster.host.accelerators)
+    if graph:
+        kept = share(plan, cluster, op.axis, op.kind)
+        members = replace(members, share=kept.rate if kept else 1.0)
     if op.kind == "send":
-        return collectives.send_s(op.bytes, group(plan, "pp"), cluster)
-    members = group(plan, op.axis)
+        return collectives.send_s(op.bytes, members, cluster)
     if op.kind == "all_to_all":
         assert model.experts is not None
         out, fan = copies(model.experts, plan.dispatcher, members.size, *collectives.crossings(members, cluster))
@@ -72,10 +79,10 @@ def loaded(op: Op, load: Number) -> Op:
     return replace(op, flop=op.flop * load, bytes=op.bytes * load, m=op.m * (1.0 if deeper else load), k=op.k * (load if deeper else 1.0))
 
 
-def segments_s(segments: Iterable[Segment], model: Model, plan: Plan, cluster: Cluster) -> Number:
+def segments_s(segments: Iterable[Segment], model: Model, plan: Plan, cluster: Cluster, graph: bool = False) -> Number:
     """Return the seconds of segments run one after the other; operations of a segment run side by side."""
     seconds: Number = 0.0
     for segment in segments:
-        parallel = [op_s(op, model, plan, cluster) for op in segment]
+        parallel = [op_s(op, model, plan, cluster, graph=graph) for op in segment]
         seconds = seconds + (parallel[0] if len(parallel) == 1 else np.maximum.reduce(np.broadcast_arrays(*parallel)))
     return seconds

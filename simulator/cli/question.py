@@ -73,15 +73,18 @@ def question_table(path: Path, sets: list[str] | None) -> dict[str, Any]:
     return data
 
 
-def _apply(data: dict[str, Any], sets: list[str] | None) -> None:
-    """Change a scenario's table as each ``KEY=VALUE`` says."""
+def _apply(data: dict[str, Any], entries: list[str] | None, option: str = "--set") -> None:
+    """Change a table as each ``KEY=VALUE`` of an option says."""
     from simulator.scenario.scenario import change
 
-    for entry in sets or []:
+    for entry in entries or []:
         key, equals, value = entry.partition("=")
         if not equals or not all(key.split(".")):
-            raise ProfileError(f"{entry!r}: write KEY=VALUE, e.g. --set plan.pp=8")
-        change(data, key, read_value(value))
+            raise ProfileError(f"{option} {entry!r}: write KEY=VALUE, e.g. --set plan.pp=8")
+        try:
+            change(data, key, read_value(value))
+        except ProfileError as error:
+            raise ProfileError(f"{option} {entry!r}: {error}") from None
 
 
 def read_value(text: str) -> Any:
@@ -105,6 +108,6 @@ def variation(entries: list[str] | None) -> tuple[Variation | None, Routing | No
     from simulator.scenario.variation import Variation
 
     said: dict[str, Any] = {}
-    _apply(said, entries)
+    _apply(said, entries, "--vary")
     routing = validated(Routing, said.pop("routing"), "routing") if "routing" in said else None
     return validated(Variation, {"jitter": 0} | said, "variation") if said else None, routing
