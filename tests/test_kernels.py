@@ -125,7 +125,7 @@ def test_a_slow_host_sets_the_pace():
 
 def test_a_pass_lasts_as_long_as_the_longer_of_device_and_host():
     s = host_bound(40e-6)
-    forward = tuple(tuple(op for op in seg if not op.axis) for seg in blocks(s.model, s.plan, s.job)["layer0"].forward)
+    forward = tuple(segment for segment in blocks(s.model, s.plan, s.job)["layer0"].forward if not segment[0].axis)
     wait = host_wait(forward, s.plan.kernels)
     both = segments_s((*forward, (wait,)), s.model, s.plan, s.cluster)
     assert both == pytest.approx(max(float(segments_s(forward, s.model, s.plan, s.cluster)), wait.launches * 40e-6), rel=1e-12)
