@@ -17,11 +17,12 @@ fitted to this row, published in brackets:
     balanced  16.95 (-15.0 %) 1.10  (-3 %)    1.60 (-20 %)    12.59 (-10 %)   1.15 (-44 %)    0.25 (-47 %)  0.25
     natural   19.35  (-2.9 %) 1.29 (+14 %)    1.82  (-9 %)    14.27  (+2 %)   1.43 (-31 %)    0.25 (-47 %)  0.28
 
-So with natural routing, as the run was, the step and all phases but the bubble are met; with balanced experts the step is 15 %
-short. Missed: the bubble, by a third to nearly a half, and the weight gradients on their own, half of the published time (0.48 s, below 1 s, so not
-a target): our FP8 efficiency is that of large library GEMMs, not of ones with fine-grained scales. DualPipe's own formula,
-(pp / 2 - 1) (F&B + B - 3 W), gives 0.8 s with the published times of the phases: what is published beyond that is waiting for
-stages and micro-batches that differ, and jitter explains little of it (`test_jitter`).
+So with natural routing, as the run was, the step and all phases but the bubble are met; with balanced experts the step is
+15 % short. Missed: the bubble, by a third to nearly a half, and the weight gradients on their own, half of the published
+time (0.48 s, below 1 s, so not a target): our FP8 efficiency is that of large library GEMMs, not of ones with fine-
+grained scales. DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives 0.8 s with the published times of the phases:
+what is published beyond that is waiting for stages and micro-batches that differ, and jitter explains little of it
+(`test_jitter`).
 """
 
 from __future__ import annotations
