@@ -65,13 +65,15 @@ def gemm_s(
     return _launched(np.maximum(flop / (rate * share), _streamed(size, accelerator)), flop, accelerator)
 
 
-def attention_s(flop: Number, size: Number, width: Number, backward: bool, accelerator: Accelerator) -> Number:
+def attention_s(flop: Number, size: Number, width: Number, backward: bool, accelerator: Accelerator, generation: str = "flash") -> Number:
     """Return seconds of fused attention in bf16.
 
     Parameters
     ----------
     width : Number
         Mean of the key and value widths of a head.
+    generation : str
+        ``flash`` for the hardware's fastest kernels, or an older generation of ``older_attention``.
 
     Notes
     -----
@@ -79,20 +81,27 @@ def attention_s(flop: Number, size: Number, width: Number, backward: bool, accel
     """
     ramp = accelerator.head_ramp
     narrow = np.minimum(width / (width + ramp) * (128 + ramp) / 128, 1.0)
-    share = accelerator.attention_efficiency["backward" if backward else "forward"] * narrow
+    share = (
+        accelerator.attention_efficiency["backward" if backward else "forward"] * narrow * accelerator.older_attention.get(generation, 1.0)
+    )
     seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
     return _launched(seconds, flop, accelerator)
 
 
-def memory_s(size: Number, accelerator: Accelerator) -> Number:
-    """Return seconds of a kernel that is bound by device memory: `size` bytes at the sustained bandwidth."""
-    return _launched(_streamed(size, accelerator), size, accelerator)
+def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0) -> Number:
+    """Return seconds of `launches` kernels that are bound by device memory: `size` bytes at the sustained bandwidth."""
+    return _launched(_streamed(size, accelerator), size, accelerator, launches)
+
+
+def host_wait_s(launches: Number, meanwhile_s: Number, dispatch_s: float | None) -> Number:
+    """Return how long a device that has worked for `meanwhile_s` still waits for the host to launch the last kernel."""
+    return 0.0 if dispatch_s is None else np.maximum(launches * dispatch_s - meanwhile_s, 0.0)
 
 
 def _streamed(size: Number, accelerator: Accelerator) -> Number:
     return size / (accelerator.hbm_bytes_per_s * accelerator.hbm_efficiency)
 
 
-def _launched(seconds: Number, work: Number, accelerator: Accelerator) -> Number:
+def _launched(seconds: Number, work: Number, accelerator: Accelerator, launches: Number = 1.0) -> Number:
     """No kernel is shorter than a launch; no work takes no time."""
-    return np.where(np.asarray(work) > 0, np.maximum(seconds, accelerator.launch_s), 0.0)
+    return np.where(np.asarray(work) > 0, np.maximum(seconds, launches * accelerator.launch_s), 0.0)

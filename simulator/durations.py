@@ -20,6 +20,7 @@ from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
 from simulator.schedules import schedule
 from simulator.workload.classes import rank_loads
+from simulator.workload.ops import HOST
 from simulator.workload.routing import RoutedTokens, moe_layer_count, route
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import StepProgram
@@ -158,7 +159,7 @@ class RankDurations:
         self.ranks = scenario.plan.world // scenario.plan.pp
         self.uneven = uneven
         self.task, self.stage, self.seconds = program.task, program.rank_class, seconds.tolist()
-        computes = [task.stream == "compute" for task in program.tasks]
+        computes = [task.computes for task in program.tasks]
         self.computes = [computes[t] for t in program.task]
         slow = uneven.slowdown
         self.slow = [row if (row != 1.0).any() else None for row in slow]
@@ -196,8 +197,10 @@ class RankDurations:
             for op, price in zip(task.ops, prices, strict=True):
                 if op.routed:
                     routed += op_s(op, *args, load=loads, graph=True) - price
-                elif op.kind == "attention":
+                elif op.name.startswith("attn.core"):
                     square += price
+                elif op.kind == HOST:  # what it waits for is left as it is at the mean
+                    continue
                 elif op.axis not in _STATE:
                     linear += float(op_s(loaded(op, 2.0), *args, graph=True)) - price
             self.routed.append(routed if routed.any() else None)

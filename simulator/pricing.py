@@ -16,7 +16,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.units import Number
 from simulator.workload.experts import copies
-from simulator.workload.ops import Op, Segment
+from simulator.workload.ops import HOST, Op, Segment
 
 _COLLECTIVES = {
     "all_gather": collectives.all_gather_s,
@@ -50,9 +50,12 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         grouped = op.kind == "grouped_gemm"
         return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)
     if op.kind == "attention":
-        return compute.attention_s(op.flop, op.bytes, (op.k + op.n) / 2, op.grad == "input", cluster.accelerator)
+        width, backward = (op.k + op.n) / 2, op.grad == "input"
+        return compute.attention_s(op.flop, op.bytes, width, backward, cluster.accelerator, plan.kernels.attention)
     if op.kind == "memory":
-        return compute.memory_s(op.bytes, cluster.accelerator)
+        return compute.memory_s(op.bytes, cluster.accelerator, op.launches)
+    if op.kind == HOST:
+        return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph), cluster.host.dispatch_s)
     members = placed(plan, op.axis, cluster.host.accelerators)
     if graph:
         kept = share(plan, cluster, op.axis, op.kind)
@@ -95,14 +98,16 @@ def device_bytes(op: Op, model: Model, plan: Plan, cluster: Cluster) -> Number:
 
 def loaded(op: Op, load: Number) -> Op:
     """Return an operation for `load` times the tokens: more rows forward, a deeper product for the weights."""
+    if op.kind == HOST:
+        return replace(op, beside=tuple(tuple(loaded(o, load) if o.routed else o for o in segment) for segment in op.beside))
     deeper = op.grad == "weight"
     return replace(op, flop=op.flop * load, bytes=op.bytes * load, m=op.m * (1.0 if deeper else load), k=op.k * (load if deeper else 1.0))
 
 
-def segments_s(segments: Iterable[Segment], model: Model, plan: Plan, cluster: Cluster) -> Number:
+def segments_s(segments: Iterable[Segment], model: Model, plan: Plan, cluster: Cluster, graph: bool = False) -> Number:
     """Return the seconds of segments run one after the other; operations of a segment run side by side."""
     seconds: Number = 0.0
     for segment in segments:
-        parallel = [op_s(op, model, plan, cluster) for op in segment]
+        parallel = [op_s(op, model, plan, cluster, graph=graph) for op in segment]
         seconds = seconds + (parallel[0] if len(parallel) == 1 else np.maximum.reduce(np.broadcast_arrays(*parallel)))
     return seconds

@@ -201,7 +201,7 @@ def node_seconds(program: StepProgram, scenario: Scenario, slow: np.ndarray | No
     args = scenario.model, scenario.plan, scenario.cluster
     loads, variant = np.unique(program.classes.load, return_inverse=True)
     price = np.array([[sum(float(op_s(op, *args, load=load, graph=True)) for op in task.ops) for load in loads] for task in program.tasks])
-    computes = np.array([task.stream == "compute" for task in program.tasks])
+    computes = np.array([task.computes for task in program.tasks])
     task, rank = np.asarray(program.task), np.asarray(program.rank_class)
     return price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0) * slow
 
@@ -221,7 +221,7 @@ def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
     @cache
     def factor(task: int, pair: tuple[int, int] | None) -> float:
         name, kind = program.tasks[task].of
-        if program.tasks[task].stream != "compute" or not name:
+        if not program.tasks[task].computes or not name:
             return 1.0
         if pair is None:
             return float(of_block(name, kind, False).slowdown(cluster.accelerator))
@@ -239,7 +239,9 @@ def compute_parts(program: StepProgram, scenario: Scenario, slow: np.ndarray) ->
     loads, variant = np.unique(classes.load, return_inverse=True)
     runs = np.zeros((len(program.tasks), len(loads)))
     rank = np.asarray(program.rank_class)
-    np.add.at(runs, (np.asarray(program.task), variant[rank]), (share * classes.slowdown)[rank] * slow)
+    task = np.asarray(program.task)
+    slowed = np.array([task.computes for task in program.tasks])[task]
+    np.add.at(runs, (task, variant[rank]), share[rank] * np.where(slowed, classes.slowdown[rank], 1.0) * slow)
     for number, task in enumerate(program.tasks):
         if task.stream != "compute":
             continue

@@ -9,6 +9,7 @@ from operator import attrgetter
 import numpy as np
 
 from simulator.beside import Beside
+from simulator.compute import host_wait_s
 from simulator.engine.replay import Runs
 from simulator.pricing import op_s, segments_s
 from simulator.scenario.cluster import Accelerator, Cluster
@@ -17,7 +18,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.schedules import Schedule
 from simulator.units import Number
-from simulator.workload.ops import COMPUTE, Block, Op, Segment, passes
+from simulator.workload.ops import COMPUTE, HOST, Block, Op, Segment, hides_launches, host_wait, passes
 from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parameter_ops, send_op
 
@@ -64,8 +65,8 @@ PASSES = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s"}
 SUMS = ("forward_s", "backward_s", "input_s", "weight_s", "gather_s", "reduce_s")
 
 
-def _runs(segments: list[list[tuple[Op, Number]]]) -> Runs:
-    """Join kernels in a row and leave out what takes no time for any plan, as the step program does."""
+def _runs(segments: list[list[tuple[Op, Number]]], wait: Number) -> Runs:
+    """Join kernels in a row and leave out what takes no time for any plan, as the step program does; `wait` for the host is last."""
     runs: list[tuple[tuple[str, Number], ...]] = []
     for segment in segments:
         parts = tuple((op.stream, seconds) for op, seconds in segment if np.any(seconds))
@@ -73,7 +74,7 @@ def _runs(segments: list[list[tuple[Op, Number]]]) -> Runs:
             runs[-1] = (("compute", runs[-1][0][1] + parts[0][1]),)
         elif parts:
             runs.append(parts)
-    return tuple(runs)
+    return (*runs, ((HOST, wait),)) if np.any(wait) else tuple(runs)
 
 
 def _longest(parts: list[Number]) -> Number:
@@ -119,6 +120,14 @@ def price_blocks(
         kept = [[seconds for op, seconds in segment if keep(op)] for segment in segments]
         return sum((_longest(parts) for parts in kept if parts), 0.0)
 
+    def launched(segments: list[list[tuple[Op, Number]]], keep: Callable[[Op], bool] = lambda op: True) -> Number:
+        """Return how long the host still launches when the kernels of a pass are through."""
+        if cluster.host.dispatch_s is None:
+            return 0.0
+        kept = tuple(tuple(op for op, _ in segment if keep(op)) for segment in segments)
+        beside = chain(segments, lambda op: keep(op) and hides_launches(op))
+        return host_wait_s(host_wait(kept, plan.kernels).launches, beside, cluster.host.dispatch_s)
+
     def extra(block: Block, kind: str, segments: list[list[tuple[Op, Number]]]) -> Number:
         slow = pass_beside(block, kind, model, plan, cluster).slowdown(cluster.accelerator) if sharing else 1.0
         if not np.any(np.asarray(slow) != 1.0):
@@ -135,15 +144,16 @@ def price_blocks(
 
     def one(block: Block) -> BlockPrice:
         forward, backward = priced(block.forward), priced(block.backward)
+        waits = launched(forward), launched(backward)
         return BlockPrice(
-            forward_s=chain(forward),
-            backward_s=chain(backward),
-            input_s=chain(backward, keeps["I"]),
-            weight_s=chain(backward, keeps["W"]),
+            forward_s=chain(forward) + waits[0],
+            backward_s=chain(backward) + waits[1],
+            input_s=chain(backward, keeps["I"]) + launched(backward, keeps["I"]),
+            weight_s=chain(backward, keeps["W"]) + launched(backward, keeps["W"]),
             gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),
             reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster),
-            forward_runs=_runs(forward),
-            backward_runs=_runs(backward),
+            forward_runs=_runs(forward, waits[0]),
+            backward_runs=_runs(backward, waits[1]),
             extra_s={kind: extra(block, kind, forward if kind == "F" else backward) for kind in "FBIW"},
             paired={kind: pass_beside(block, kind, model, plan, cluster, paired=True) for kind in "FB"} if sharing else {},
         )

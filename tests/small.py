@@ -7,20 +7,32 @@ from typing import Any
 from hypothesis import strategies as st
 
 from simulator.scenario.cluster import Cluster, Host
+from simulator.scenario.facts import Source
 from simulator.scenario.job import Job
+from simulator.scenario.kernels import Kernels
 from simulator.scenario.model import Experts, Model
 from simulator.scenario.plan import INTERLEAVED, TWO_CHUNKS, Overlap, Plan
 from simulator.scenario.profiles import CLUSTERS
 from simulator.scenario.scenario import Scenario
 
 SELECTIVE = ("core_attn", "layernorm", "moe_act")
+#: what training stacks ran before, and now
+STACKS = (
+    Kernels(),
+    Kernels(graphs=("attn", "moe_router")),
+    Kernels(attention="unfused", dropout=True),
+    Kernels(attention="eager", norm="eager", pointwise="eager"),
+)
 SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-1p", "zb-2p", *INTERLEAVED, *TWO_CHUNKS)
 H100 = CLUSTERS.load("h100-rail-10240")
 
 
-def cluster(accelerators: int, host: int = 4, slow_hosts: dict[int, float] | None = None) -> Cluster:
-    """Return `accelerators` H100 in hosts of `host`."""
+def cluster(accelerators: int, host: int = 4, slow_hosts: dict[int, float] | None = None, dispatch_s: float | None = None) -> Cluster:
+    """Return `accelerators` H100 in hosts of `host`, whose launches take no time unless `dispatch_s` says so."""
     box = Host.model_validate(H100.host.model_dump(mode="json") | {"accelerators": host, "scale_up_domain": host})
+    sources = tuple(s.model_copy(update={"facts": facts}) for s in box.sources if (facts := tuple(f for f in s.facts if f != "dispatch_s")))
+    known = Source(grade="assumed", source="a host that a test is about", facts=("dispatch_s",))
+    box = box.model_copy(update={"dispatch_s": dispatch_s, "sources": sources if dispatch_s is None else (*sources, known)})
     return H100.model_copy(update={"name": "small", "host": box, "accelerators": accelerators, "slow_hosts": slow_hosts or {}})
 
 
@@ -46,6 +58,7 @@ class Small(Scenario):
     def __repr__(self) -> str:
         m, p, c = self.model, self.plan, self.cluster
         size = f"{m.name} {m.layers}+{m.mtp_layers} layers of {m.hidden}, {c.accelerators} in hosts of {c.host.accelerators} {c.slow_hosts}"
+        size += f"; {p.kernels} dispatch {c.host.dispatch_s}"
         more = f"cp{p.cp} replicas {p.dp_replicate} layout {p.layout} sp {p.sequence_parallel} {p.dispatcher} {p.overlap}"
         return f"<{size}; {p} {more}; {self.job}>"
 
@@ -53,9 +66,9 @@ class Small(Scenario):
 def scenario(model: Model, accelerators: int, plan: Plan, micro_batches: int, host: int = 4, **changes: Any) -> Scenario:
     """Return a scenario with as many sequences as `micro_batches` need."""
     plan = plan.on(accelerators)
-    slow = changes.pop("slow_hosts", None)
+    slow, dispatch = changes.pop("slow_hosts", None), changes.pop("dispatch_s", None)
     batch = micro_batches * plan.dp * plan.micro_batch
-    return Small(model=model, cluster=cluster(accelerators, host, slow), plan=plan, job=job(batch, **changes))
+    return Small(model=model, cluster=cluster(accelerators, host, slow, dispatch), plan=plan, job=job(batch, **changes))
 
 
 @st.composite
@@ -98,13 +111,13 @@ def scenarios(
         tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp_replicate=replicas, zero=one(0, 1, 2, 3), micro_batch=one(1, 2),
         schedule=schedule, layout=layout, recompute=one("none", "selective", "full"), recompute_modules=SELECTIVE,
         sequence_parallel=sparse or one(True, False), dispatcher=one("alltoall", "deepep"),
-        overlap=Overlap(grad_reduce=one(True, False), param_gather=one(True, False), tp=one(True, False)),
+        overlap=Overlap(grad_reduce=one(True, False), param_gather=one(True, False), tp=one(True, False)), kernels=one(*STACKS),
     )  # fmt: skip
     size = one(*hidden)
     extra = {"mtp_layers": one(0, 1) if uneven else 0}
     model = moe(layers, size, leading=one(0, 1) if uneven and layers > 1 else 0, **extra) if sparse else dense(layers, size, **extra)
     host = one(2, 4, 8)
-    changes: dict[str, Any] = {"sequence_length": one(512, 1024)}
+    changes: dict[str, Any] = {"sequence_length": one(512, 1024), "dispatch_s": one(None, 1e-6, 40e-6)}
     if natural:
         changes |= {"routing": "natural", "expert_load": min(float(ep), one(1.1, 1.7))}
     if slow:

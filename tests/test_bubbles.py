@@ -93,6 +93,8 @@ def ideal_cluster(accelerators: int) -> Cluster:
     accelerator |= {"hbm_bytes_per_s": fast, "launch_s": "0 s"}
     accelerator["peak_flop_per_s"] |= {"fp32": "1 TFLOP/s", "bf16": "1e30 FLOP/s", "fp16": "1e30 FLOP/s", "fp8": "1e30 FLOP/s"}
     host |= {"scale_up_bytes_per_s": fast, "base_latency_s": nothing, "hop_latency_s": nothing}
+    host["dispatch_s"] = None
+    host["sources"] = [s | {"facts": [f for f in s["facts"] if f != "dispatch_s"]} for s in host["sources"]]
     host["bus_bytes_per_s"] = dict.fromkeys(host["bus_bytes_per_s"], fast)
     fabric["hop_latency_s"] = nothing
     fabric["tiers"] = [tier | {"latency_s": "0 s"} for tier in fabric["tiers"]]

@@ -149,7 +149,6 @@ def test_a_moe_row_field_by_field(runs):
     assert cluster.host.nic_bytes_per_s == pytest.approx(50e9)
     assert measured_step_s(row(runs, PAPER)) == 32.605
     for said in (
-        "not modelled: CUDA graphs",
         "inter-node fabric not printed: vendor reference design",
         "NVLink domain: 64 of its 72 GPUs used",
         "MTP layers not printed: 1",

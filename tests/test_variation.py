@@ -102,7 +102,7 @@ def test_jitter_has_mean_one_and_the_sigma_of_its_kernels():
 def test_jitter_is_of_kernels_only_and_uncorrelated():
     s = scenario(dense(2, 1024), 256, Plan(tp=4), 2, host=8)
     result = simulate_ranks(s, Variation(jitter=0.2))
-    computes = [result.program.tasks[t].stream == "compute" for t in result.program.task]
+    computes = [result.program.tasks[t].computes for t in result.program.task]
     lasts = [result.durations(node) for node in range(len(computes))]
     assert all(np.ndim(x) == int(c) for x, c in zip(lasts, computes, strict=True))
     correlation = np.corrcoef([x for x, c in zip(lasts, computes, strict=True) if c])

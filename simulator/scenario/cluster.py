@@ -47,6 +47,8 @@ class Accelerator(Facts):
         Share of the idle time of the last wave of tiles that smaller tiles or split-K win back.
     head_ramp : int
         Head width that costs fused attention half of its speed; the published efficiency is that of width 128.
+    older_attention : dict
+        Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
     """
 
     vendor: str
@@ -64,6 +66,7 @@ class Accelerator(Facts):
     k_ramp: int = Field(ge=0)
     last_wave_recovered: float = Field(ge=0, le=1)
     head_ramp: int = Field(ge=0)
+    older_attention: dict[Literal["flash2", "flash1"], Fraction] = {}
     tdp_w: Watts
 
     @model_validator(mode="after")
@@ -116,6 +119,8 @@ class Host(Facts):
         Time to fill the pipeline of a long collective inside the domain; none where it is not known.
     overhead_w : float
         Power of the host beside its accelerators: processors, NICs, fans.
+    dispatch_s : float or None
+        Time that a processor takes to launch one kernel, framework included, seconds; None: launching never limits.
     """
 
     accelerators: int = Field(gt=0)
@@ -131,6 +136,7 @@ class Host(Facts):
     tree_share: Fraction
     fill_s: Seconds | None = None
     overhead_w: Watts
+    dispatch_s: Seconds | None = None
 
     @field_validator("nic_bytes_per_s")
     @classmethod

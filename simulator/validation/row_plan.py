@@ -14,7 +14,6 @@ from simulator.validation.row_kernels import kernels_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
-    r"cuda_graph=(?!none)|cuda_graph_(?:impl|scope)=(?!none)|cuda[- ]?graphs|CUDA graph|_CUDA_GRAPH=1": "CUDA graphs",
     r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|async TP": "tensor-parallel communication beside compute",
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
@@ -23,9 +22,7 @@ _NOT_MODELLED = {
     r"fp8 all-gather": "FP8 parameter gather",
     r"paged[_ ]stash": "paged stash of activations",
     r"Ulysses": "Ulysses context parallelism",
-    r"kernel=(?:torch|fused);": "attention that is not FlashAttention",
     r"grouped_gemm=false": "one GEMM per expert instead of a grouped one",
-    r"FSDP2 \(?eager": "eager kernels (no compiler fusion)",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
 #: words for expert all-to-all beside the compute of another micro-batch

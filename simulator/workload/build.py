@@ -16,7 +16,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.schedules import Action, Entry, Pair, Schedule, schedule
 from simulator.workload.classes import RankClasses
-from simulator.workload.ops import Block, Op, passes
+from simulator.workload.ops import Block, Op, Segment, host_wait, passes
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import (
     NORM_OP,
@@ -45,10 +45,15 @@ class _Pieces:
     @classmethod
     def of(cls, name: str, block: Block, plan: Plan) -> _Pieces:
         return cls(
-            {kind: fused(passes(block, kind), plan, (name, kind)) for kind in "FBIW"},
+            {kind: fused(_launched(passes(block, kind), plan), plan, (name, kind)) for kind in "FBIW"},
             _tasks(parameter_ops(block, plan), plan),
             _tasks(gradient_ops(block, plan), plan),
         )
+
+
+def _launched(segments: tuple[Segment, ...], plan: Plan) -> tuple[Segment, ...]:
+    """Return a pass that ends no sooner than the host has launched it."""
+    return (*segments, (host_wait(segments, plan.kernels),))
 
 
 def _tasks(ops: Iterable[Op], plan: Plan) -> tuple[Task, ...]:

@@ -12,7 +12,7 @@ DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024 (MLA, fine-grained experts, FP
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import LayerKind, Model
 from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, Precision
 from simulator.units import Number
-from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op
+from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op, Segment, gemm
 
 #: bytes of the softmax that unfused attention saves per score: in 16 bits, or in fp32 and cast
 SCORE_SAVED: dict[str, float] = {"unfused": BF16, "eager": FP32 + BF16}
@@ -39,6 +39,15 @@ LOGIT_BYTES = {
 }
 #: backward over forward FLOP of fused attention: it computes the scores again and then four products instead of two
 ATTENTION_BACKWARD_FLOP = 2.5
+#: bytes per score that softmax moves, forward and backward: as one kernel in bf16 (read, write; read twice, write), or
+#: scale, mask, cast, fp32 softmax and cast on their own, and their gradients
+SCORE_BYTES: dict[str, tuple[float, float]] = {"unfused": (4.0, 6.0), "eager": (29.0, 35.0)}
+#: bytes per element of an RMSNorm written in PyTorch: cast, square, mean, scale, cast back, weight; and their gradients
+EAGER_NORM_BYTES = (36.0, 100.0)
+#: times that eager rotary embedding reads or writes its rows, most of them in fp32
+EAGER_ROTARY_PASSES = 14
+#: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order
+ROUTER_LAUNCHES, PERMUTE_LAUNCHES = (20, 15), (8, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +107,21 @@ def _norm(
 ) -> None:
     """Read and write the row forward; read it, its gradient, write the input's gradient backward.
 
-    An eager RMSNorm keeps an fp32 copy of the row and the normalised row beside the row and the result.
+    An eager RMSNorm is seven operations in fp32, with twice as many behind them, and keeps an fp32 copy of the row and the
+    normalised row beside the row and the result; LayerNorm is one kernel in PyTorch too.
     """
-    if b.kernels.norm == "eager" and not model.layer_norm:
+    eager = b.kernels.norm == "eager" and not model.layer_norm
+    there, back = EAGER_NORM_BYTES if eager else (2 * BF16, 3 * BF16)
+    if eager:
         saved = saved + tokens * width * (FP32 + BF16)
-    b.memory(name, 2 * tokens * width * BF16, 3 * tokens * width * BF16, saved, modules)
+    b.memory(name, there * tokens * width, back * tokens * width, saved, modules, launches=(7, 14) if eager else (1, 2))
     b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
 
 
 def _residual(b: BlockBuilder, x: Shape, model: Model) -> None:
-    size = x.split_tokens * model.hidden * BF16
-    b.memory("residual", 3 * size, 3 * size, x.split_tokens * model.hidden * MASK if b.kernels.dropout else 0.0)
+    """Add a branch to the residual stream; dropout writes a mask and reads it back."""
+    size, mask = x.split_tokens * model.hidden * BF16, x.split_tokens * model.hidden * MASK if b.kernels.dropout else 0.0
+    b.memory("residual", 3 * size + mask, 3 * size + mask, mask)
 
 
 def _enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = ()) -> tuple[Op | None, Op | None]:
@@ -147,15 +160,11 @@ def _core_attention(
     (`SCORE_SAVED`), with dropout also its mask and its result (Korthikanti et al., 2022, section 4.1); backward, the
     gradients of both pass. Fused, the query's gradient is summed up in fp32.
     """
-    flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
-    traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
-    there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim)
-    back = Op(
-        "attn.core", "attention", flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, m=x.tokens, k=qk_dim, n=v_dim, grad="input"
-    )
     ring = x.tokens * x.cp * kv_width * BF16
-    forward = (there, Op("attn.ring", "all_gather", bytes=ring, axis="cp"))
-    backward = (back, Op("attn.ring", "all_gather", bytes=2 * ring, axis="cp", grad="input"))
+    passed = (Op("attn.ring", "all_gather", bytes=size * ring, axis="cp", grad=grad) for size, grad in ((1, ""), (2, "input")))
+    fused = b.kernels.attention not in SCORE_BYTES
+    cores = _fused_core(x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim)
+    forward, backward = ([(segments[0][0], beside), *segments[1:]] for segments, beside in zip(cores, passed, strict=True))
     scores = x.tokens * x.sequence * heads
     if b.kernels.attention in SCORE_SAVED:
         saved = scores * (SCORE_SAVED[b.kernels.attention] + (MASK + BF16 if b.kernels.dropout else 0.0))
@@ -165,8 +174,41 @@ def _core_attention(
         works = x.tokens * (heads * (qk_dim * (BF16 + FP32) + 2 * v_dim * BF16) + kv_width * BF16)
     if x.ulysses:
         saved = saved + np.where(np.asarray(x.cp) > 1, x.tokens * heads * v_dim * BF16, 0.0)
-    b.add([forward], [backward], saved, ("core_attn",))
+    b.add(forward, backward, saved, ("core_attn",))
     b.works(works)
+
+
+def _fused_core(
+    x: Shape, heads: Number, qk_dim: int, v_dim: int, kv_width: Number, window: int | None
+) -> tuple[list[Segment], list[Segment]]:
+    flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
+    traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
+    there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim)
+    back = replace(there, flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, grad="input")
+    return [(there,)], [(back,)]
+
+
+def _unfused_core(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int) -> tuple[list[Segment], list[Segment]]:
+    """Return scores, softmax and weighted values as kernels of their own; nothing that the mask hides is left out.
+
+    Notes
+    -----
+    With S = T s heads scores: two products of 2 S d FLOP forward, four backward. Softmax and dropout read and write S
+    elements, see `SCORE_BYTES`.
+    """
+    scores, products, rows = x.tokens * x.sequence * heads, x.tokens / x.sequence * x.cp * heads, x.sequence / x.cp
+    there, back = SCORE_BYTES[b.kernels.attention]
+    drop = 2 * BF16 + MASK if b.kernels.dropout else 0.0
+
+    def product(name: str, k: Number, n: Number, grad: str = "") -> Segment:
+        op = gemm(f"attn.core.{name}", rows, k, n, "bf16", BF16, grad, groups=products)
+        return (replace(op, kind="gemm", launches=1.0),)  # one batch without weights: as fast as a single product
+
+    softmax = Op("attn.core.softmax", "memory", bytes=scores * (there + drop), launches=2)
+    values, keys = product("values", v_dim, x.sequence, "input"), product("scores", x.sequence, qk_dim, "input")
+    forward = [product("scores", qk_dim, x.sequence), (softmax,), product("values", x.sequence, v_dim)]
+    gradient = replace(softmax, bytes=scores * (back + drop), grad="input")
+    return forward, [values, product("values", x.sequence, v_dim, "input"), (gradient,), keys, keys]
 
 
 def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
@@ -177,7 +219,7 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
     beside = _enter_tp(b, "attn", x, h)
     b.linear("attn.qkv", x.tokens, h, width, beside=beside)
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
-    b.memory("attn.rotary", 2 * rotated, 2 * rotated, x.tokens * width * BF16)
+    _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
     b.linear("attn.out", x.tokens, local_heads * dim, h, saved=_twice(b, x.tokens * local_heads * dim))
     _leave_tp(b, "attn", x, h)
@@ -189,6 +231,25 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
 def _twice(b: BlockBuilder, elements: Number) -> Number:
     """Bytes of a tensor that attention keeps in bf16 and a low-precision linear layer in its own datatype."""
     return elements * (BF16 + (b.element if b.element < BF16 else 0.0))
+
+
+def _rotary(b: BlockBuilder, rotated: Number, saved: Number, modules: tuple[str, ...] = ()) -> None:
+    """Turn queries and keys in one kernel, or eagerly: to fp32, four products and two sums, and back."""
+    eager = b.kernels.pointwise == "eager"
+    passes = EAGER_ROTARY_PASSES if eager else 2
+    b.memory("attn.rotary", passes * rotated, passes * rotated, saved, modules, launches=(8, 8) if eager else (1, 1))
+
+
+def _activation(
+    b: BlockBuilder, name: str, mats: int, size: Number, kept: Number, saved: Number, modules: tuple[str, ...], routed: bool = False
+) -> None:
+    """Activate the up-projection, gated or not; eagerly the gate's activation is a kernel of its own, whose output is kept."""
+    if mats == 2 and b.kernels.pointwise == "eager":
+        b.add([], [], size, modules)
+    eager = (2, 4) if b.kernels.pointwise == "eager" else (0, 0)
+    there, back = mats + 1 + eager[0], 2 * mats + 1 + eager[1]
+    launches = (2, 3) if b.kernels.pointwise == "eager" else (1, 1)
+    b.memory(f"{name}.activation", there * size + kept, back * size - kept, saved, modules, routed, launches)
 
 
 def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
@@ -209,8 +270,7 @@ def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) 
     b.linear("attn.q_up", x.tokens, q_input, heads * qk, saved=x.tokens * heads * qk * BF16, modules=up, beside=beside)
     keys_values = heads * (mla.nope_dim + mla.v_dim)
     b.linear("attn.kv_up", x.tokens, mla.kv_rank, keys_values, saved=x.tokens * heads * (qk + mla.v_dim) * BF16, modules=up)
-    rotated = x.tokens * heads * 2 * qk * BF16
-    b.memory("attn.rotary", 2 * rotated, 2 * rotated, modules=up)
+    _rotary(b, x.tokens * heads * 2 * qk * BF16, 0.0, up)
     _core_attention(b, x, model, heads, qk, mla.v_dim, heads * (qk + mla.v_dim), kind.window)
     b.linear("attn.out", x.tokens, heads * mla.v_dim, h, saved=_twice(b, x.tokens * heads * mla.v_dim))
     _leave_tp(b, "attn", x, h)
@@ -225,15 +285,7 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     saved, cast = _kept(x.tokens * mats * local, kept)
     b.linear(f"{name}.up", x.tokens, h, mats * local, saved=saved, modules=modules, beside=beside)
     size = x.tokens * local * BF16
-    if model.gated and b.kernels.pointwise == "eager":
-        b.add([], [], size, (*modules, f"{name}_act"))  # the gate after its activation function
-    b.memory(
-        f"{name}.activation",
-        (mats + 1) * size + cast,
-        (2 * mats + 1) * size - cast,
-        x.tokens * local * b.element,
-        (*modules, f"{name}_act"),
-    )
+    _activation(b, name, mats, size, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
     b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
     b.linear(f"{name}.down", x.tokens, local, h, modules=modules)
     _leave_tp(b, name, x, h, modules)
@@ -263,14 +315,14 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     moe = ("moe",)
     scores = x.split_tokens * e.count * FP32
     b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
-    b.memory("router.topk", 4 * scores, 4 * scores, modules=moe)
+    b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES)
     copies, rows_moved = received * h, (x.split_tokens + received) * h
     # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
     cast = precision.dispatch == b.dtype != "bf16"
     there, back = (rows_moved * ELEMENT_BYTES[p] for p in (precision.dispatch if cast else "bf16", "bf16"))
     if cast:
         b.memory("moe.dispatch.cast", x.split_tokens * h * (BF16 + b.element), 0.0, modules=moe)
-    b.memory("moe.permute", there, back, modules=moe)
+    b.memory("moe.permute", there, back, modules=moe, launches=PERMUTE_LAUNCHES)
     out, back = (x.split_tokens * h * ELEMENT_BYTES[p] for p in (precision.dispatch, precision.combine))
     b.exchange("moe.dispatch", out, back, moe)
     gather, scatter = (
@@ -289,15 +341,12 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
         routed=True,
         arrives=(cast, False),
     )
-    size = rows * ffn * BF16
-    b.memory(
-        "moe.activation", (mats + 1) * size + kept, (2 * mats + 1) * size - kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True
-    )
+    _activation(b, "moe", mats, rows * ffn * BF16, kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
     b.works(rows * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(False, cast))
     b.collective(scatter, gather, moe)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
-    b.memory("moe.unpermute", rows_moved * BF16, there, modules=moe)
+    b.memory("moe.unpermute", rows_moved * BF16, there, modules=moe, launches=PERMUTE_LAUNCHES)
     if cast:
         b.memory("moe.combine.cast", 0.0, x.split_tokens * h * (BF16 + b.element), modules=moe)
     expert = (mats + 1) * h * ffn + ((mats * ffn + h) if model.mlp_bias else 0)
@@ -360,7 +409,8 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     b.works(most - kept)
     b.works(logits * BF16 - kept + 2 * x.tokens * model.hidden * BF16 + written)
     b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
-    b.memory("head.loss", logits * (BF16 + 3 * FP32), logits * (FP32 + BF16))
+    eager = logits * 3 * FP32 if plan.kernels.pointwise == "eager" else 0.0  # log-softmax writes, its gradient reads and writes
+    b.memory("head.loss", logits * (BF16 + 3 * FP32), logits * (FP32 + BF16) + eager)
     if not model.tied_embeddings:
         b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
     return b.build(x.split_tokens * model.hidden * BF16)

@@ -13,8 +13,12 @@ from simulator.units import Number
 
 #: bytes of an element
 BF16, FP32 = 2.0, 4.0
+#: kernels of a matrix product of a linear layer: itself, and its bias, view or accumulation
+LINEAR_LAUNCHES = 2
 #: kinds that run on the compute stream; the others are collectives
 COMPUTE = ("gemm", "grouped_gemm", "attention", "memory")
+#: kind that waits, on the compute stream, until the host has launched what came before
+HOST = "host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class Op:
         Part of the layer, e.g. ``attn.qkv``.
     kind : str
         ``gemm``, ``grouped_gemm``, ``attention``, ``memory`` (bandwidth-bound), ``all_gather``, ``reduce_scatter``,
-        ``all_reduce``, ``all_to_all`` or ``send``.
+        ``all_reduce``, ``all_to_all`` or ``send``; ``host`` waits for the host that launches the kernels.
     flop : Number
         Floating-point operations on this rank.
     bytes : Number
@@ -43,6 +47,10 @@ class Op:
         ``""`` forward, ``input`` or ``weight`` gradient, ``again`` recomputed forward.
     routed : bool
         Whether the work grows with the tokens that the router sends to this rank.
+    launches : Number
+        Kernels that the host launches for it.
+    beside : tuple of Segment
+        Of ``host``: what runs while the host launches.
     """
 
     name: str
@@ -57,11 +65,13 @@ class Op:
     dtype: str = "bf16"
     grad: str = ""
     routed: bool = False
+    launches: Number = 1.0
+    beside: tuple[Segment, ...] = ()
 
     @property
     def stream(self) -> str:
         """The queue that it runs on: ``compute``, or one per kind of communication."""
-        return "compute" if self.kind in COMPUTE else STREAMS[self.axis]
+        return "compute" if self.kind in COMPUTE or self.kind == HOST else STREAMS[self.axis]
 
 
 #: axis of a collective -> stream that carries it
@@ -82,6 +92,22 @@ STREAMS = {
 Segment = tuple[Op, ...]
 
 
+def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
+    """Return what the last kernel of `segments` waits for: the host, which launches them one after the other.
+
+    It launches while kernels and collectives run, but not during an expert all-to-all, whose sizes it has to read first.
+    """
+    ops = [op for segment in segments for op in segment if op.kind in COMPUTE and not kernels.captured(op.name)]
+    launches = sum((op.launches for op in ops if np.any(op.bytes)), 0.0)
+    beside = tuple(tuple(op for op in segment if hides_launches(op)) for segment in segments)
+    return Op(HOST, HOST, launches=launches, beside=tuple(filter(None, beside)), routed=any(op.routed for op in ops))
+
+
+def hides_launches(op: Op) -> bool:
+    """Return whether the host goes on launching while `op` runs."""
+    return op.kind in COMPUTE or not op.routed
+
+
 def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float, grad: str = "", **more: Any) -> Op:
     """Return a matrix product (m, k) x (k, n): ``2 m k n`` FLOP, and the bytes of its three matrices.
 
@@ -98,7 +124,8 @@ def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float,
     kind = "grouped_gemm" if "groups" in more else "gemm"
     flop = 2.0 * groups * m * k * n
     traffic = groups * ((m * k + k * n) * element + BF16 * m * n)
-    return Op(name, kind, flop=flop, bytes=traffic, m=m, n=n, k=k, dtype=dtype, grad=grad, **more)
+    launches = groups if "groups" in more else LINEAR_LAUNCHES  # Transformer Engine launches one product per expert
+    return Op(name, kind, flop=flop, bytes=traffic, m=m, n=n, k=k, dtype=dtype, grad=grad, launches=launches, **more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +221,18 @@ class BlockBuilder:
         return most
 
     def memory(
-        self, name: str, forward: Number, backward: Number, saved: Number = 0.0, modules: Iterable[str] = (), routed: bool = False
+        self,
+        name: str,
+        forward: Number,
+        backward: Number,
+        saved: Number = 0.0,
+        modules: Iterable[str] = (),
+        routed: bool = False,
+        launches: tuple[int, int] = (1, 1),
     ) -> None:
-        """Append a bandwidth-bound kernel that moves `forward` and `backward` bytes."""
-        there = Op(name, "memory", bytes=forward, routed=routed)
-        back = Op(name, "memory", bytes=backward, grad="input", routed=routed)
+        """Append bandwidth-bound kernels that move `forward` and `backward` bytes, and as many `launches`."""
+        there = Op(name, "memory", bytes=forward, routed=routed, launches=launches[0])
+        back = Op(name, "memory", bytes=backward, grad="input", routed=routed, launches=launches[1])
         self.add([(there,)], [(back,)], saved, modules)
 
     def linear(
@@ -238,10 +272,10 @@ class BlockBuilder:
             backward += [ops] if self.overlap else [(op,) for op in ops]
         if e < BF16:
             there, back = (0.0 if known else BF16 + e for known in arrives)
-            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * k * there, routed=routed),))
+            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * k * there, routed=routed, launches=groups),))
             back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
-            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * n * back, grad="input", routed=routed),))
-            again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", routed=routed)
+            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * n * back, grad="input", routed=routed, launches=groups),))
+            again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", routed=routed, launches=groups)
             backward.insert(next(i for i, ops in enumerate(backward) if any(op is wgrad for op in ops)), (again,))
         self.add(forward, backward, saved, modules)
 

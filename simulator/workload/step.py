@@ -12,7 +12,7 @@ from simulator.scenario.plan import ELEMENT_BYTES, Plan
 from simulator.schedules import Action
 from simulator.workload.classes import RankClasses
 from simulator.workload.memory import MOMENTS
-from simulator.workload.ops import BF16, Block, Op, Segment
+from simulator.workload.ops import BF16, COMPUTE, HOST, Block, Op, Segment
 
 #: Newton-Schulz iterations of Muon per step (Jordan et al., "Muon", 2024)
 MUON_ITERATIONS = 5
@@ -37,6 +37,11 @@ class Task:
     axis: str
     ops: tuple[Op, ...]
     of: tuple[str, str] = ("", "")
+
+    @property
+    def computes(self) -> bool:
+        """Whether it is kernels, whose speed is the device's; not communication, nor a wait for the host."""
+        return self.stream == "compute" and not any(op.kind == HOST for op in self.ops)
 
 
 Body = tuple[tuple[Task, ...], ...]
@@ -98,9 +103,9 @@ def fused(segments: Iterable[Segment], plan: Plan, of: tuple[str, str] = ("", ""
             run.clear()
 
     for segment in segments:
-        ops = [op for op in segment if op.flop or op.bytes]
+        ops = [op for op in segment if op.flop or op.bytes or (op.kind == HOST and op.launches)]
         ops = [op for op in ops if not op.axis or group(plan, op.axis).size > 1]
-        if len(ops) == 1 and ops[0].stream == "compute":
+        if len(ops) == 1 and ops[0].kind in COMPUTE:
             run.append(ops[0])
         elif ops:
             flush()

@@ -14,14 +14,15 @@ Target: the step within 10 %, each phase above 1 s (forwards, backwards, pairs, 
 fitted to this row, published in brackets:
 
     routing   step            1F              1B              1F1B            bubble          1W            optimizer
-    balanced  16.78 (-15.8 %) 1.10  (-3 %)    1.60 (-20 %)    12.68  (-9 %)   0.89 (-57 %)    0.25 (-47 %)  0.25
-    natural   19.18  (-3.8 %) 1.29 (+14 %)    1.82  (-9 %)    14.41  (+3 %)   1.12 (-45 %)    0.25 (-47 %)  0.28
+    balanced  16.95 (-15.0 %) 1.10  (-3 %)    1.60 (-20 %)    12.59 (-10 %)   1.15 (-44 %)    0.25 (-47 %)  0.25
+    natural   19.35  (-2.9 %) 1.29 (+14 %)    1.82  (-9 %)    14.27  (+2 %)   1.43 (-31 %)    0.25 (-47 %)  0.28
 
-So with natural routing, as the run was, the step and all phases but the bubble are met; with balanced experts the step is 16 %
-short. Missed: the bubble, by half, and the weight gradients on their own, half of the published time (0.48 s, below 1 s, so not
-a target): our FP8 efficiency is that of large library GEMMs, not of ones with fine-grained scales. DualPipe's own formula,
-(pp / 2 - 1) (F&B + B - 3 W), gives 0.8 s with the published times of the phases: what is published beyond that is waiting for
-stages and micro-batches that differ, and jitter explains little of it (`test_jitter`).
+So with natural routing, as the run was, the step and all phases but the bubble are met; with balanced experts the step is
+15 % short. Missed: the bubble, by a third to nearly a half, and the weight gradients on their own, half of the published
+time (0.48 s, below 1 s, so not a target): our FP8 efficiency is that of large library GEMMs, not of ones with fine-
+grained scales. DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives 0.8 s with the published times of the phases:
+what is published beyond that is waiting for stages and micro-batches that differ, and jitter explains little of it
+(`test_jitter`).
 """
 
 from __future__ import annotations
@@ -74,12 +75,12 @@ def test_phases_add_up(step):
 
 
 def test_step(step):
-    """Target 10 %: met with natural routing, missed by 6 points with balanced."""
+    """Target 10 %: met with natural routing, missed by 5 points with balanced."""
     miss = step.step_time_s / PUBLISHED_STEP_S - 1
     if step.scenario.job.routing == "natural":
         assert abs(miss) < 0.10
     else:
-        assert miss == pytest.approx(-0.158, abs=0.05)
+        assert miss == pytest.approx(-0.150, abs=0.05)
 
 
 def test_phases(step):
@@ -87,7 +88,7 @@ def test_phases(step):
     found = misses(step)
     if step.scenario.job.routing == "natural":
         assert max(abs(found[name]) for name in ("forward_s", "backward_s", "pair_s")) < 0.20
-    assert found["bubble_s"] == pytest.approx(-0.5, abs=0.15)
+    assert found["bubble_s"] == pytest.approx(-0.38, abs=0.15)
 
 
 def test_small_phases_have_the_right_size(step):

@@ -57,7 +57,8 @@ def test_a_rank_computes_its_blocks_once_per_micro_batch(s):
 def test_the_cluster_computes_the_same_however_it_is_divided(s):
     """All ranks' FLOP equal those of one rank with the whole batch: no layer is lost, doubled or divided by the wrong degree."""
     divided = s.model_copy(update={"plan": s.plan.model_copy(update={"recompute": "none", "sequence_parallel": True})})
-    whole = s.model_copy(update={"plan": Plan(dp_shard=1), "cluster": s.cluster.model_copy(update={"accelerators": 1, "slow_hosts": {}})})
+    alone = s.cluster.model_copy(update={"accelerators": 1, "slow_hosts": {}})
+    whole = s.model_copy(update={"plan": Plan(dp_shard=1, kernels=s.plan.kernels), "cluster": alone})
     p = program(divided)
     assert (flop_per_class(p) * p.classes.count).sum() == pytest.approx(flop_per_class(program(whole)).sum(), rel=1e-9)
 

@@ -1,0 +1,143 @@
+"""What the kernels of older training stacks cost: bytes and FLOP worked out by hand, and the host that launches them."""
+
+from __future__ import annotations
+
+import pytest
+
+from simulator.closed_forms import bound, estimate
+from simulator.compute import host_wait_s
+from simulator.pricing import op_s, segments_s
+from simulator.scenario.kernels import Kernels
+from simulator.scenario.plan import Plan
+from simulator.simulate import simulate_step
+from simulator.workload.ops import host_wait, total
+from simulator.workload.stages import blocks
+from tests.small import dense, job, moe, scenario
+
+MODEL = dense(2, 256)  # 8 heads of 32, 4 of them for keys and values
+TOKENS, SEQUENCE, HEADS, WIDTH = 1024, 512, 8, 32
+
+
+def layer(kernels: Kernels, model=MODEL, **plan):
+    micro_batch = plan.pop("micro_batch", 2)
+    return blocks(model, Plan(dp_shard=1, micro_batch=micro_batch, kernels=kernels, **plan), job())["layer0"]
+
+
+def core(segments, what):
+    return total(segments, lambda op: what(op) if op.name.startswith("attn.core") else 0.0)
+
+
+# --- attention with the scores in memory ---
+
+
+def test_unfused_attention_computes_what_the_mask_hides():
+    block = layer(Kernels(attention="unfused"))
+    product = 2.0 * TOKENS * SEQUENCE * HEADS * WIDTH
+    assert core(block.forward, lambda op: op.flop) == 2 * product
+    assert core(block.backward, lambda op: op.flop) == 4 * product
+
+
+@pytest.mark.parametrize(
+    ("attention", "dropout", "there", "back"),
+    [("unfused", False, 4, 6), ("unfused", True, 9, 11), ("eager", False, 29, 35), ("eager", True, 34, 40)],
+)
+def test_softmax_and_dropout_pass_over_the_scores(attention, dropout, there, back):
+    """Fused softmax reads and writes a bf16 score, dropout reads and writes it and a mask of one byte."""
+    block = layer(Kernels(attention=attention, dropout=dropout))
+    scores = TOKENS * SEQUENCE * HEADS
+    softmax = lambda op: op.bytes if op.name == "attn.core.softmax" else 0.0  # noqa: E731
+    assert (total(block.forward, softmax), total(block.backward, softmax)) == (there * scores, back * scores)
+
+
+def test_saved_scores_are_those_of_korthikanti():
+    """Equation 1: attention saves 5 a s^2 b bytes more, and selective recompute drops them all."""
+    scores = TOKENS * SEQUENCE * HEADS
+    with_scores, flash = (layer(Kernels(attention=a, dropout=True)).saved_bytes for a in ("unfused", "flash"))
+    assert with_scores - flash == 5 * scores - 4 * TOKENS * HEADS
+    kept = [layer(Kernels(attention=a, dropout=True), recompute="selective").saved_bytes for a in ("unfused", "flash")]
+    assert kept[0] == kept[1]
+
+
+def test_older_attention_is_slower_by_its_share():
+    s = scenario(MODEL, 4, Plan(micro_batch=64), 1)
+    share = s.cluster.accelerator.older_attention
+    times = {}
+    for name in ("flash", "flash2", "flash1"):
+        plan = s.plan.model_copy(update={"kernels": Kernels(attention=name)})
+        op = next(op for segment in blocks(s.model, plan, s.job)["layer0"].forward for op in segment if op.kind == "attention")
+        times[name] = op_s(op, s.model, plan, s.cluster)
+    assert times["flash"] / times["flash2"] == pytest.approx(share["flash2"], rel=1e-12)
+    assert times["flash"] / times["flash1"] == pytest.approx(share["flash1"], rel=1e-12)
+
+
+# --- eager operations ---
+
+
+def test_eager_operations_move_and_keep_more_bytes():
+    eager, fused = (layer(Kernels(norm=k, pointwise=k)) for k in ("eager", "fused"))
+    for one, other in ((eager.forward, fused.forward), (eager.backward, fused.backward)):
+        assert total(one, lambda op: op.flop) == total(other, lambda op: op.flop)
+        assert total(one, lambda op: op.bytes) > 1.5 * total(other, lambda op: op.bytes)
+    assert eager.saved_bytes > fused.saved_bytes
+    assert eager.dense_parameters == fused.dense_parameters
+
+
+def test_layer_norm_is_one_kernel_in_pytorch_too():
+    model = dense(2, 256, layer_norm=True)
+    eager, fused = (layer(Kernels(norm=k), model) for k in ("eager", "fused"))
+    assert total(eager.forward, lambda op: op.bytes) == total(fused.forward, lambda op: op.bytes)
+    assert total(eager.backward, lambda op: op.bytes) == total(fused.backward, lambda op: op.bytes)
+
+
+# --- the host ---
+
+
+@pytest.mark.parametrize(("launches", "meanwhile", "wait"), [(100, 1e-3, 4e-3 - 1e-3), (100, 5e-3, 0.0), (0, 0.0, 0.0)])
+def test_host_wait(launches, meanwhile, wait):
+    assert host_wait_s(launches, meanwhile, 40e-6) == pytest.approx(wait, abs=1e-15)
+
+
+def test_an_unknown_host_never_limits():
+    assert host_wait_s(1e9, 0.0, None) == 0.0
+
+
+def test_graphs_take_launches_from_the_host():
+    block = layer(Kernels(), moe(2, 256, leading=0))
+    launches = {graphs: host_wait(block.forward, Kernels(graphs=graphs)).launches for graphs in ((), ("attn",), ("moe_router",), ("full",))}
+    assert launches["full",] == 0
+    assert launches[()] - launches["attn",] == 1 + 2 + 1 + 1 + 2  # norm, two linear layers, rotary embedding, attention
+    assert launches[()] - launches["moe_router",] == 2 + 20
+
+
+def host_bound(dispatch_s, graphs=(), **plan):
+    return scenario(moe(4, 256, leading=0), 8, Plan(kernels=Kernels(graphs=graphs), **plan), 4, dispatch_s=dispatch_s)
+
+
+def test_a_slow_host_sets_the_pace():
+    """A layer that computes in microseconds lasts as long as its launches, forward and backward."""
+    s = host_bound(1e-3)
+    times = [simulate_step(host_bound(d)).step_time_s for d in (1e-3, 2e-3)]
+    found = blocks(s.model, s.plan, s.job)
+    passes = [p for name in ("embedding", *["layer0"] * 4, "head") for p in (found[name].forward, found[name].backward)]
+    launches = sum(float(host_wait(p, s.plan.kernels).launches) for p in passes)
+    assert times[1] - times[0] == pytest.approx(4 * launches * 1e-3, rel=1e-9)
+
+
+def test_a_pass_lasts_as_long_as_the_longer_of_device_and_host():
+    s = host_bound(40e-6)
+    forward = tuple(segment for segment in blocks(s.model, s.plan, s.job)["layer0"].forward if not segment[0].axis)
+    wait = host_wait(forward, s.plan.kernels)
+    both = segments_s((*forward, (wait,)), s.model, s.plan, s.cluster)
+    assert both == pytest.approx(max(float(segments_s(forward, s.model, s.plan, s.cluster)), wait.launches * 40e-6), rel=1e-12)
+
+
+@pytest.mark.parametrize("plan", [{}, {"pp": 2}, {"ep": 8}, {"pp": 2, "vpp": 2, "schedule": "interleaved"}, {"pp": 2, "schedule": "zb-h1"}])
+def test_the_three_levels_agree_on_a_slow_host(plan):
+    s = host_bound(40e-6, **plan)
+    simulated = simulate_step(s).step_time_s
+    assert bound(s) <= simulated * (1 + 1e-9)
+    assert estimate(s) == pytest.approx(simulated, rel=0.02)
+
+
+def test_graphs_of_the_whole_iteration_take_the_host_away():
+    assert simulate_step(host_bound(1e-3, graphs=("full",))).step_time_s == pytest.approx(simulate_step(host_bound(None)).step_time_s)
