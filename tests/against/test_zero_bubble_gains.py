@@ -13,12 +13,12 @@ searched for the plan's own times, as their scheduler did with profiled ones.
 Target: ZB-1p and ZB-2p over 1F1B and over 1F1B-I within 3 points of the measured ratios. Found, in points over the 12 cases,
 predicted less measured, with nothing fitted to these rows:
 
-    ZB-1p over 1F1B    +1.3 ... +6.6, mean +4.1    3 of 12 within 3 points
-    ZB-2p over 1F1B    +0.3 ... +4.6, mean +2.6    8 of 12
-    ZB-1p over 1F1B-I  -5.6 ... -0.2, mean -2.6    8 of 12
-    ZB-2p over 1F1B-I  -7.2 ... -2.2, mean -4.4    4 of 12
+    ZB-1p over 1F1B    +1.3 ... +6.4, mean +3.9    3 of 12 within 3 points
+    ZB-2p over 1F1B    +0.3 ... +4.1, mean +2.5    8 of 12
+    ZB-1p over 1F1B-I  -5.7 ... -0.2, mean -2.6    8 of 12
+    ZB-2p over 1F1B-I  -7.0 ... -2.2, mean -4.5    4 of 12
 
-So 23 of the 48 ratios are met, none is off by more than 7.2 points. Two reasons can be named. The runs used attention that is not
+So 23 of the 48 ratios are met, none is off by more than 7 points. Two reasons can be named. The runs used attention that is not
 fused (their activations grow with 5 a s^2), which takes time in F and I but none in W: W is 0.50 to 0.74 of F in the paper's
 profile and 0.83 to 1.02 with fused attention, and the more of a step is W, the more zero bubble gains. And 1F1B-I gains more here
 than it did: its many messages run beside compute, which the Megatron-LM of the time did only in part.

@@ -15,7 +15,7 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
-from simulator.simulate import node_seconds, simulate_ranks
+from simulator.simulate import node_seconds, simulate_ranks, simulate_step
 from simulator.workload.routing import RoutedTokens, moe_layer_count
 from simulator.workload.stages import blocks
 
@@ -107,3 +107,31 @@ def test_a_load_for_each_rank_is_priced_as_one_at_a_time(s):
             together = np.broadcast_to(op_s(op, *args, load=loads), loads.shape)
             assert together.tolist() == [float(op_s(op, *args, load=float(load))) for load in loads]
             assert (np.diff(together) >= -ROUNDING * together[1:]).all()
+
+
+def hastened(s: Scenario, links: float, kernels: float) -> Scenario:
+    """Return `s` with links, or peaks and memory of the accelerators, that many times as fast."""
+    host, accelerator = s.cluster.host, s.cluster.accelerator
+    host = host.model_copy(
+        update={
+            "scale_up_bytes_per_s": host.scale_up_bytes_per_s * links,
+            "nic_bytes_per_s": host.nic_bytes_per_s * links,
+            "bus_bytes_per_s": {name: rate * links for name, rate in host.bus_bytes_per_s.items()},
+        }
+    )
+    accelerator = accelerator.model_copy(
+        update={
+            "hbm_bytes_per_s": accelerator.hbm_bytes_per_s * kernels,
+            "peak_flop_per_s": {name: rate * kernels for name, rate in accelerator.peak_flop_per_s.items()},
+        }
+    )
+    return s.model_copy(update={"cluster": s.cluster.model_copy(update={"host": host, "accelerator": accelerator})})
+
+
+@settings(max_examples=30)
+@given(scenarios(hidden=(256, 2048), micro_batches=4), st.sampled_from((1.1, 2.0)))
+def test_a_faster_link_or_accelerator_never_slows_a_step(s, factor):
+    """The order is fixed, and what communication takes of the kernels beside it does not grow with its speed."""
+    step = simulate_step(s).step_time_s
+    for faster in (hastened(s, factor, 1.0), hastened(s, 1.0, factor)):
+        assert simulate_step(faster).step_time_s <= step * (1 + ROUNDING)
