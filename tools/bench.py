@@ -20,6 +20,7 @@ import simulator as sim
 from simulator.network.flows import flow_times
 from simulator.planning.priced import PAIRED, Passes, Priced
 from simulator.planning.space import SCHEDULES, Space, legal_table
+from simulator.scenario.profiles import FABRICS
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "kimi-k2-10240-h100.yaml"
 RUNS = 5
@@ -85,6 +86,25 @@ def flow_by_flow() -> None:
         print(f"{name}, {len(size):,} flows: {seconds:.3f} s")
 
 
+def networks(scenario: sim.Scenario) -> None:
+    """Print the seconds of the graph, of all expert groups at once, and of a step with contention, first time and once known."""
+    from simulator.network import sharing
+
+    cluster = scenario.cluster
+    graph = median_s(lambda: sim.topology(cluster).graph())
+    print(f"networkx graph of 10,240 accelerators: {graph:.3f} s")
+    plain = cluster.model_copy(update={"fabric": FABRICS.load("ib-ndr-clos")})
+    asked = scenario.with_plan(tp=2, pp=8, ep=64, layout="balanced", recompute="full", dispatcher="alltoall")
+    sharing.share(asked.plan, cluster, "edp", "all_gather")  # loads the compiled solver
+    for routing in ("sprayed", "hashed"):
+        on = plain.model_copy(update={"fabric": plain.fabric.model_copy(update={"routing": routing})})
+        first = median_s(lambda on=on: sharing.share(asked.plan, on, "ep", "all_to_all"), runs=1)
+        again = median_s(lambda on=on: sharing.share(asked.plan, on, "ep", "all_to_all"))
+        print(f"160 all-to-alls of 64 at once, {routing}: {first:.2f} s the first time, {again * 1e3:.3f} ms once known")
+    with_it, without = (median_s(lambda c=c: sim.simulate_step(scenario, contention=c)) for c in (True, False))
+    print(f"step with contention: {with_it:.3f} s = {with_it / without:.2f} times that without")
+
+
 def main() -> None:
     """Print every figure with its command."""
     if hasattr(os, "sched_setaffinity"):
@@ -115,6 +135,7 @@ def main() -> None:
     counts = f"{found.legal:,} legal plans, {found.fitting:,} fit, {found.estimated:,} estimated"
     print(f"search, {counts}, ten plans simulated: {question:.3f} s; memory so far {peak_gb():.2f} GB")
     flow_by_flow()
+    networks(best)
     print(f"peak memory of this process: {peak_gb():.2f} GB")
 
 

@@ -6,6 +6,7 @@ state; without it, a figure of a fitting size is made with pyplot, so that a not
 
 from simulator.plots.accuracy import plot_accuracy, plot_residuals
 from simulator.plots.measured import plot_measured
+from simulator.plots.networks import plot_fabric_costs, plot_fabrics, plot_shares
 from simulator.plots.style import COLOURS, WORDS
 from simulator.plots.tables import plot_breakdown, plot_comparison, plot_memory, plot_plans
 from simulator.plots.timeline import ACTIONS, KINDS, bars, plot_schedule, plot_timeline
@@ -19,10 +20,13 @@ __all__ = [
     "plot_accuracy",
     "plot_breakdown",
     "plot_comparison",
+    "plot_fabric_costs",
+    "plot_fabrics",
     "plot_measured",
     "plot_memory",
     "plot_plans",
     "plot_residuals",
     "plot_schedule",
+    "plot_shares",
     "plot_timeline",
 ]
