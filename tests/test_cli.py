@@ -432,8 +432,11 @@ def test_all_problems_of_a_plan_at_once(myriad, file):
 
 
 def test_ctrl_c_ends_quietly_and_leaves_nothing(tmp_path):
-    with started("plan", ROOT / "examples/kimi-k2-10240-h100.yaml", "--out", tmp_path / "out") as process:
-        time.sleep(2.5)
+    question = tmp_path / "question.yaml"
+    os.mkfifo(question)
+    with started("plan", question, "--out", tmp_path / "out") as process:
+        question.write_text((ROOT / "examples/kimi-k2-10240-h100.yaml").read_text())  # waits until the command reads it
+        time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")

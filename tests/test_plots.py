@@ -13,6 +13,7 @@ from small import dense, moe, scenario
 
 import simulator as sim
 from simulator import plots
+from simulator.plots.timeline import _classes
 from simulator.scenario.plan import Overlap, Plan
 from simulator.schedules import actions, schedule
 from simulator.workload.memory import PARTS
@@ -159,7 +160,7 @@ class TestTimeline:
         s = scenario(moe(), 16, Plan(pp=2, ep=4), MICRO_BATCHES, routing="natural")
         timeline = sim.simulate_step(s).timeline
         assert len(set(timeline.ranks)) == 2
-        for stage, number in plots._classes(timeline, None).items():
+        for stage, number in _classes(timeline, None).items():
             here = [c for c in range(len(timeline.ranks)) if timeline.stage[timeline.rank_class == c][0] == stage]
             assert timeline.ranks[number] == max(timeline.ranks[c] for c in here)
 

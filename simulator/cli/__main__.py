@@ -1,0 +1,5 @@
+"""Lets ``python -m simulator.cli`` stand for ``myriad``."""
+
+from simulator.cli import main
+
+main()

@@ -1,0 +1,62 @@
+"""Verbs about one step: plan, simulate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from simulator.cli.question import AsJson, OutDir, ScenarioFile, Sets, load
+from simulator.cli.terminal import headline, print_json, progress, records, report_files, say, show, write
+
+
+def plan(
+    scenario: ScenarioFile = None,
+    sets: Sets = None,
+    top: Annotated[int, typer.Option(min=1, help="Plans to simulate and show.")] = 10,
+    folder: OutDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the fastest plans: bound every legal one, estimate the promising, simulate the best."""
+    from simulator.planning.search import search
+
+    question = load(scenario, sets)
+    with progress() as tell:
+        found = search(question, top=top, progress=tell)
+    files = write(found.best, folder, {"plans": found.table}) if folder else []
+    if as_json:
+        counts = {"legal": found.legal, "fitting": found.fitting, "estimated": found.estimated, "simulated": len(found.results)}
+        print_json(found.best.summary() | {"plans": records(found.table), "searched": counts, "files": [str(f) for f in files]})
+        return
+    degrees = [str(r.scenario.plan) for r in found.results]
+    figures = found.table[["step_time_s", "mfu_causal", "peak_memory_bytes", "training_days", "cost_usd"]]
+    show(figures.assign(plan=degrees)[["plan", *figures.columns]], f"The {len(found.table)} fastest plans")
+    say(f"{found.legal:,} legal plans, {found.fitting:,} fit in memory, {found.estimated:,} estimated, {len(found.results)} simulated.\n")
+    headline(found.best)
+    if files:
+        report_files(files)
+
+
+def simulate(
+    scenario: ScenarioFile = None,
+    sets: Sets = None,
+    megatron: Annotated[Path | None, typer.Option(help="File with a Megatron-LM launch line to take the plan and batch from.")] = None,
+    ranks: Annotated[Literal["classes", "all"], typer.Option(help="Simulate one rank of each kind, or every rank.")] = "classes",
+    folder: OutDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate one optimizer step of a plan, event by event."""
+    from simulator.closed_forms import bound, estimate
+    from simulator.simulate import simulate_step
+
+    question = load(scenario, sets, megatron)
+    result = simulate_step(question, ranks=ranks)
+    files = write(result, folder, {}) if folder else []
+    if as_json:
+        extra = {"bound_s": bound(question), "estimate_s": estimate(question), "breakdown": records(result.breakdown())}
+        print_json(result.summary() | extra | {"files": [str(f) for f in files]})
+        return
+    headline(result)
+    if files:
+        report_files(files)
