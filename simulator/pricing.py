@@ -15,6 +15,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.units import Number
 from simulator.workload.experts import copies
+from simulator.workload.layers import ATTENTION_BACKWARD_FLOP
 from simulator.workload.ops import Op, Segment
 
 _COLLECTIVES = {
@@ -42,6 +43,9 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0)
     """
     if op.routed and (np.ndim(load) > 0 or load != 1.0):
         op = loaded(op, load)
+    cost = cluster.accelerator.kernels.get(kernel_name(op)) if op.stream == "compute" else None
+    if cost:
+        return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op))
     if op.kind in ("gemm", "grouped_gemm"):
         grouped = op.kind == "grouped_gemm"
         return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)
@@ -50,15 +54,45 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0)
     if op.kind == "memory":
         return compute.memory_s(op.bytes, cluster.accelerator)
     if op.kind == "send":
-        return collectives.send_s(op.bytes, group(plan, "pp"), cluster)
-    members = group(plan, op.axis)
-    if op.kind == "all_to_all":
+        members, out, fan = group(plan, "pp"), 1.0, 0.0
+        seconds = collectives.send_s(op.bytes, members, cluster)
+    elif op.kind == "all_to_all":
         assert model.experts is not None
+        members = group(plan, op.axis)
         out, fan = copies(model.experts, plan.dispatcher, members.size, *collectives.crossings(members, cluster))
         seconds = collectives.expert_all_to_all_s(op.bytes, members, cluster, out, fan)
     else:
+        members, out, fan = group(plan, op.axis), 1.0, 0.0
         seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster)
-    return np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: no collective is called
+    for ranks in measured_ranks(op, cluster):
+        cost = cluster.host.collectives[f"{op.kind}.{op.dtype}.{ranks}"]
+        size = np.minimum(members.size, 2) if op.kind == "send" else np.asarray(members.size)  # a message has two ends
+        seconds = np.where(size == ranks, collectives.measured_s(op.bytes * (out + fan), cost), seconds)
+    return seconds if op.kind == "send" else np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: none is called
+
+
+def kernel_name(op: Op) -> str:
+    """Return the kind of kernel that `op` is, as measurements name it: ``gemm.weight``, ``norm.backward``, ``optimizer`` ..."""
+    if op.name.startswith("optimizer"):
+        return op.name
+    if op.kind in ("gemm", "grouped_gemm"):
+        return f"{op.kind}.{op.grad if op.grad in ('input', 'weight') else 'forward'}"
+    kind = "attention" if op.kind == "attention" else op.name.split(".")[-1]
+    return f"{kind}.{'backward' if op.grad == 'input' else 'forward'}"
+
+
+def keys_of(op: Op) -> Number:
+    """Return the mean number of keys that a query of an attention sees; 0 for another kernel."""
+    if op.kind != "attention":
+        return 0.0
+    passes = ATTENTION_BACKWARD_FLOP if op.grad == "input" else 1.0
+    return op.flop / (2.0 * passes * op.m * op.groups * (op.k + op.n))
+
+
+def measured_ranks(op: Op, cluster: Cluster) -> list[int]:
+    """Return the sizes of groups for which the collective `op` was measured on this machine."""
+    start = f"{op.kind}.{op.dtype}."
+    return [int(name.removeprefix(start)) for name in cluster.host.collectives if name.startswith(start)]
 
 
 def loaded(op: Op, load: Number) -> Op:

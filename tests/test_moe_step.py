@@ -86,23 +86,32 @@ def test_training_in_bf16_follows_fp32():
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.03)
 
 
-def test_gradient_is_that_of_autograd():
-    """One micro-batch or four of the same sequences: the gradient of the mean; and by finite differences along itself."""
-    tokens = sequences(GQA, JOB)
-    step = fresh()
-    before = step.backward(tokens)
+@pytest.mark.parametrize("model", [GQA, MLA], ids=["gqa", "mla"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_gradient_is_that_of_finite_differences(model: Model, scoring: str):
+    """Along the gradient itself, by central differences; with every expert chosen, so that no choice jumps."""
+    every = model.model_copy(update={"experts": EXPERTS.model_copy(update={"top_k": EXPERTS.count})})
+    step, tokens = fresh(every, scoring=scoring), sequences(every, JOB)
+    step.backward(tokens)
     step.reduce()
-    direction = [bucket.reduced.clone() for bucket in step.buckets]
     norm, small = step.norm(), 1e-2
-    for bucket, g in zip(step.buckets, direction, strict=True):
-        bucket.values.sub_(small * g / norm)
-    after = step.backward(tokens)
-    assert before - after == pytest.approx(small * norm, rel=0.05)
-    other = MoEStep(GQA, ONE.model_copy(update={"micro_batch": 4}), JOB, 0, FP32, CPU)
-    other.backward(tokens)
-    other.reduce()
-    for bucket, g in zip(other.buckets, direction, strict=True):
-        torch.testing.assert_close(bucket.reduced, g, rtol=1e-4, atol=1e-7)
+    direction = [bucket.reduced / norm for bucket in step.buckets]
+    losses = []
+    for away in (small, -2 * small):
+        for bucket, g in zip(step.buckets, direction, strict=True):
+            bucket.values.sub_(away * g)
+        losses.append(step.backward(tokens))
+    assert losses[1] - losses[0] == pytest.approx(2 * small * norm, rel=5e-3)
+
+
+def test_micro_batches_add_up():
+    """Two micro-batches of four sequences give the gradient of eight of one."""
+    steps = [fresh(), fresh(plan=ONE.model_copy(update={"micro_batch": 4}))]
+    for step in steps:
+        step.backward(sequences(GQA, JOB))
+        step.reduce()
+    for one, other in zip(*(step.buckets for step in steps), strict=True):
+        torch.testing.assert_close(other.reduced, one.reduced, rtol=1e-4, atol=1e-7)
 
 
 def test_fused_attention_equals_products():
@@ -174,7 +183,7 @@ def test_flop_equal_the_simulators_formula(model: Model):
 
 
 def test_what_the_step_does_not_have_is_refused():
-    with pytest.raises(PlanError, match=r"cp = 2.*recompute = full"):
+    with pytest.raises(PlanError, match=r"(?s)cp = 2.*recompute = full"):
         fresh(plan=Plan(dp_shard=1, cp=2, recompute="full"))
     with pytest.raises(PlanError, match="mtp_layers = 1"):
         fresh(GQA.model_copy(update={"mtp_layers": 1}))

@@ -86,6 +86,22 @@ class Ranks:
             dist.reduce_scatter_single(out, x.contiguous(), group=self._group[axis])
         return out
 
+    def share_sum(self, axis: str, whole: torch.Tensor) -> torch.Tensor:
+        """Sum `whole` over all ranks into this rank's share of it, in its place, and return that; the rest is undefined then."""
+        mine = whole.chunk(self.size(axis))[self.index(axis)]
+        if self.size(axis) > 1 and whole.is_cuda:
+            with self.recorder.region(f"{axis}.reduce_scatter"):
+                dist.reduce_scatter_single(mine, whole, group=self._group[axis])
+        elif self.size(axis) > 1:  # gloo cannot work in place
+            mine.copy_(self.reduce_scatter(axis, whole))
+        return mine
+
+    def share_out(self, axis: str, whole: torch.Tensor) -> None:
+        """Fill `whole` with every rank's share of it, in place."""
+        if self.size(axis) > 1:
+            with self.recorder.region(f"{axis}.all_gather"):
+                dist.all_gather_single(whole, whole.chunk(self.size(axis))[self.index(axis)], group=self._group[axis])
+
     def all_reduce(self, axis: str, x: torch.Tensor, largest: bool = False) -> torch.Tensor:
         """Replace `x` by the sum (or the maximum) over all ranks and return it."""
         if self.size(axis) > 1:

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - forward and backward are the names that torch.autograd.Function gives them
 """Autograd around the kernels: each function runs one kernel forward and one or two backward, timed by the simulator's names.
 
 Weights are no autograd leaves: their gradients are added to the fp32 main gradients where the backward computes them.
@@ -199,7 +200,7 @@ class GatherRows(torch.autograd.Function):
 
 
 class ScatterRows(torch.autograd.Function):
-    """This rank's rows of the sum over the tensor-parallel ranks; the gradient is gathered."""
+    """The rows of this rank of the sum over the tensor-parallel ranks; the gradient is gathered."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:

@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "KINETO_LOG_LEVEL": "99",
 }
 #: how long a rank waits for the others
 PATIENCE = timedelta(seconds=120)
@@ -56,12 +57,16 @@ def device_of(kind: str, rank: int) -> torch.device:
     return torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
 
 
-def _rank(function: Callable, rank: int, world: int, kind: str, store: str, said: Any, args: tuple) -> None:
+def _rank(function: Callable, rank: int, world: int, kind: str, store: str, said: Any, touched: int, args: tuple) -> None:
     """Body of a process: join the others, run, and hand back the result."""
     try:
         torch.set_num_threads(1)
         if kind == "cuda":
             torch.cuda.set_device(rank)
+        elif hasattr(os, "sched_setaffinity"):  # a core of its own, for its kernels and for its communication
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[rank % len(cores)]})
+        torch.ones(touched // 4)  # the first use of a page costs more than most kernels: not while we measure
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=PATIENCE)
         result = function(rank, world, lambda *what: said.put(("told", rank, what)), *args)
@@ -72,7 +77,7 @@ def _rank(function: Callable, rank: int, world: int, kind: str, store: str, said
         said.put(("failed", rank, traceback.format_exc()))
 
 
-def run_ranks(function: Callable, world: int, *args: Any, kind: str = "cpu", tell: Tell | None = None) -> list[Any]:
+def run_ranks(function: Callable, world: int, *args: Any, kind: str = "cpu", tell: Tell | None = None, touched: int = 0) -> list[Any]:
     """Return what ``function(rank, world, tell, *args)`` returns on each of `world` processes.
 
     Parameters
@@ -85,6 +90,8 @@ def run_ranks(function: Callable, world: int, *args: Any, kind: str = "cpu", tel
         ``cpu`` (gloo) or ``cuda`` (NCCL).
     tell : callable, optional
         Called here with what rank 0 tells.
+    touched : int
+        Memory that each rank touches first, bytes.
 
     Raises
     ------
@@ -95,7 +102,9 @@ def run_ranks(function: Callable, world: int, *args: Any, kind: str = "cpu", tel
     said, results = context.Queue(), {}
     with tempfile.TemporaryDirectory() as folder, _environment():
         store = str(Path(folder) / "store")
-        processes = [context.Process(target=_rank, args=(function, r, world, kind, store, said, args), daemon=True) for r in range(world)]
+        processes = [
+            context.Process(target=_rank, args=(function, r, world, kind, store, said, touched, args), daemon=True) for r in range(world)
+        ]
         for process in processes:
             process.start()
         try:

@@ -93,7 +93,7 @@ class Bucket:
 
     def reduce(self) -> None:
         """Sum the gradients over the ranks that hold the same parameters; this rank keeps its shard."""
-        self.reduced = self.ranks.reduce_scatter(self.axis, self.gradients)
+        self.reduced = self.ranks.share_sum(self.axis, self.gradients)
 
     def update(self, step: int, lr: float, scale: float) -> None:
         """Update the shard from the reduced gradients times `scale`, and clear the gradients."""
@@ -106,5 +106,4 @@ class Bucket:
 
     def gather(self) -> None:
         """Gather the updated parameters."""
-        if self.ranks.size(self.axis) > 1:
-            self.values.copy_(self.ranks.all_gather(self.axis, self.mine))
+        self.ranks.share_out(self.axis, self.values)

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from simulator.cli.accuracy import validate
+from simulator.cli.calibrate import calibrate
 from simulator.cli.facts import clusters, models, sources
 from simulator.cli.steps import plan, simulate
 from simulator.cli.terminal import err, print_json, say
@@ -22,7 +23,7 @@ app = typer.Typer(
     help="Plan a ten-thousand-GPU training cluster before it exists.",
 )
 #: in the order of the help
-VERBS = (plan, simulate, validate, models, clusters, sources)
+VERBS = (plan, simulate, validate, calibrate, models, clusters, sources)
 for verb in VERBS:
     app.command()(verb)
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from simulator.scenario.facts import Facts, Fraction, Frozen
+from simulator.scenario.measured import CollectiveCost, KernelCost
 from simulator.units import Bytes, BytesPerS, Count, FlopPerS, Seconds, UsdPerHour, Watts, readable
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
@@ -45,6 +46,8 @@ class Accelerator(Facts):
         Share of the idle time of the last wave of tiles that smaller tiles or split-K win back.
     head_ramp : int
         Head width that costs fused attention half of its speed; the published efficiency is that of width 128.
+    kernels : dict
+        Measured cost by kind of kernel (`simulator.pricing.kernel_name`); what is here replaces the general model above.
     """
 
     vendor: str
@@ -63,6 +66,7 @@ class Accelerator(Facts):
     last_wave_recovered: float = Field(ge=0, le=1)
     head_ramp: int = Field(ge=0)
     tdp_w: Watts
+    kernels: dict[str, KernelCost] = {}
 
     @model_validator(mode="after")
     def _peaks_are_dense(self) -> Accelerator:
@@ -106,6 +110,8 @@ class Host(Facts):
         Bandwidth of a tree all-reduce over that of a ring.
     overhead_w : float
         Power of the host beside its accelerators: processors, NICs, fans.
+    collectives : dict
+        Measured cost by collective, datatype and ranks (``all_gather.bf16.2``); what is here replaces the general model above.
     """
 
     accelerators: int = Field(gt=0)
@@ -118,6 +124,7 @@ class Host(Facts):
     protocol_share: dict[Literal["ll", "ll128", "simple"], Fraction]
     tree_share: Fraction
     overhead_w: Watts
+    collectives: dict[str, CollectiveCost] = {}
 
     @field_validator("nic_bytes_per_s")
     @classmethod

@@ -117,9 +117,17 @@ def _core_attention(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim
     """
     flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
     traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
-    there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim)
+    there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim, groups=heads)
     back = Op(
-        "attn.core", "attention", flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, m=x.tokens, k=qk_dim, n=v_dim, grad="input"
+        "attn.core",
+        "attention",
+        flop=ATTENTION_BACKWARD_FLOP * flop,
+        bytes=2.5 * traffic,
+        m=x.tokens,
+        k=qk_dim,
+        n=v_dim,
+        groups=heads,
+        grad="input",
     )
     ring = x.tokens * x.cp * kv_width * BF16
     forward = (there, Op("attn.ring", "all_gather", bytes=ring, axis="cp"))
