@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find simulator hardware_profiles -type f -not -name '*.pyc' -not -path '*/__pycache__/*') pyproject.toml README.md
 
-.PHONY: demo test validate bench clean
+.PHONY: demo test validate proofs bench clean
 
 demo: .venv/installed
 	$(BIN)/myriad plan examples/kimi-k2-10240-h100.yaml --out out
@@ -18,7 +18,11 @@ test: .venv/tested
 validate: .venv/installed
 	$(BIN)/myriad validate --out out
 
+proofs: .venv/tested
+	$(BIN)/pytest -m long
+
 bench: .venv/installed
+	$(PIP) install -c constraints.txt '.[fast]'
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python tools/bench.py
 
 # The built wheel is what runs and what gets tested, not the checkout.

@@ -8,9 +8,13 @@
 from simulator.closed_forms import bound, estimate
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
+from simulator.network.build import topology
+from simulator.network.topology import Topology
+from simulator.outcome import sources
 from simulator.planning.search import Search, search
+from simulator.planning.sweep import grid, stored_scenario, stored_sweep, sweep
 from simulator.ranks import RanksResult
-from simulator.result import StepResult, sources
+from simulator.result import StepResult
 from simulator.scenario.catalogue import clusters, models
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.job import Job
@@ -38,6 +42,8 @@ __all__ = [
     "models",
     "clusters",
     "plan_from_megatron",
+    "topology",
+    "Topology",
     "check",
     "bound",
     "estimate",
@@ -50,6 +56,10 @@ __all__ = [
     "search",
     "plan",
     "Search",
+    "grid",
+    "sweep",
+    "stored_sweep",
+    "stored_scenario",
     "validate",
     "sources",
     "SimulatorError",

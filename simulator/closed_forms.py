@@ -180,8 +180,8 @@ def _ends(plan: Plan | PlanColumns, t: StageTimes, order: Schedule) -> Number:
     held = np.array(order.held)
     ready, busy = None, 0.0
     if _ahead(plan):
-        gathers = t.gather_s[..., held]
-        ready = np.cumsum(gathers, axis=-1) - gathers + _by_composition(t, _gathering)[..., held]
+        gathers, earlier = t.gather_s[..., held], held[:, None, :] < held[:, :, None]  # chunks gather in the order of their stages
+        ready = np.einsum("...rd,rcd->...rc", gathers, earlier) + _by_composition(t, _gathering)[..., held]
         busy = gathers.sum(axis=-1)
     pairs = {
         (f, b): pair_s(t, f, b, plan.overlap.multiprocessors)

@@ -15,6 +15,10 @@ class ProfileError(SimulatorError):
     """A file or a fact in it cannot be used: unreadable, unknown, wrong unit or missing."""
 
 
+class NetworkError(SimulatorError):
+    """A network, or traffic on it, that cannot be: a link without a rate, a path over links that are not there."""
+
+
 class DeadlockError(SimulatorError):
     """A step program whose operations wait for each other for ever."""
 

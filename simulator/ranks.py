@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,14 +12,24 @@ import pandas as pd
 from simulator.durations import RankDurations
 from simulator.engine.order import RankProgram
 from simulator.engine.ranks import Replay, critical_path, replay_ranks
+from simulator.outcome import Outcome
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
 from simulator.workload.step import StepProgram
 
+#: mechanisms that a real step has and a replay of every rank has not
+NOT_MODELLED = (
+    "failures, restarts and checkpoints (training days are of uninterrupted steps)",
+    "rates that change while an operation runs: overlap and sharing are factors found beforehand",
+    "overlap of expert all-to-all with compute outside pairs of forward and backward",
+    "contention between different collectives on one link",
+    "input pipeline and logging",
+)
+
 
 @dataclass(frozen=True)
-class RanksResult:
+class RanksResult(Outcome):
     """One optimizer step of `scenario` on every rank, each with its own durations.
 
     Parameters
@@ -42,11 +53,41 @@ class RanksResult:
     order: RankProgram = field(repr=False)
     durations: RankDurations = field(repr=False)
     replay: Replay = field(repr=False)
+    not_modelled = NOT_MODELLED
 
     @property
     def step_time_s(self) -> float:
         """Seconds until the last rank is done."""
         return float(self.step_times_s[0])
+
+    def breakdown(self) -> pd.DataFrame:
+        """Return where the step goes, as means over ranks.
+
+        Returns
+        -------
+        DataFrame
+            ``part``, ``seconds``, ``share``, ``hidden_s``: kernels, collectives that kernels waited for while they were under
+            way, waiting (for slower members of a group, for other stages, for messages, for the end). Seconds add up to the
+            step; what is hidden ran beside compute or waiting.
+        """
+        mean = self._table[["compute_s", "exposed_s", "wait_s"]].mean()
+        hidden = max(float(self.replay.collective_s.mean() - mean["exposed_s"]), 0.0)  # of two at once only the longer is exposed
+        rows = [("compute", mean["compute_s"], 0.0), ("exposed: collectives", mean["exposed_s"], hidden), ("idle", mean["wait_s"], 0.0)]
+        table = pd.DataFrame(rows, columns=["part", "seconds", "hidden_s"])
+        table.insert(2, "share", table["seconds"] / self.step_time_s)
+        return table
+
+    def sources(self) -> pd.DataFrame:
+        """Return every fact that the answer rests on, those of the variation included."""
+        return pd.concat([super().sources(), pd.DataFrame(self.variation.provenance())], ignore_index=True)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of the step with its spread over seeds and its slowest ranks, JSON-ready, with stable keys."""
+        return super().summary() | {
+            "distribution": self.distribution().to_dict("records")[0],
+            "slowest": self.slowest().to_dict("records"),
+            "dropped_share": self.dropped_share,
+        }
 
     @cached_property
     def _table(self) -> pd.DataFrame:

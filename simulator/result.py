@@ -1,22 +1,17 @@
-"""What a simulated step means: times, rates, utilisation, memory, money, and what the numbers rest on."""
+"""One step simulated event by event: where its time goes, and who holds what when."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from simulator.compute import peak_flop_per_s
-from simulator.feasibility import memory
-from simulator.scenario.cluster import Cluster
+from simulator.outcome import Outcome
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, actions, schedule
 from simulator.timeline import Timeline
-from simulator.workload.flop import count, hardware_flop
-from simulator.workload.memory import PARTS
 from simulator.workload.stages import blocks, stage_blocks
 
 #: mechanisms that a real step has and this one does not
@@ -31,7 +26,7 @@ NOT_MODELLED = (
 
 
 @dataclass(frozen=True)
-class StepResult:
+class StepResult(Outcome):
     """One optimizer step of `scenario`, simulated event by event.
 
     Parameters
@@ -46,48 +41,12 @@ class StepResult:
     scenario: Scenario
     timeline: Timeline
     compute_parts_s: dict[str, float] = field(repr=False)
+    not_modelled = NOT_MODELLED
 
     @cached_property
     def step_time_s(self) -> float:
         """Seconds from the first to the last operation of the step."""
         return self.timeline.makespan_s
-
-    @property
-    def tokens_per_s_per_accelerator(self) -> float:
-        """Tokens trained on per second and accelerator."""
-        return self.scenario.job.tokens_per_step / self.step_time_s / self.scenario.cluster.accelerators
-
-    def _utilisation(self, flop_per_token: float) -> float:
-        peak = peak_flop_per_s(self.scenario.cluster.accelerator, "bf16")
-        return flop_per_token * self.tokens_per_s_per_accelerator / peak
-
-    @property
-    def mfu_6n(self) -> float:
-        """Share of the dense bf16 peak by ``6 * active parameters`` FLOP per token, embeddings counted, attention not."""
-        return self._utilisation(count(self.scenario.model, self.scenario.job.sequence_length).flop_per_token_6n)
-
-    @property
-    def mfu_causal(self) -> float:
-        """Share of the dense bf16 peak by model FLOP, attention over the keys that the causal mask leaves."""
-        return self._utilisation(count(self.scenario.model, self.scenario.job.sequence_length).flop_per_token_causal)
-
-    @property
-    def mfu_noncausal(self) -> float:
-        """Share of the dense bf16 peak by model FLOP, attention over all keys (Megatron-LM's formula)."""
-        return self._utilisation(count(self.scenario.model, self.scenario.job.sequence_length).flop_per_token_noncausal)
-
-    @property
-    def hfu(self) -> float:
-        """Share of the dense bf16 peak by FLOP really executed, recompute included."""
-        s = self.scenario
-        names = [name for stage in stage_blocks(s.model, s.plan, s.job) for name in stage]
-        per_micro_batch = hardware_flop(s.model, s.plan, s.job, names) * s.plan.tp * s.plan.cp
-        return self._utilisation(per_micro_batch / (s.plan.micro_batch * s.job.sequence_length))
-
-    @property
-    def tflop_per_s_per_accelerator(self) -> float:
-        """Causal model TFLOP/s per accelerator."""
-        return self.mfu_causal * peak_flop_per_s(self.scenario.cluster.accelerator, "bf16") / 1e12
 
     def breakdown(self) -> pd.DataFrame:
         """Return where the step goes, as means over ranks.
@@ -175,90 +134,3 @@ class StepResult:
             row["bubble_s"] = max(self.step_time_s - sum(row.values()), 0.0)  # rounding can leave -1e-16
             rows.append({"rank_class": c, "stage": stage[c], "ranks": ranks} | row)
         return pd.DataFrame(rows)
-
-    def memory(self) -> pd.DataFrame:
-        """Return peak bytes per pipeline stage: one row per stage, a column per part, ``total_bytes`` and ``capacity_bytes``."""
-        parts = memory(self.scenario)
-        table = pd.DataFrame({f"{name}_bytes": np.asarray(parts[name], dtype=float) for name in (*PARTS, "total")})
-        table["capacity_bytes"] = self.scenario.cluster.accelerator.hbm_bytes
-        table.insert(0, "stage", range(len(table)))
-        return table
-
-    @property
-    def peak_memory_bytes(self) -> float:
-        """Bytes on the fullest stage."""
-        return float(self.memory()["total_bytes"].max())
-
-    @property
-    def training_days(self) -> float:
-        """Days that all tokens of the job take, without interruptions."""
-        return self.scenario.job.steps * self.step_time_s / 86400
-
-    @property
-    def accelerator_hours(self) -> float:
-        """Accelerator-hours of the job."""
-        return self.training_days * 24 * self.scenario.cluster.accelerators
-
-    @property
-    def cost_usd(self) -> float:
-        """Rent of the accelerators for the job, at the cluster's dated price."""
-        return self.accelerator_hours * self.scenario.cluster.price_usd_per_accelerator_hour
-
-    def sources(self) -> pd.DataFrame:
-        """Return every fact that the answer rests on: profile, fact, value (SI), grade, source, date."""
-        return sources(self.scenario)
-
-    def summary(self) -> dict[str, Any]:
-        """Return the figures of the step, JSON-ready, with stable keys."""
-        stages = self.memory()["total_bytes"].tolist()
-        return {
-            "step_time_s": self.step_time_s,
-            "tokens_per_s_per_accelerator": self.tokens_per_s_per_accelerator,
-            "mfu_6n": self.mfu_6n,
-            "mfu_causal": self.mfu_causal,
-            "mfu_noncausal": self.mfu_noncausal,
-            "hfu": self.hfu,
-            "tflop_per_s_per_accelerator": self.tflop_per_s_per_accelerator,
-            "peak_memory_bytes": max(stages),
-            "memory_bytes_per_stage": stages,
-            "training_days": self.training_days,
-            "accelerator_hours": self.accelerator_hours,
-            "cost_usd": self.cost_usd,
-            "level": "simulate",
-            "not_modelled": list(NOT_MODELLED),
-            "problems": [],
-        }
-
-
-def sources(of: Scenario | Cluster) -> pd.DataFrame:
-    """Return every fact that an answer about a scenario or a cluster rests on: profile, fact, value (SI), grade, source, date."""
-    if isinstance(of, Cluster):
-        return pd.DataFrame(of.provenance())
-    scenario, rows = of, of.cluster.provenance()
-    model = scenario.model
-    dimensions = [(k, v) for k, v in model.model_dump().items() if isinstance(v, int) and not isinstance(v, bool) and v]
-    rows += [
-        {"profile": model.name, "fact": k, "value": float(v), "grade": "published", "source": model.source, "date": None}
-        for k, v in dimensions
-    ]
-    reserve = scenario.plan.reserve
-    rows += [
-        {
-            "profile": "plan", "fact": f"reserve.{name}", "value": float(getattr(reserve, name)), "grade": "assumed",
-            "source": "memory that no tensor explains; measure it on your software stack", "date": None,
-        }
-        for name in ("context", "communication", "fragmentation")
-    ]  # fmt: skip
-    if scenario.job.routing == "natural":
-        text = "heaviest expert rank over the mean; published forced and natural routing differ by 8 to 20 % of the step"
-        rows.append(
-            {"profile": "job", "fact": "expert_load", "value": scenario.job.expert_load, "grade": "assumed", "source": text, "date": None}
-        )
-    return pd.DataFrame(rows)
-
-
-def facts_by_grade(table: pd.DataFrame) -> str:
-    """Return e.g. ``37 facts: 12 datasheet, 17 published, 8 assumed``."""
-    counts = table["grade"].value_counts()
-    order = [g for g in ("measured", "datasheet", "published", "fitted", "assumed") if g in counts]
-    return f"{len(table)} facts: " + ", ".join(f"{counts[g]} {g}" for g in order)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 
@@ -26,27 +26,63 @@ from simulator.workload.classes import RankClasses, rank_classes, rank_loads
 from simulator.workload.step import StepProgram
 
 
-def simulate_step(scenario: Scenario, ranks: Literal["classes", "all"] = "classes") -> StepResult:
+@overload
+def simulate_step(scenario: Scenario, ranks: Literal["classes"] = "classes") -> StepResult: ...
+
+
+@overload
+def simulate_step(
+    scenario: Scenario, ranks: Literal["all"], variation: Variation | None = None, routing: Routing | None = None, seeds: int = 1
+) -> RanksResult: ...
+
+
+def simulate_step(
+    scenario: Scenario,
+    ranks: Literal["classes", "all"] = "classes",
+    variation: Variation | None = None,
+    routing: Routing | None = None,
+    seeds: int = 1,
+) -> StepResult | RanksResult:
     """Return the simulated optimizer step of `scenario`.
 
     Parameters
     ----------
     scenario : Scenario
     ranks : str
-        ``classes`` simulates one rank of each class that behaves alike, which is exact; ``all`` simulates every rank.
+        ``classes`` simulates one rank of each class that behaves alike, event by event, which is exact; ``all`` replays every
+        operation of every rank (`simulate_ranks`).
+    variation, routing, seeds
+        For ``all``: as for `simulate_ranks`.
 
     Raises
     ------
     PlanError
         When the scenario cannot run; carries every problem.
+    ProfileError
+        When `variation`, `routing` or `seeds` meet classes: ranks of a class are alike.
     """
-    if ranks not in ("classes", "all"):
+    if ranks == "all":
+        return simulate_ranks(scenario, variation, routing, seeds)
+    if ranks != "classes":
         raise ProfileError(f"ranks = {ranks!r}; choose 'classes' or 'all'")
+    if variation is not None or routing is not None or seeds != 1:
+        raise ProfileError("variation, routing and seeds set every rank apart, classes are of ranks alike; write ranks='all'")
+    return simulate_events(scenario)
+
+
+def simulate_events(scenario: Scenario, every_rank: bool = False) -> StepResult:
+    """Return the step of `scenario` simulated event by event.
+
+    Parameters
+    ----------
+    every_rank : bool
+        Run a SimPy process for each stream of each rank, not of each class: the slow truth that classes and replay are held to.
+    """
     problems = check(scenario)
     if problems:
         raise PlanError(problems)
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
-    classes = classify(plan, cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank=ranks == "all")
+    classes = classify(plan, cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank)
     program = build_step(model, plan, job, classes)
     seconds = node_seconds(program, scenario)
     start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
@@ -60,7 +96,7 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
     ----------
     scenario : Scenario
     variation : Variation, optional
-        Jitter, slow hosts, throttling, uneven sequences, and the first seed; those of `Variation()` by default.
+        Jitter, slow hosts, throttling, uneven sequences, and the first seed; nothing varies by default.
     routing : Routing, optional
         How tokens spread over experts; what the job says by default.
     seeds : int
@@ -73,14 +109,15 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
 
     Notes
     -----
-    `simulator.engine.ranks` replays the order of the program; overlap and sharing are in the durations beforehand.
+    `simulator.engine.ranks` replays the order of the program; overlap and sharing are in the durations beforehand, and rates
+    do not change while an operation runs. The same seed gives the same bytes.
     """
     problems = check(scenario)
     if seeds < 1:
         problems.append(Problem("at least one seed", f"seeds = {seeds}", "use 1 or more"))
     if problems:
         raise PlanError(problems)
-    plan, variation = scenario.plan, variation or Variation()
+    plan, variation = scenario.plan, variation or Variation(jitter=0)
     same = np.ones(plan.world)
     program = build_step(scenario.model, plan, scenario.job, rank_classes(plan, same, same))
     order = prepare(
@@ -117,7 +154,8 @@ def node_seconds(program: StepProgram, scenario: Scenario) -> np.ndarray:
     computes = np.array([task.stream == "compute" for task in program.tasks])
     task, rank = np.asarray(program.task), np.asarray(program.rank_class)
     seconds = price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0)
-    return seconds * _crowding(program, seconds, computes[task], rank, scenario.plan.overlap.multiprocessors)
+    even = np.array([sum(float(op_s(op, *args)) for op in task.ops) for task in program.tasks])[task]
+    return seconds * _crowding(program, even, computes[task], rank, scenario.plan.overlap.multiprocessors)
 
 
 def _crowding(program: StepProgram, seconds: np.ndarray, computes: np.ndarray, rank: np.ndarray, share: float) -> np.ndarray:

@@ -153,5 +153,6 @@ BytesPerS = _quantity("bytes_per_s")
 FlopPerS = _quantity("flop_per_s")
 Seconds = _quantity("s")
 Watts = _quantity("w")
+Usd = _quantity("usd")
 UsdPerHour = _quantity("usd_per_hour")
 Count = Annotated[int, BeforeValidator(parse_count)]

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from simulator.scenario.cluster import Cluster, Host
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
-from simulator.scenario.plan import Overlap, Plan
+from simulator.scenario.plan import INTERLEAVED, TWO_CHUNKS, Overlap, Plan
 from simulator.scenario.profiles import CLUSTERS
 from simulator.scenario.scenario import Scenario
 
 SELECTIVE = ("core_attn", "layernorm", "moe_act")
+SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-1p", "zb-2p", *INTERLEAVED, *TWO_CHUNKS)
 H100 = CLUSTERS.load("h100-rail-10240")
 
 
@@ -110,3 +111,22 @@ def scenarios(
         hosts = world // host
         changes["slow_hosts"] = draw(st.dictionaries(st.integers(0, hosts - 1), st.sampled_from((1.1, 1.5)), min_size=1, max_size=2))
     return scenario(model, world, plan, one(*legal), host, **changes)
+
+
+@st.composite
+def any_schedule(draw: st.DrawFn, experts: bool) -> Scenario:
+    """Draw a small scenario that runs under some schedule."""
+    name, pp = draw(st.sampled_from(SCHEDULES)), draw(st.sampled_from([2, 4]))
+    vpp = 2 if name in TWO_CHUNKS + INTERLEAVED else 1
+    stages = pp * (1 if name == "dualpipe" else vpp)
+    m = pp * draw(st.sampled_from([2, 3, 6]))
+    layers, hidden = stages * draw(st.integers(1, 2)), draw(st.sampled_from([256, 2048]))
+    model = moe(layers=layers, hidden=hidden) if experts else dense(layers, hidden)
+    ep = draw(st.sampled_from([1, 8])) if experts else 1
+    tp = draw(st.sampled_from([1, 2]))
+    plan = Plan(
+        tp=tp, pp=pp, vpp=vpp, ep=ep, schedule=name, dp_shard=8 // tp, zero=draw(st.sampled_from([0, 1, 2, 3])), dispatcher="deepep",
+        layout=draw(st.sampled_from([None, "balanced"])), recompute=draw(st.sampled_from(["none", "selective"])),
+    )  # fmt: skip
+    step = Job(tokens=512 * m * plan.dp * 10, global_batch=m * plan.dp, sequence_length=512)
+    return Small(model=model, cluster=H100.model_copy(update={"accelerators": 8 * pp}), plan=plan, job=step)

@@ -20,6 +20,7 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 from simulator.units import parse_quantity, readable
+from simulator.workload.memory import PARTS
 
 GENTLE = {"tp": 2, "pp": 2, "ep": 4}
 
@@ -403,7 +404,7 @@ def test_a_model_that_does_not_fit_says_by_how_much_and_where(data):
         readable(need[worst] - capacity, "bytes"),
     )
     parts = dict(part.split(" ", 1) for part in found[6].split(", "))
-    assert set(parts) == {"weights", "gradients", "optimizer", "activations", "buffers", "reserved"}
+    assert set(parts) == set(PARTS)
     assert sum(parse_quantity(size, "bytes") for size in parts.values()) == pytest.approx(need[worst], rel=1e-2)
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import cluster
 
+from simulator.errors import ProfileError
 from simulator.feasibility import check, memory, minimum_accelerators
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
@@ -20,10 +21,10 @@ from simulator.scenario.scenario import Scenario
 from simulator.schedules import schedule
 from simulator.simulate import classify, node_seconds, simulate_step
 from simulator.workload.build import build_step
-from simulator.workload.memory import memory_per_stage
+from simulator.workload.memory import METRICS, memory_per_stage
 from simulator.workload.stages import blocks, stage_blocks
 
-NOTHING = Reserve(context="0 GB", communication="0 GB", fragmentation=0)
+NOTHING = Reserve(context="0 GB", communicator="0 GB", workspace="0 GB", fragmentation=0)
 SIZES = {"hidden": 8, "vocab": 32, "heads": 4, "kv_heads": 2, "head_dim": 2, "ffn": 16, "source": "made up"}
 DENSE = Model(name="dense", layers=4, **SIZES)
 EXPERTS = Experts(count=4, top_k=2, ffn=8, shared_ffn=8)
@@ -39,12 +40,12 @@ EXPERT, ROUTER, SHARED = 3 * 8 * 8, 4 * 8, 3 * 8 * 8
 
 #: saved per token of a layer: inputs and outputs of two norms; q, k, v; log-sum-exp of 4 heads; attention's output; gate and up; product
 TOKEN = 2 * 16 + 2 * 16 + 16 * 2 + 4 * 4 + 8 * 2 + 2 * 16 * 2 + 16 * 2
-#: saved per token of the head: input and output of its norm, logits in bf16 and fp32
-HEAD_TOKEN = 2 * 16 + 32 * (2 + 4)
+#: saved per token of the head: input and output of its norm, softmax in fp32
+HEAD_TOKEN = 2 * 16 + 32 * 4
 
 
 def plan(**changes) -> Plan:
-    return Plan(**({"dp_shard": 1, "reserve": NOTHING} | changes))
+    return Plan(**({"dp_shard": 1, "reserve": NOTHING, "framework": {"weight_gradients": "fused"}} | changes))
 
 
 def measured(model: Model, p: Plan, micro_batches: int = 8, optimizer: str = "adam") -> dict[str, np.ndarray]:
@@ -75,8 +76,8 @@ WHOLE = 4 * LAYER + EMBEDDING + HEAD
 )
 def test_zero_stages(zero, weights, gradients, optimizer, buffers):
     parts = measured(DENSE, plan(dp_shard=4, zero=zero))
-    found = [only(parts, name) for name in ("weights", "gradients", "optimizer", "buffers")]
-    assert found == [weights, gradients, optimizer, buffers]
+    assert [only(parts, name) for name in ("weights", "gradients", "optimizer")] == [weights, gradients, optimizer]
+    assert only(parts, "buffers") - only(measured(DENSE, plan(dp_shard=4, zero=0)), "buffers") == buffers
 
 
 def test_state_of_context_parallel_ranks_is_one_group():
@@ -110,7 +111,7 @@ def test_tensor_parallel_state_and_activations():
 def test_without_sequence_parallel_norms_are_whole():
     parts = measured(DENSE, plan(tp=2, sequence_parallel=False))
     norms = 2 * 16 + 2 * 16  # inputs and outputs of the two norms
-    assert only(parts, "activations") == 16 * (4 * (norms + (TOKEN - norms) / 2) + 2 * 16 + 32 * 6 / 2)
+    assert only(parts, "activations") == 16 * (4 * (norms + (TOKEN - norms) / 2) + 2 * 16 + 32 * 4 / 2)
 
 
 def test_fewer_key_value_heads_than_tensor_parallel_ranks():
@@ -127,10 +128,20 @@ def test_activations_follow_the_tokens(changes):
 
 
 def test_reserve():
-    reserve = Reserve(context="1 GB", communication="2 GB", fragmentation=0.2)
-    parts, bare = measured(DENSE, plan(reserve=reserve)), measured(DENSE, plan())
-    assert only(parts, "buffers") == 2e9
-    assert only(parts, "total") == pytest.approx((only(bare, "total") + 2e9) / 0.8 + 1e9, rel=1e-12)
+    """The allocator loses a share of what it reserves; communicators (the world, tp, pp) and context lie outside of it."""
+    reserve = Reserve(context="1 GB", communicator="2 GB", workspace="3 GB", fragmentation=0.2)
+    parts, bare = measured(DENSE, plan(tp=2, pp=2, reserve=reserve)), measured(DENSE, plan(tp=2, pp=2))
+    assert (parts["buffers"] - bare["buffers"]).tolist() == [3e9, 3e9]
+    assert parts["communication"].tolist() == [3 * 2e9, 3 * 2e9]
+    assert parts["total"] == pytest.approx((bare["total"] + 3e9) / 0.8 + 6e9 + 1e9, rel=1e-12)
+
+
+def test_what_each_counter_sees():
+    """torch.cuda's allocated and reserved bytes, and what nvidia-smi shows: each sees more than the one before."""
+    parts = measured(DENSE, plan(tp=2, reserve=Reserve()))
+    allocated, reserved, device = (sum(only(parts, name) for name in METRICS[m]) for m in ("allocated", "reserved", "device"))
+    assert reserved == pytest.approx(allocated / 0.95, rel=1e-12)
+    assert device == only(parts, "total") == pytest.approx(reserved + 2 * 0.5e9 + 1e9, rel=1e-12)
 
 
 def test_tied_embedding_is_held_twice_by_a_pipeline():
@@ -143,9 +154,19 @@ def test_tied_embedding_is_held_twice_by_a_pipeline():
 # --- recompute ---
 
 
+#: gradients of a layer's backward at its fullest moment: of gate and up, and of the layer's output
+WORK_TOKEN = 2 * 16 * 2 + 16
+
+
 def test_full_recompute_keeps_layer_inputs_and_rebuilds_one_layer():
-    parts = measured(DENSE, plan(recompute="full"))
-    assert only(parts, "activations") == 16 * (4 * 16 + HEAD_TOKEN) + 16 * (TOKEN - 16)
+    """When the last layer is rebuilt, the head has given its part back."""
+    parts, none = measured(DENSE, plan(recompute="full")), measured(DENSE, plan())
+    assert only(parts, "activations") == 16 * (4 * 16 + HEAD_TOKEN)
+    assert only(none, "activations") == 16 * (4 * TOKEN + HEAD_TOKEN)
+    pipeline = measured(DENSE, plan(pp=2, recompute="full"))
+    assert pipeline["activations"].tolist() == [2 * 16 * 2 * 16, 16 * (2 * 16 + HEAD_TOKEN)]
+    assert pipeline["buffers"][0] == 16 * (TOKEN - 16 + WORK_TOKEN)
+    assert measured(DENSE, plan(pp=2))["buffers"][0] == 16 * WORK_TOKEN
 
 
 @pytest.mark.parametrize(
@@ -159,8 +180,113 @@ def test_full_recompute_keeps_layer_inputs_and_rebuilds_one_layer():
     ],
 )
 def test_selective_recompute(modules, dropped):
-    parts = measured(DENSE, plan(recompute="selective", recompute_modules=modules))
-    assert only(parts, "activations") == 16 * (4 * (TOKEN - dropped) + HEAD_TOKEN) + 16 * dropped
+    parts = measured(DENSE, plan(pp=2, recompute="selective", recompute_modules=modules))
+    assert parts["activations"][0] == 16 * 2 * 2 * (TOKEN - dropped)
+    assert parts["buffers"][0] == 16 * (dropped + WORK_TOKEN)
+
+
+# --- kernels and framework ---
+
+
+def layer_token(**changes) -> float:
+    """Return the bytes that one layer saves per token."""
+    parts = measured(DENSE, plan(pp=4, **changes))
+    return float(parts["activations"][1]) / (16 * 3)  # the second of four stages holds one layer of three micro-batches
+
+
+@pytest.mark.parametrize(
+    ("kernels", "more"),
+    [
+        ({}, 0),
+        ({"attention": "unfused"}, 4 * (16 * 2 - 4)),  # the softmax of 16 keys in 16 bits instead of one fp32 sum for each head
+        ({"attention": "eager"}, 4 * (16 * 6 - 4)),  # in fp32, and cast
+        ({"attention": "unfused", "dropout": True}, 4 * (16 * 5 - 4) + 2 * 8),  # and its mask and result; a mask for each branch
+        ({"norm": "eager"}, 2 * 8 * 6),  # two norms: the row in fp32 and normalised
+        ({"pointwise": "eager"}, 16 * 2),  # the gate after its activation function
+    ],
+)
+def test_kernels_that_keep_more(kernels, more):
+    assert layer_token(kernels=kernels) == TOKEN + more
+
+
+def test_unfused_attention_is_korthikantis_formula():
+    """Equation 1 with sequence parallelism: s b h (34 + 5 a s / h) / t for a plain MLP of 4 h, heads as many as in the hidden width."""
+    s, h, a, t = 16, 8, 4, 2
+    gpt = DENSE.model_copy(update={"gated": False, "layer_norm": True, "kv_heads": 4, "ffn": 4 * h})
+    p = plan(pp=4, tp=t, kernels={"attention": "unfused", "dropout": True})
+    assert measured(gpt, p)["activations"][1] == 3 * s * h * (34 + 5 * a * s / h) / t
+
+
+#: bytes per logit kept, and live at the loss; the norm's input and output are beside them
+LOSSES = {"in_place": (2, 2), "fused": (4, 6), "vocab_parallel": (4, 10), "eager": (4, 12)}
+
+
+@pytest.mark.parametrize("cross_entropy", LOSSES)
+def test_what_the_loss_keeps_of_the_logits(cross_entropy):
+    """With as many words the projection's own gradient is the smaller moment: two gathered rows and a matrix."""
+    wide = DENSE.model_copy(update={"vocab": 512})
+    kept, live = LOSSES[cross_entropy]
+    parts = measured(wide, plan(pp=4, tp=2, framework={"cross_entropy": cross_entropy, "weight_gradients": "fused"}))
+    logits = 16 * 512 / 2
+    assert parts["activations"][3] == 16 * (TOKEN + 2 * 16) / 2 + kept * logits
+    assert parts["buffers"][3] == max((live - kept) * logits, (2 - kept) * logits + 2 * 16 * 16, 16 * WORK_TOKEN / 2 - kept * logits)
+
+
+def test_gathered_logits_are_not_split():
+    one, two = (measured(DENSE, plan(pp=4, tp=t, framework={"cross_entropy": "gathered"})) for t in (1, 2))
+    logits = one["activations"][3] - 16 * (TOKEN + 2 * 16)
+    assert logits == two["activations"][3] - 16 * (TOKEN + 2 * 16) / 2 == 6 * 16 * 32
+
+
+def test_placeholders_for_weight_gradients():
+    """One bf16 tensor per shape of weight, however many layers have it, beside the head's own gradient when it is written."""
+    shapes = ATTENTION + MLP
+    with_them, without = (measured(DENSE, plan(pp=2, framework={"weight_gradients": how})) for how in ("placeholders", "fused"))
+    assert with_them["buffers"][0] - without["buffers"][0] == 2 * shapes
+    assert with_them["weights"].tolist() == without["weights"].tolist()
+
+
+def test_placeholder_of_an_expert_is_one_matrix():
+    """The experts of a rank share one; the dense layer's MLP, the router and the shared expert have their own."""
+    p = plan(framework={"weight_gradients": "placeholders"})
+    more = only(measured(MOE, p), "buffers") - only(measured(MOE, plan()), "buffers")
+    written = 2 * 32 * 8  # the head's
+    assert more - written <= 2 * (ATTENTION + MLP + ROUTER + EXPERT + SHARED) <= more
+
+
+def test_gradients_kept_beside_the_main_ones():
+    """DeepSpeed's bf16 optimizer: 2 more bytes per parameter, never sharded."""
+    p = plan(dp_shard=4, framework={"weight_gradients": "kept"})
+    assert only(measured(DENSE, p), "gradients") == (4 + 2) * WHOLE
+
+
+def test_a_flat_fp32_copy_of_the_gradients_stays_reserved():
+    p = plan(dp_shard=4, framework={"weight_gradients": "copied"})
+    assert only(measured(DENSE, p), "fragmentation") == 4 * WHOLE / 4
+
+
+def test_stage_outputs_and_buckets():
+    kept = plan(pp=2, framework={"weight_gradients": "fused", "keeps_outputs": True, "bucket_elements": 1000})
+    parts, without = measured(DENSE, kept), measured(DENSE, plan(pp=2))
+    assert (parts["activations"] - without["activations"]).tolist() == [2 * 16 * 8 * 2, 0]
+    assert (parts["buffers"] - without["buffers"]).tolist() == [4000, 4000]
+
+
+def test_offloaded_layers_wait_on_the_host():
+    p = plan(pp=4, framework={"weight_gradients": "fused", "offloaded_layers": 1})
+    assert measured(DENSE, p)["activations"][0] == 0.75 * measured(DENSE, plan(pp=4))["activations"][0]
+
+
+def test_ulysses_keeps_the_output_of_both_exchanges():
+    assert layer_token(cp=2, context_parallel="all_to_all") == (TOKEN + 8 * 2) / 2
+    assert layer_token(context_parallel="all_to_all") == TOKEN
+
+
+def test_frameworks_have_names():
+    assert Plan(framework="deepspeed").framework.keeps_outputs
+    assert Plan(framework="megatron") == Plan()
+    with pytest.raises(ProfileError, match="framework: zero is not known; use one of megatron, megatron-2022, deepspeed, fsdp"):
+        Plan(framework="zero")
 
 
 # --- schedules ---

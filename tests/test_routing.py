@@ -15,7 +15,7 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing, read_counts
 from simulator.scenario.variation import Variation
 from simulator.simulate import simulate_ranks
-from simulator.workload.routing import moe_layer_count, placement, popularity, route
+from simulator.workload.routing import _capped, moe_layer_count, placement, popularity, route
 
 EXPERTS = Experts(count=64, top_k=4, ffn=128)
 TOKENS = np.full((3, 5), 8192)
@@ -245,3 +245,16 @@ def test_uneven_experts_cost_time():
     dropping = simulate_ranks(s, Variation(jitter=0), Routing(distribution="zipf", exponent=1.0, capacity_factor=1.0))
     assert dropping.dropped_share > 0.1
     assert dropping.step_time_s < uneven.step_time_s
+
+
+@pytest.mark.parametrize("capacity_factor", [0.5, 1.0, 1.25, 3.0])
+def test_capacity_cuts_each_slot_of_a_multinomial(capacity_factor):
+    """Slots drawn together that cannot fill up, or must: the same ranks' means and spreads as slots drawn one by one."""
+    weight = np.random.default_rng(3).permutation(np.arange(1, 49) ** -0.7).reshape(4, 12)
+    picks = np.full((4000, 1), 3000)
+    found = _capped(picks, weight, capacity_factor / 48, np.random.default_rng(1))[:, 0]
+    each = np.random.default_rng(2).multinomial(picks[:, 0], (weight / weight.sum()).ravel())
+    plain = np.minimum(each, np.ceil(capacity_factor * 3000 / 48)).reshape(-1, 4, 12).sum(axis=-1)
+    assert found.max() <= 12 * np.ceil(capacity_factor * 3000 / 48)
+    assert np.abs(found.mean(axis=0) - plain.mean(axis=0)).max() <= 5 * (plain.std(axis=0) * np.sqrt(2 / 4000)).max() + 1e-9
+    assert found.std(axis=0) == pytest.approx(plain.std(axis=0), rel=0.1, abs=0.2)

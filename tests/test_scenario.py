@@ -100,7 +100,7 @@ def test_every_field_of_a_plan_and_a_job_survives_saving(file):
         sequence_parallel=False,
         dispatcher="deepep",
         precision=Precision(gemm="fp8", master=None, dispatch="fp8"),
-        reserve={"context": "1.5 GB", "communication": "0 GB", "fragmentation": 0},
+        reserve={"context": "1.5 GB", "communicator": "0 GB", "fragmentation": 0},
         overlap=Overlap(grad_reduce=False),
     )
     job = Job(tokens=15.5e12, global_batch=64, sequence_length=128, optimizer="muon", routing="natural", expert_load=1.4)

@@ -11,7 +11,7 @@ from simulator.errors import PlanError, ProfileError
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.variation import Variation
-from simulator.simulate import simulate_ranks
+from simulator.simulate import simulate_ranks, simulate_step
 
 
 @pytest.mark.parametrize(
@@ -139,3 +139,16 @@ def test_routing_of_a_dense_model_is_refused():
 def test_no_seeds_are_refused():
     with pytest.raises(PlanError, match="seeds = 0; use 1 or more"):
         simulate_ranks(scenario(dense(2), 8, Plan(), 1), seeds=0)
+
+
+def test_variation_needs_every_rank():
+    s = scenario(dense(2), 8, Plan(), 1)
+    with pytest.raises(ProfileError, match="write ranks='all'"):
+        simulate_step(s, variation=Variation())
+    every = simulate_step(s, ranks="all", variation=Variation(jitter=0.1), seeds=2)
+    assert every.step_time_s == simulate_ranks(s, Variation(jitter=0.1)).step_time_s
+    assert every.breakdown()["seconds"].sum() == pytest.approx(every.step_time_s, rel=1e-12)
+    summary = every.summary()
+    assert summary["distribution"]["seeds"] == 2
+    assert len(summary["slowest"]) == 8
+    assert "jitter" in set(every.sources()["fact"])

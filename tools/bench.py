@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import simulator as sim
+from simulator.network.flows import flow_times
 from simulator.planning.search import Priced, legal_plans
 from simulator.scenario.plan import PlanColumns
 
@@ -35,21 +36,46 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, one used; Python {platform.python_version()}, numpy {np.__version__}"
 
 
-def median_s(work: Callable[[], object]) -> float:
-    """Return the median seconds of `RUNS` runs after one to warm up."""
-    work()
+def median_s(work: Callable[[], object], runs: int = RUNS) -> float:
+    """Return the median seconds of `runs` runs, after one to warm up if there are several."""
+    if runs > 1:
+        work()
     seconds = []
-    for _ in range(RUNS):
+    for _ in range(runs):
         begin = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
 
 
+def peak_gb() -> float:
+    """Return the most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def table_of(scenario: sim.Scenario, plans: int) -> PlanColumns:
     """Return legal plans of `scenario`, repeated or cut to `plans` of them."""
     one = next(iter(legal_plans(scenario)))
     return one.take(np.arange(plans) % len(one))
+
+
+def flow_by_flow() -> None:
+    """Print the seconds of concurrent flows of 1 MB +-10 % on non-blocking fat trees of 50 GB/s links."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from fat_tree import THREE_LEVELS, TWO_LEVELS, all_to_all
+
+    random = np.random.default_rng(0)
+    everyone = np.arange(THREE_LEVELS.hosts)
+    cases = (
+        ("all-to-all of 64 hosts", TWO_LEVELS, all_to_all(64), RUNS),
+        ("permutation of 8,192 hosts", THREE_LEVELS, (everyone, random.permutation(everyone)), RUNS),
+        ("all-to-all of 256 hosts", TWO_LEVELS, all_to_all(256), 1),
+    )
+    for name, tree, pairs, runs in cases:
+        indptr, links, capacity, latency = tree.paths(*pairs)
+        size = 1e6 * random.uniform(0.9, 1.1, len(latency))
+        seconds = median_s(lambda: flow_times(indptr, links, capacity, size, latency_s=latency), runs)  # noqa: B023
+        print(f"{name}, {len(size):,} flows: {seconds:.3f} s")
 
 
 def main() -> None:
@@ -62,6 +88,13 @@ def main() -> None:
     step = median_s(lambda: sim.simulate_step(best))
     spans = len(sim.simulate_step(best).timeline)
     print(f"event simulation of the 10,240-accelerator step: {step:.3f} s ({spans:,} spans)")
+    jitter = sim.Variation(jitter=0.02)
+    seconds = median_s(lambda: sim.simulate_step(best, ranks="all", variation=jitter))
+    print(f"every rank of it, each operation with its own duration: {seconds:.3f} s")
+    uneven = sim.Variation(jitter=0.02, slow_host_share=0.005, throttled_share=0.1, sequence_spread=0.2)
+    routing = sim.Routing(distribution="dirichlet", concentration=5.0, capacity_factor=1.25)
+    seconds = median_s(lambda: sim.simulate_step(best, ranks="all", variation=uneven, routing=routing))
+    print(f"the same with uneven sequences and experts, capacity 1.25, slow hosts: {seconds:.3f} s; memory so far {peak_gb():.2f} GB")
     for count in (100_000, 1_000_000):
         plans = table_of(scenario, count)
         seconds = median_s(lambda plans=plans: Priced.of(scenario, plans).bounds())
@@ -72,8 +105,8 @@ def main() -> None:
     print(f"estimate over {len(few):,} plans of at most 64 micro-batches: {seconds:.3f} s = {len(few) / seconds:,.0f} plans/s")
     question = median_s(lambda: sim.search(scenario, top=10))
     print(f"search, ten plans simulated: {question:.3f} s")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"peak memory of this process: {peak / 1e9:.2f} GB")
+    flow_by_flow()
+    print(f"peak memory of this process: {peak_gb():.2f} GB")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from simulator.workload.stages import blocks, sequence
 from simulator.workload.step import optimizer_ops
 
 #: no memory is set aside: peak memory is compared with what tensors take
-NO_RESERVE = Reserve(context="0 B", communication="0 B", fragmentation=0.0)
+NO_RESERVE = Reserve(context="0 B", communicator="0 B", workspace="0 B", fragmentation=0.0)
 #: nothing runs beside anything else: a rank's core does one thing at a time
 IN_TURN = {"grad_reduce": False, "param_gather": False, "tp": False}
 

@@ -13,6 +13,7 @@ from simulator.cli.accuracy import validate
 from simulator.cli.calibrate import calibrate
 from simulator.cli.facts import clusters, models, sources
 from simulator.cli.steps import plan, simulate
+from simulator.cli.sweeps import sweep
 from simulator.cli.terminal import err, print_json, say
 from simulator.errors import PlanError, Problem, SimulatorError
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     help="Plan a ten-thousand-GPU training cluster before it exists.",
 )
 #: in the order of the help
-VERBS = (plan, simulate, validate, calibrate, models, clusters, sources)
+VERBS = (plan, simulate, sweep, validate, calibrate, models, clusters, sources)
 for verb in VERBS:
     app.command()(verb)
 

@@ -13,7 +13,9 @@ from simulator.cli.terminal import note
 from simulator.errors import ProfileError
 
 if TYPE_CHECKING:
+    from simulator.scenario.routing import Routing
     from simulator.scenario.scenario import Scenario
+    from simulator.scenario.variation import Variation
 
 ScenarioFile = Annotated[Path | None, typer.Argument(help="Scenario in YAML; may be left out when --set gives model, cluster and job.")]
 Sets = Annotated[
@@ -54,8 +56,7 @@ def load(path: Path | None, sets: list[str] | None, megatron: Path | None = None
         said = run.plan.model_dump(mode="json", exclude_unset=True) | {"dp_shard": None}
         for key, table in {"plan": said, "job": run.job}.items():  # the line has the last word but for --set
             data[key] = (data[key] if isinstance(data.get(key), dict) else {}) | table
-    for entry in sets or []:
-        _set(data, entry)
+    _apply(data, sets)
     question = validated(Scenario, data, str(path or "scenario"))
     accelerators = question.cluster.accelerators
     if processes not in (None, accelerators):
@@ -63,21 +64,50 @@ def load(path: Path | None, sets: list[str] | None, megatron: Path | None = None
     return question
 
 
-def _set(data: dict[str, Any], entry: str) -> None:
-    """Change one entry of a scenario's table as ``KEY=VALUE`` says."""
-    key, equals, value = entry.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not all([*parents, last]):
-        raise ProfileError(f"--set {entry!r}: write KEY=VALUE, e.g. --set plan.pp=8")
-    place = data
-    for parent in parents:
-        inner = place.get(parent)
-        if inner is None or isinstance(inner, str):  # a name: keep it as the base and change one thing
-            inner = place[parent] = {"base": inner} if inner else {}
-        if not isinstance(inner, dict):
-            raise ProfileError(f"--set {entry!r}: {parent} is {inner!r}, not a table")
-        place = inner
+def question_table(path: Path, sets: list[str] | None) -> dict[str, Any]:
+    """Return the table of a scenario's file, changed by ``--set``; whether it is a scenario is not asked yet."""
+    from simulator.scenario.profiles import read_yaml
+
+    data = read_yaml(path)
+    _apply(data, sets)
+    return data
+
+
+def _apply(data: dict[str, Any], entries: list[str] | None, option: str = "--set") -> None:
+    """Change a table as each ``KEY=VALUE`` of an option says."""
+    from simulator.scenario.scenario import change
+
+    for entry in entries or []:
+        key, equals, value = entry.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ProfileError(f"{option} {entry!r}: write KEY=VALUE, e.g. --set plan.pp=8")
+        try:
+            change(data, key, read_value(value))
+        except ProfileError as error:
+            raise ProfileError(f"{option} {entry!r}: {error}") from None
+
+
+def read_value(text: str) -> Any:
+    """Return a value as YAML reads it; a text that is no YAML stays text."""
     try:
-        place[last] = yaml.safe_load(value)
+        return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        place[last] = value
+        return text
+
+
+Varied = Annotated[
+    list[str] | None,
+    typer.Option("--vary", metavar="KEY=VALUE", help="With all ranks: jitter=0.02, routing.distribution=zipf, ...; repeatable."),
+]
+
+
+def variation(entries: list[str] | None) -> tuple[Variation | None, Routing | None]:
+    """Return what ``--vary`` says of ranks and of routing; None for what it does not mention."""
+    from simulator.scenario.profiles import validated
+    from simulator.scenario.routing import Routing
+    from simulator.scenario.variation import Variation
+
+    said: dict[str, Any] = {}
+    _apply(said, entries, "--vary")
+    routing = validated(Routing, said.pop("routing"), "routing") if "routing" in said else None
+    return validated(Variation, {"jitter": 0} | said, "variation") if said else None, routing

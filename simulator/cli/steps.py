@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from simulator.cli.question import AsJson, OutDir, ScenarioFile, Sets, load
+from simulator.cli.question import AsJson, OutDir, ScenarioFile, Sets, Varied, load, variation
 from simulator.cli.terminal import headline, print_json, progress, records, report_files, say, show, write
 
 
@@ -43,20 +43,26 @@ def simulate(
     sets: Sets = None,
     megatron: Annotated[Path | None, typer.Option(help="File with a Megatron-LM launch line to take the plan and batch from.")] = None,
     ranks: Annotated[Literal["classes", "all"], typer.Option(help="Simulate one rank of each kind, or every rank.")] = "classes",
+    vary: Varied = None,
+    seeds: Annotated[int, typer.Option(min=1, help="With all ranks: how many seeds.")] = 1,
     folder: OutDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Simulate one optimizer step of a plan, event by event."""
+    """Simulate one optimizer step of a plan: event by event, or every rank with its own durations."""
     from simulator.closed_forms import bound, estimate
+    from simulator.ranks import RanksResult
     from simulator.simulate import simulate_step
 
     question = load(scenario, sets, megatron)
-    result = simulate_step(question, ranks=ranks)
+    result = simulate_step(question, ranks, *variation(vary), seeds)
     files = write(result, folder, {}) if folder else []
     if as_json:
         extra = {"bound_s": bound(question), "estimate_s": estimate(question), "breakdown": records(result.breakdown())}
         print_json(result.summary() | extra | {"files": [str(f) for f in files]})
         return
     headline(result)
+    if isinstance(result, RanksResult):
+        show(result.distribution(), "Step time over seeds")
+        show(result.slowest(), "Slowest ranks beside the median of their stage")
     if files:
         report_files(files)

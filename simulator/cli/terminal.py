@@ -18,6 +18,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from simulator.ranks import RanksResult
     from simulator.result import StepResult
 
 out = Console(width=None if sys.stdout.isatty() else 110)
@@ -97,9 +98,9 @@ def show(table: pd.DataFrame, title: str | None = None) -> None:
     out.print(view)
 
 
-def headline(result: StepResult) -> None:
+def headline(result: StepResult | RanksResult) -> None:
     """Print the figures of one step, where it goes, and what it rests on."""
-    from simulator.result import facts_by_grade
+    from simulator.outcome import facts_by_grade
     from simulator.units import readable
 
     s = result.scenario
@@ -131,7 +132,7 @@ def _all_at_once(folder: Path) -> Iterator[Path]:
             file.replace(folder / file.name)
 
 
-def write(result: StepResult, folder: Path, tables: dict[str, pd.DataFrame]) -> list[Path]:
+def write(result: StepResult | RanksResult, folder: Path, tables: dict[str, pd.DataFrame]) -> list[Path]:
     """Write `tables` and everything about one step below `folder`; return the files."""
     import matplotlib as mpl
 
@@ -139,21 +140,26 @@ def write(result: StepResult, folder: Path, tables: dict[str, pd.DataFrame]) -> 
     from matplotlib.figure import Figure
 
     from simulator import plots
+    from simulator.result import StepResult
 
+    events = isinstance(result, StepResult)  # a replay of every rank has no spans to draw, but ranks to list
     tables = tables | {"breakdown": result.breakdown(), "memory": result.memory(), "sources": result.sources()}
-    pictures = {"timeline": plots.plot_timeline, "memory": plots.plot_memory, "breakdown": plots.plot_breakdown}
+    tables |= {} if events else {"ranks": result.table(), "critical_path": result.critical_path()}
+    pictures = {"timeline": plots.plot_timeline} if events else {}
+    pictures |= {"memory": plots.plot_memory, "breakdown": plots.plot_breakdown}
     with _all_at_once(folder) as place:
         (place / "summary.json").write_text(json.dumps(result.summary(), indent=2) + "\n", encoding="utf-8")
         result.scenario.save(place / "scenario.yaml")
-        result.timeline.save_trace(place / "trace.json.gz")
+        if events:
+            result.timeline.save_trace(place / "trace.json.gz")
         for name, table in tables.items():
             table.to_csv(place / f"{name}.csv", index=False)
         for name, draw in pictures.items():
             figure = Figure(figsize=(11, 5), layout="constrained")
             draw(result, ax=figure.subplots())
             figure.savefig(place / f"{name}.png", dpi=130)
-    names = ("summary.json", "scenario.yaml", "trace.json.gz", *(f"{t}.csv" for t in tables), *(f"{p}.png" for p in pictures))
-    return [folder / name for name in names]
+    names = ["summary.json", "scenario.yaml", *(["trace.json.gz"] if events else [])]
+    return [folder / name for name in (*names, *(f"{t}.csv" for t in tables), *(f"{p}.png" for p in pictures))]
 
 
 def report_files(files: list[Path]) -> None:

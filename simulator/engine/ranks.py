@@ -46,6 +46,8 @@ class Replay:
     exposed_s : ndarray
         Communication that the compute stream waited for while it was under way. The transfer of a message from another
         stage and the waiting for slower members of a group are not in it.
+    collective_s : ndarray
+        Sum of its collectives, each as long as that of the slowest member; exposed or not.
     ends : ndarray of shape (nodes, ranks), optional
         End of every node on every rank of its stage.
     """
@@ -53,6 +55,7 @@ class Replay:
     end_s: np.ndarray
     compute_s: np.ndarray
     exposed_s: np.ndarray
+    collective_s: np.ndarray
     ends: np.ndarray | None
 
 
@@ -89,6 +92,8 @@ class _Run:
         self.compute = [np.zeros(program.ranks) for _ in range(program.stages)]
         self.compute_all, self.exposed_all = [0.0] * program.stages, [0.0] * program.stages  # what is the same on all ranks
         self.exposed = [np.zeros(program.ranks) for _ in range(program.stages)]
+        self.collect = [np.zeros(program.ranks) for _ in range(program.stages)]
+        self.collect_all = [0.0] * program.stages
         self.end = np.zeros(shape)
 
     def begin(self, node: int) -> np.ndarray:
@@ -119,8 +124,13 @@ class _Run:
             size, stride = group[node]
             row = self.rows[node].reshape(-1, size, stride)
             np.add(ready, length, out=row)
-            alike = not isinstance(length, np.ndarray)
-            self.lasted[self.program.slot[node]] = length if alike else np.broadcast_to(length, row.shape).reshape(-1)
+            if isinstance(length, np.ndarray):
+                each = np.broadcast_to(length, row.shape).reshape(-1)
+                self.collect[self.program.stage[node]] += each
+            else:
+                each = length
+                self.collect_all[self.program.stage[node]] += length
+            self.lasted[self.program.slot[node]] = each
 
     def kernel(self, node: int, length: float | np.ndarray) -> None:
         """Add a kernel, and the communication that it had to wait for, to the sums of its ranks."""
@@ -182,11 +192,11 @@ def replay_ranks(program: RankProgram, durations: Durations, keep: bool = False)
     for stage in range(program.stages):
         if -1 - stage in program.exposing:
             run.expose(stage, *program.exposing[-1 - stage])
-    compute, exposed = (
+    compute, exposed, collective = (
         np.stack([x + y for x, y in zip(vectors, scalars, strict=True)])
-        for vectors, scalars in ((run.compute, run.compute_all), (run.exposed, run.exposed_all))
+        for vectors, scalars in ((run.compute, run.compute_all), (run.exposed, run.exposed_all), (run.collect, run.collect_all))
     )
-    return Replay(run.end, compute, exposed, run.ends)
+    return Replay(run.end, compute, exposed, collective, run.ends)
 
 
 def critical_path(program: RankProgram, replay: Replay) -> list[tuple[int, int, float, float]]:

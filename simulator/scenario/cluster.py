@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from simulator.errors import nearest
 from simulator.scenario.facts import Facts, Fraction, Frozen
 from simulator.scenario.measured import CollectiveCost, KernelCost
+from simulator.scenario.wiring import SHAPES, Clos, Shape
 from simulator.units import Bytes, BytesPerS, Count, FlopPerS, Seconds, UsdPerHour, Watts, readable
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
@@ -170,12 +172,25 @@ class Tier(Frozen):
         Bandwidth entering this level from below over bandwidth leaving it upwards to the next level.
     latency_s : float
         One-way latency between two accelerators whose path tops out here.
+    ports, down, up : int, optional
+        Ports of one switch; how many face down, and up, while another level is above (all face down otherwise). Left out,
+        `down` follows from the reach and `up` from the oversubscription.
+    up_bytes_per_s : float, optional
+        Rate of one cable upwards, one direction; that of a NIC's port by default.
+    switch, optic : str, optional
+        Shipped part (``hardware_profiles/parts``) that the switch is, and that sits at both ends of a cable upwards.
     """
 
     name: str
     accelerators: Count = Field(gt=0)
     oversubscription: float = Field(default=1.0, ge=0.5, le=1000)
     latency_s: Seconds
+    ports: Count | None = Field(default=None, gt=0)
+    down: Count | None = Field(default=None, gt=0)
+    up: Count | None = Field(default=None, gt=0)
+    up_bytes_per_s: BytesPerS | None = None
+    switch: str | None = None
+    optic: str | None = None
 
 
 class Fabric(Facts):
@@ -184,19 +199,44 @@ class Fabric(Facts):
     Parameters
     ----------
     family : str
-        ``rail-optimised``, ``clos`` or ``multi-plane``.
+        Which graph the switches form; a key of `simulator.scenario.wiring.SHAPES`.
     efficiency : float
         Share of the line rate that large transfers sustain.
     hop_latency_s : Protocols
         One network hop of a collective, per protocol.
     tiers : tuple of Tier
         Innermost first; the last one reaches every accelerator.
+    host_optic : str, optional
+        Shipped part at both ends of the cable from a NIC to its leaf.
+    topology : Shape, optional
+        The numbers of the family's graph that the tiers do not say (`simulator.scenario.wiring`); its defaults when left out.
     """
 
-    family: Literal["rail-optimised", "clos", "multi-plane"]
+    family: str
     efficiency: Fraction
     hop_latency_s: Protocols
     tiers: tuple[Tier, ...] = Field(min_length=1)
+    host_optic: str | None = None
+    topology: SerializeAsAny[Shape] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shape_of_the_family(cls, data: Any) -> Any:
+        """Read `topology` as the shape that the family has."""
+        if isinstance(data, dict) and isinstance(data.get("family"), str):
+            family = data["family"]
+            if family not in SHAPES:
+                raise ValueError(f"family: unknown {family!r}; {nearest(family, SHAPES)}")
+            if data.get("topology") is None and not issubclass(SHAPES[family], Clos):
+                raise ValueError(f"topology: missing; family {family} needs {', '.join(SHAPES[family].model_fields)}")
+            if isinstance(data.get("topology"), dict):
+                data = data | {"topology": SHAPES[family].model_validate(data["topology"])}
+        return data
+
+    @property
+    def shape(self) -> Shape:
+        """The numbers of the family's graph, its defaults where the file gives none."""
+        return self.topology or SHAPES[self.family]()
 
     @model_validator(mode="after")
     def _tiers_grow(self) -> Fabric:

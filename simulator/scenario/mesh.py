@@ -60,4 +60,7 @@ def members(plan: Plan, axis: str) -> np.ndarray:
     if axis == "world":
         return np.zeros_like(ranks)
     g = group(plan, axis)
+    if axis == "copies":  # rank r of a pipeline meets rank pp - 1 - r, not its neighbour
+        stage, index = np.divmod(ranks, int(g.stride))
+        return np.minimum(stage, plan.pp - 1 - stage) * int(g.stride) + index if g.size > 1 else ranks
     return ranks // (g.size * g.stride) * g.stride + ranks % g.stride

@@ -9,6 +9,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from simulator.scenario.facts import Frozen
+from simulator.scenario.framework import Framework
+from simulator.scenario.kernels import Kernels
 from simulator.units import Bytes
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
@@ -60,16 +62,19 @@ class Reserve(Frozen):
     Parameters
     ----------
     context : float
-        Driver context and libraries, bytes.
-    communication : float
-        Buffers of the communication library, bytes.
+        Driver context, loaded kernels and libraries, bytes, outside the allocator.
+    communicator : float
+        Buffers that the communication library keeps for every group of ranks, bytes, outside the allocator.
+    workspace : float
+        Scratch space of the matrix libraries, bytes, inside the allocator.
     fragmentation : float
         Share of the allocator's memory lost between blocks.
     """
 
     context: Bytes = "1 GB"
-    communication: Bytes = "2 GB"
-    fragmentation: float = Field(default=0.03, ge=0, lt=1)
+    communicator: Bytes = "0.5 GB"
+    workspace: Bytes = "0.1 GB"
+    fragmentation: float = Field(default=0.05, ge=0, lt=1)
 
 
 class Overlap(Frozen):
@@ -171,6 +176,13 @@ class Plan(Frozen, _Degrees):
         Split norms and residuals over tp, as Megatron does.
     dispatcher : str
         ``alltoall`` sends one copy per expert; ``deepep`` sends one per host that a token visits and fans out inside.
+    context_parallel : str
+        How context parallelism moves the sequence: ``ring`` passes keys and values on, ``all_to_all`` trades sequence for
+        heads (Ulysses) and keeps the output of both sides. Time is priced as ``ring``.
+    kernels : Kernels
+        Which generation of kernels the training stack runs.
+    framework : Framework
+        What the training framework keeps in memory.
     """
 
     tp: int = Field(default=1, gt=0)
@@ -190,9 +202,12 @@ class Plan(Frozen, _Degrees):
     recompute_modules: tuple[Module, ...] = ("core_attn",)
     sequence_parallel: bool = True
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    context_parallel: Literal["ring", "all_to_all"] = "ring"
     precision: Precision = Precision()
     reserve: Reserve = Reserve()
     overlap: Overlap = Overlap()
+    kernels: Kernels = Kernels()
+    framework: Framework = Framework()
 
     @model_validator(mode="after")
     def _schedule_and_chunks(self) -> Plan:

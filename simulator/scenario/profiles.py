@@ -17,6 +17,7 @@ from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.facts import Facts, Frozen, Source
 from simulator.scenario.hf_config import model_from_hf
 from simulator.scenario.model import Model
+from simulator.scenario.part import Part
 
 T = TypeVar("T", bound=Frozen)
 
@@ -237,6 +238,7 @@ def _build(cls: type[T]) -> Callable[[dict, str, str], T]:
 ACCELERATORS = Catalogue("accelerator", "accelerators", ".yaml", _build(Accelerator), Accelerator)
 HOSTS = Catalogue("host", "hosts", ".yaml", _build(Host), Host)
 FABRICS = Catalogue("fabric", "fabrics", ".yaml", _build(Fabric), Fabric)
+PARTS = Catalogue("part", "parts", ".yaml", _build(Part), Part)
 MODELS = Catalogue("model", "models", ".json", _build_model, Model)
 
 

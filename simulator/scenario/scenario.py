@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import model_validator
 
+from simulator.errors import ProfileError
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.facts import Frozen
 from simulator.scenario.job import Job
@@ -61,14 +62,47 @@ class Scenario(Frozen):
         """
         return validated(cls, read_yaml(path), str(path))
 
-    def save(self, path: str | Path) -> None:
-        """Write the scenario to a YAML file, by name where model and cluster are the shipped ones."""
+    def described(self) -> dict[str, Any]:
+        """Return the scenario as a table, by name where model and cluster are the shipped ones."""
         data = self.model_dump(mode="json")
         data["model"] = described(MODELS, self.model)
         data["cluster"] = described(CLUSTERS, self.cluster)
-        save_yaml(data, path)
+        return data
+
+    def save(self, path: str | Path) -> None:
+        """Write the scenario to a YAML file, by name where model and cluster are the shipped ones."""
+        save_yaml(self.described(), path)
 
     def with_plan(self, **changes: Any) -> Scenario:
         """Return the same question for a plan with `changes`; degrees that fill the cluster are filled again."""
         data = self.plan.model_dump() | {"dp_shard": None} | changes
         return self.model_copy(update={"plan": Plan.model_validate(data).on(self.cluster.accelerators)})
+
+
+def change(table: dict[str, Any], key: str, value: Any) -> None:
+    """Set one entry of a scenario's table, in place.
+
+    Parameters
+    ----------
+    table : dict
+        As in a YAML file.
+    key : str
+        Dotted, ``plan.pp``. A part that is a name becomes a table on that base: ``cluster.accelerators`` of a named cluster.
+
+    Raises
+    ------
+    ProfileError
+        When the key is empty, or leads through something that is no table.
+    """
+    *parents, last = key.split(".")
+    if not all([*parents, last]):
+        raise ProfileError(f"{key!r} is no key of a scenario; write, for example, plan.pp")
+    place = table
+    for parent in parents:
+        inner = place.get(parent)
+        if inner is None or isinstance(inner, str):  # a name: keep it as the base and change one thing
+            inner = place[parent] = {"base": inner} if inner else {}
+        if not isinstance(inner, dict):
+            raise ProfileError(f"{parent} is {inner!r}, not a table: {key} leads nowhere")
+        place = inner
+    place[last] = value

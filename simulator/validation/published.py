@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from simulator.closed_forms import estimate
+from simulator.compute import peak_flop_per_s
 from simulator.errors import ProfileError, SimulatorError
 from simulator.scenario.scenario import Scenario
+from simulator.validation.keys import configuration_of, family_of, layout_of, release_of, sweep_of
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import cluster_of
 from simulator.validation.row_model import model_of
 from simulator.validation.row_plan import job_of, plan_of
+from simulator.workload.flop import count
 
 _DATA = Path(__file__).parent / "data"
 _FILES = ("training_runs.csv", "training_runs_vtrain_single.csv")
+_PRINTED = ("id", "source", "model", "arch", "complete")
+_NUMBERS = ("accelerators", "measured_s", "predicted_s", "relative_error", "flop", "peak_flop_per_s")
 _COLUMNS = [
-    "id", "source", "model", "accelerator", "arch", "complete",
-    "measured_s", "predicted_s", "relative_error", "assumptions", "skipped",
+    *_PRINTED, "accelerator", "family", "release", "precision", "configuration", "options",
+    "layout", "sweep", *_NUMBERS, "assumptions", "skipped",
 ]  # fmt: skip
 _ERRORS = ["rows", "mean_absolute_error", "median_absolute_error", "bias", "worst"]
+#: sources that print only a FLOP rate -> how they count: found by comparing rows of theirs, or their code, that print both
+_CONVENTIONS = {
+    "ModelZoo|GB200 DeepSeek-V3 optimisation history": "causal",  # Megatron-LM since 2025
+    "Parallel Folding|Llama 3 Herd|README H100 scaling|MegaScale": "noncausal",  # Megatron-LM until 2025, PaLM's MFU
+}
 #: what `summary` writes in place of a source on its last line
 MACRO = "macro average over model x accelerator"
 
@@ -68,8 +81,14 @@ def scenario_from_row(row: Mapping[str, Any]) -> tuple[Scenario, tuple[str, ...]
     return scenario, tuple(cells.assumptions)
 
 
-def measured_step_s(row: Mapping[str, Any]) -> float:
+def measured_step_s(row: Mapping[str, Any], scenario: Scenario | None = None) -> float:
     """Return the measured time of one optimizer step, seconds.
+
+    Parameters
+    ----------
+    row : mapping
+    scenario : Scenario, optional
+        The row's; with it, a printed FLOP rate or utilisation is a step time, too.
 
     Notes
     -----
@@ -77,10 +96,14 @@ def measured_step_s(row: Mapping[str, Any]) -> float:
 
         step = global batch * sequence length / (tokens/s/accelerator * accelerators)
 
+    or from TFLOP/s per accelerator, which is ``utilisation * peak`` where that is printed, by the source's count of FLOP::
+
+        step = model FLOP per token * global batch * sequence length / (FLOP/s per accelerator * accelerators)
+
     Raises
     ------
     ProfileError
-        When none of the three is printed.
+        When none of them is printed.
     """
     cells = Row(row)
     value, metric = cells.text("value"), cells.text("metric")
@@ -91,6 +114,8 @@ def measured_step_s(row: Mapping[str, Any]) -> float:
             found = float(value)
         elif metric == "tokens_per_s_per_gpu":
             found = cells.need("gbs") * cells.need("seq_len") / (float(value) * cells.need("gpus"))
+        elif flop_convention(row) and scenario is not None:
+            found = _model_flop(scenario, flop_convention(row)) / _flop_per_s(metric, float(value), scenario)
         else:
             raise ProfileError(f"no step time follows from {metric or 'an empty metric'}")
     except (ValueError, ZeroDivisionError):
@@ -100,52 +125,99 @@ def measured_step_s(row: Mapping[str, Any]) -> float:
     return found
 
 
+def flop_convention(row: Mapping[str, Any]) -> str:
+    """Return how a row without a step time counts FLOP: ``causal``, ``noncausal``, or nothing when it cannot be told."""
+    cells = Row(row)
+    if cells.text("step_time_s_derived") or cells.text("metric") not in ("tflops_per_gpu", "mfu"):
+        return ""
+    return next((how for pattern, how in _CONVENTIONS.items() if cells.has(pattern, "source")), "")
+
+
+def _model_flop(scenario: Scenario, convention: str) -> float:
+    """Return the model FLOP of one step per accelerator."""
+    job = scenario.job
+    counted = count(scenario.model, job.sequence_length)
+    per_token = counted.flop_per_token_causal if convention == "causal" else counted.flop_per_token_noncausal
+    return per_token * job.tokens_per_step / scenario.cluster.accelerators
+
+
+def _flop_per_s(metric: str, value: float, scenario: Scenario) -> float:
+    return value * 1e12 if metric == "tflops_per_gpu" else value * peak_flop_per_s(scenario.cluster.accelerator, "bf16")
+
+
 def validate(
     predict: Callable[[Scenario], float] = estimate,
     rows: pd.DataFrame | None = None,
     complete_only: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    processes: int = 1,
 ) -> pd.DataFrame:
     """Return predicted against measured step times of published runs, one line per run.
 
     Parameters
     ----------
     predict : callable
-        Returns the seconds of one step of a scenario; the closed-form estimate by default.
+        Returns the seconds of one step of a scenario; the closed-form estimate by default. With more than one process it
+        must be a function of a module.
     rows : DataFrame, optional
         Rows in the columns of `published_runs`; all of them when left out.
     complete_only : bool
         Keep only rows whose source prints every field (``complete = yes``).
     progress : callable, optional
         Called with rows done and rows in all.
+    processes : int
+        How many processes share the rows.
 
     Returns
     -------
     DataFrame
         ``measured_s``, ``predicted_s``, ``relative_error = predicted / measured - 1``, the assumptions joined by ``"; "``,
         and in ``skipped`` the reason why a row has no prediction, else an empty text. A row that cannot be read or
-        predicted is skipped, never raised.
+        predicted is skipped, never raised. What makes rows comparable: ``family`` (the model, proxies with it),
+        ``release``, ``accelerator`` and the count of them, ``precision`` of the GEMMs, ``configuration`` and ``options``,
+        ``sweep`` (all but the layout) and ``layout``; and for a baseline the
+        model ``flop`` per accelerator (causal) and its ``peak_flop_per_s`` in that precision.
     """
     rows = published_runs() if rows is None else rows
     if complete_only:
         rows = rows[rows["complete"] == "yes"]
-    lines = []
-    for done, row in enumerate(rows.to_dict("records"), start=1):
-        lines.append(_line(predict, row))
-        if progress is not None:
-            progress(done, len(rows))
+    records, lines = rows.to_dict("records"), []
+
+    def gather(found) -> None:
+        for done, line in enumerate(found, start=1):
+            lines.append(line)
+            if progress is not None:
+                progress(done, len(records))
+
+    if processes > 1 and len(records) > 1:
+        # fresh interpreters: a fork would copy the threads of whoever calls
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            gather(pool.map(partial(_line, predict), records, chunksize=16))
+    else:
+        gather(_line(predict, row) for row in records)
     return pd.DataFrame(lines, columns=_COLUMNS)
 
 
 def _line(predict: Callable[[Scenario], float], row: dict[str, Any]) -> dict[str, Any]:
     cells = Row(row)
-    line: dict[str, Any] = {c: cells.text(c) for c in ("id", "source", "model", "arch", "complete")}
-    line |= dict.fromkeys(("measured_s", "predicted_s", "relative_error"), float("nan"))
-    line |= {"accelerator": cells.text("gpu"), "assumptions": "", "skipped": ""}
+    line: dict[str, Any] = {c: cells.text(c) for c in _PRINTED}
+    line |= dict.fromkeys(_NUMBERS, float("nan"))
+    line |= {"accelerator": cells.text("gpu"), "precision": cells.text("precision"), "assumptions": "", "skipped": ""}
+    line |= {"family": family_of(line["model"]), "release": release_of(row)}
+    line |= {"configuration": configuration_of(row), "options": cells.text("overlap_notes")}
+    line |= {"layout": layout_of(row), "sweep": sweep_of(row)}
     try:
-        line["measured_s"] = measured_step_s(row)
         scenario, assumptions = scenario_from_row(row)
-        line |= {"accelerator": scenario.cluster.accelerator.name, "assumptions": "; ".join(assumptions)}
+        line["measured_s"] = measured_step_s(row, scenario)
+        if flop_convention(row):
+            assumptions = (*assumptions, f"step time from the printed rate by {flop_convention(row)} model FLOP")
+        accelerator, dtype = scenario.cluster.accelerator, scenario.plan.precision.gemm
+        line |= {"accelerator": accelerator.name, "precision": dtype, "assumptions": "; ".join(assumptions)}
+        line |= {
+            "accelerators": scenario.cluster.accelerators,
+            "flop": _model_flop(scenario, "causal"),
+            "peak_flop_per_s": peak_flop_per_s(accelerator, dtype),
+        }
         predicted = float(predict(scenario))
         if not 0 < predicted < float("inf"):
             raise ProfileError(f"predicted {predicted} s")

@@ -30,6 +30,7 @@ _MACHINES = {
     "H800-SXM-80GB": ("h800-sxm5-80", "dgx-h800", "ib-ndr-rail-deepseek"),
     "B200": ("b200-sxm-180", "dgx-b200", "ib-ndr-rail"),
     "B300": ("b300-sxm-288", "dgx-b300", "ib-xdr-rail"),
+    "GB200/GB300 class": ("gb200-186", "gb200-nvl72", "ib-ndr-nvl72"),
     "GB200": ("gb200-186", "gb200-nvl72", "ib-ndr-nvl72"),
     "GB300": ("gb300-288", "gb300-nvl72", "ib-xdr-rail"),
     "MI300X": ("mi300x", "mi300x-platform", "roce-400g"),
@@ -134,7 +135,10 @@ def _host(row: Row, profile: Host, count: int) -> Host:
     printed = re.search(r"\d+ domains x (\d+) GPUs", row.text("intra_node"))
     if printed:
         changes["scale_up_domain"] = int(printed.group(1))
-    elif profile.scale_up_domain == 72 and count > 72 and count % 64 == 0:
+    elif profile.scale_up_domain == 72 and count <= 72 and count % per_host == 0:
+        # one domain holds the whole job, so that nothing straddles
+        profile = adapted(profile, {"scale_up_domain": count}, "assumed", "the job fits into one NVLink domain", "one domain")
+    elif profile.scale_up_domain == 72 and count % 64 == 0:
         # Expert groups of 64 would straddle domains of 72; NVIDIA's launch scripts use 64 ranks of each
         row.assume("NVLink domain: 64 of its 72 GPUs used")
         profile = adapted(profile, {"scale_up_domain": 64}, "assumed", "64 of 72, so that no expert group straddles domains", "64 of 72")

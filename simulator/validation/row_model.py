@@ -34,6 +34,8 @@ _STYLES: dict[str, tuple[dict[str, bool], str]] = {
     ),
     "Nemotron-4": ({"gated": False, "layer_norm": True}, "layer details not printed: Nemotron-4 (plain MLP, LayerNorm)"),
 }
+#: GPT-2's 50,257 tokens, padded by Megatron for eight tensor-parallel ranks
+_GPT_VOCAB = 51200
 _LATENT = re.compile(r"MLA: q_lora (\d+), kv_lora (\d+), qk_nope (\d+), qk_rope (\d+), v_head (\d+)")
 
 
@@ -109,10 +111,11 @@ def _moe_layers(row: Row, layers: int, dense: int) -> tuple[bool, ...]:
 
 
 def _from_columns(row: Row) -> dict[str, Any]:
-    data: dict[str, Any] = {k: row.need(k) for k in ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab")}
+    data: dict[str, Any] = {k: row.need(k) for k in ("layers", "hidden", "heads", "kv_heads", "head_dim")}
+    data["vocab"] = row.default("vocab", _GPT_VOCAB, row.whole("vocab")) if row.text("model").startswith("GPT") else row.need("vocab")
     moe = row.text("arch") == "moe"
     dense = row.need("dense_layers") if moe else data["layers"]
-    data["ffn"] = row.need("ffn_hidden") if dense else (row.whole("ffn_hidden") or 0)
+    data["ffn"] = _ffn(row, data["hidden"]) if dense else (row.whole("ffn_hidden") or 0)
     latent = _LATENT.search(row.text("notes"))
     if latent:
         q, kv, nope, rope, value = (int(n) for n in latent.groups())
@@ -124,6 +127,12 @@ def _from_columns(row: Row) -> dict[str, Any]:
     if data.get("tied_embeddings") and row.text("model").startswith("GPT"):
         data["positions"] = row.need("seq_len")  # GPT learns one embedding per position
     return data
+
+
+def _ffn(row: Row, hidden: int) -> int:
+    if row.text("model").startswith("GPT"):
+        return row.default("MLP width", 4 * hidden, row.whole("ffn_hidden"))
+    return row.need("ffn_hidden")
 
 
 def _experts(row: Row, layers: int, dense: int) -> dict[str, Any]:

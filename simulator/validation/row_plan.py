@@ -10,14 +10,11 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Module, Overlap, Plan, Precision
 from simulator.validation.row import Row
+from simulator.validation.row_kernels import kernels_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
     r"cuda_graph=(?!none)|cuda_graph_(?:impl|scope)=(?!none)|cuda[- ]?graphs|CUDA graph|_CUDA_GRAPH=1": "CUDA graphs",
-    r"moe_a2a_overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap|overlap_moe_expert_parallel_comm=True|DualPipe overlaps": (
-        "expert all-to-all beside compute"
-    ),
-    r"delay_wgrad_compute=True|delayed wgrad": "delayed weight gradients",
     r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|async TP": "tensor-parallel communication beside compute",
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
@@ -31,10 +28,14 @@ _NOT_MODELLED = {
     r"FSDP2 \(?eager": "eager kernels (no compiler fusion)",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
+#: words for expert all-to-all beside the compute of another micro-batch
+_PAIRED = (
+    r"moe_a2a_overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap|overlap_moe_expert_parallel_comm=True|A2A_OVERLAP=1|DualPipe overlaps"
+)
 #: sources from before sequence parallelism, or whose default is without it
 _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
-#: sources whose public recipe reduces gradients in bf16 (Megatron-Bridge scripts/performance: grad_reduce_in_fp32=False)
-_BF16_GRADIENTS = "Megatron-Bridge|gpu-tpu-pedia"
+#: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
+_BF16_GRADIENTS = "Megatron-Bridge|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf"
 
 
 def plan_of(row: Row, model: Model) -> Plan:
@@ -58,18 +59,27 @@ def plan_of(row: Row, model: Model) -> Plan:
         if not inert and row.has(pattern, "overlap_notes", "notes", "pp_schedule", "precision"):
             row.assume(f"not modelled: {mechanism}")
     recompute, modules = _recompute(row, model)
+    table = None
+    schedule = _schedule(row, degrees)
+    if schedule == "dualpipe":
+        degrees["vpp"] = 2  # a stage of each direction; both hold the same layers
+        row.assume("micro-batches run through the pipe in both directions (DualPipe)")
+    elif model.experts is not None and row.has(_PAIRED, "overlap_notes", "notes"):
+        schedule, table = _paired(row, degrees, schedule)
     return Plan(
         **degrees,
         zero=row.default("ZeRO stage", 1, row.whole("zero_stage")),
         micro_batch=row.default("micro-batch", 1, row.whole("mbs")),
-        schedule=_schedule(row, degrees),
-        layout=_layout(row, model, degrees["pp"] * degrees["vpp"]),
+        schedule=schedule,
+        table=table,
+        layout=_layout(row, model, degrees["pp"] * (1 if schedule == "dualpipe" else degrees["vpp"])),
         recompute=recompute,
         recompute_modules=modules,
         sequence_parallel=_sequence_parallel(row, degrees["tp"]),
         dispatcher=_dispatcher(row, model),
         precision=_precision(row),
         overlap=_overlap(row, degrees),
+        kernels=kernels_of(row),
     )
 
 
@@ -100,26 +110,56 @@ def _degrees(row: Row, model: Model) -> dict[str, int]:
         replicas = max(1, dp // int(group.group(1)))
     degrees |= {"dp_replicate": replicas, "dp_shard": dp // replicas, "vpp": 1}
     if degrees["pp"] > 1:
-        degrees["vpp"] = row.default("virtual stages", 1, row.whole("vpp"))
+        degrees["vpp"] = row.default("virtual stages", 1, row.whole("vpp") or _said_chunks(row, model, degrees["pp"]))
     if model.experts is not None:
         degrees["ep"] = row.need("ep")
         degrees["etp"] = row.default("expert tensor parallelism", 1, row.whole("etp"))
+        if dp * degrees["cp"] * degrees["tp"] % (degrees["ep"] * degrees["etp"]):
+            raise ProfileError("ep x etp does not divide dp x cp x tp")
     return degrees
+
+
+def _said_chunks(row: Row, model: Model, pp: int) -> int | None:
+    """Return the model chunks of a pipeline rank that only the notes of a row tell, None when they do not."""
+    if row.has("every layer is its own chunk", "notes"):
+        return (model.layers + 2) // pp  # embedding and head count as a layer each
+    said = re.search(r"vpp not in the table \((\d+) for 175B", row.text("notes"))
+    if said and row.text("model") == "GPT 175B":
+        row.assume(f"virtual stages recalled, not printed: {said.group(1)}")
+        return int(said.group(1))
+    return None
 
 
 def _schedule(row: Row, degrees: dict[str, int]) -> str:
     printed = row.text("pp_schedule")
     if degrees["pp"] == 1:
         return "1f1b"
-    if printed in ("ZB-1p", "ZB-2p"):
+    if printed in ("ZB-1p", "ZB-2p", "DualPipe"):
         return printed.lower()
-    if re.search(r"\bZB|zero-bubble|DualPipe|V-half|V-min", printed):
+    if re.search(r"\bZB|zero-bubble|V-half|V-min", printed):
         raise ProfileError(f"pipeline schedule not modelled: {printed.split(' (')[0]}")
     if degrees["vpp"] > 1:
         return "interleaved"
     if re.search("interleaved|1F1B-I", printed):
         row.assume("interleaved schedule priced as 1F1B: virtual stages not printed")
     return "1f1b"
+
+
+def _paired(row: Row, degrees: dict[str, int], schedule: str) -> tuple[str, str | None]:
+    """Return the schedule whose forwards and backwards run in pairs, so that each hides the other's all-to-all.
+
+    Without a pipeline it is a table: a forward ahead, then every further one beside the backward of the one before it, as
+    Megatron-Core's combined forward and backward does. One micro-batch has nothing to pair with.
+    """
+    if schedule == "interleaved":
+        return "interleaved-overlapped", None
+    if schedule != "1f1b" or degrees["pp"] > 1:
+        row.assume("not modelled: expert all-to-all beside compute without virtual stages")
+        return schedule, None
+    dp = degrees["dp_shard"] * degrees["dp_replicate"]
+    micro_batches = row.need("gbs") // (dp * (row.whole("mbs") or 1))
+    pairs = " ".join(f"0F{i + 1}+0B{i}" for i in range(micro_batches - 1))
+    return "table", f"0F0 {pairs} 0B{micro_batches - 1}\n"
 
 
 def _layout(row: Row, model: Model, chunks: int) -> str | None:
@@ -229,6 +269,9 @@ def _precision(row: Row) -> Precision:
         fields |= dict.fromkeys(("parameters", "gradients", "gemm", "dispatch", "combine", "gradient_reduce"), "fp16")
     if row.has("FP8_PARAMS=True", "overlap_notes"):
         fields["parameters"] = "fp8"
+    if row.has("1x128 act", "precision"):
+        row.assume("dispatch in fp8, Adam moments in bf16: DeepSeek-V3 technical report, section 3.3")
+        fields |= {"dispatch": "fp8", "moments": "bf16"}
     if row.has("bf16 moments|moments bf16", "notes"):
         fields["moments"] = "bf16"
     if "pure" in printed:  # MosaicML: PURE reduces in the compute type, DEFAULT in fp32
@@ -243,14 +286,15 @@ def _precision(row: Row) -> Precision:
 
 def _overlap(row: Row, degrees: dict[str, int]) -> Overlap:
     notes = row.text("overlap_notes")
+    tp = not row.has("torchtitan", "source")  # PyTorch's own tensor parallelism gathers nothing again beside a gradient
     if degrees["dp_shard"] * degrees["dp_replicate"] == 1:
-        return Overlap()
+        return Overlap(tp=tp)
     if re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):
-        return Overlap(grad_reduce=False, param_gather=False)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
     if "(DeepSpeed)" in row.text("pp_schedule"):
         # its pipeline engine reduces gradients in an instruction after the last backward
         row.assume("gradient reduction not printed: after the backward (DeepSpeed pipeline)")
-        return Overlap(grad_reduce=False, param_gather=False)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
     if not re.search(r"overlap_grad_reduce=True|grad/param sync overlap|FSDP", notes, re.IGNORECASE):
         row.assume("gradient overlap not printed: on")
-    return Overlap()
+    return Overlap(tp=tp)

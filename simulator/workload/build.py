@@ -246,7 +246,9 @@ class _Builder:
     def gather_ahead(self, row: _Row) -> None:
         """Gather the parameters that the last optimizer step sharded, ahead of the first forward."""
         if self.plan.zero in (1, 2) and self.plan.overlap.param_gather:
-            for chunk, stage in enumerate(self.schedule.held[row.rank]):
+            held = self.schedule.held[row.rank]
+            for chunk in sorted(range(len(held)), key=held.__getitem__):  # both copies of a stage gather it in the same turn
+                stage = held[chunk]
                 for i, name in enumerate(self.stages[stage]):
                     row.gathered[chunk, i] = self.aside(row, self.pieces[name].gather, (), None)
 

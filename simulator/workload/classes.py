@@ -18,7 +18,7 @@ import numpy as np
 from simulator.scenario.mesh import members
 from simulator.scenario.plan import Plan
 
-AXES = ("tp", "cp", "ep", "etp", "dp", "edp", "dp_replicate", "world")
+AXES = ("tp", "cp", "ep", "etp", "dp", "edp", "dp_replicate", "copies", "world")
 
 
 @dataclass(frozen=True, slots=True)

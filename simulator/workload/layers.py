@@ -22,6 +22,21 @@ from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, Precision
 from simulator.units import Number
 from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op
 
+#: bytes of the softmax that unfused attention saves per score: in 16 bits, or in fp32 and cast
+SCORE_SAVED: dict[str, float] = {"unfused": BF16, "eager": FP32 + BF16}
+#: bytes of one element of a dropout mask
+MASK = 1.0
+#: bytes per logit that wait for the backward, and at the fullest moment of the loss, for each kind of cross-entropy. In
+#: place: the bf16 logits. Fused: their fp32 copy, which becomes the softmax; in steps, the copy less its maximum is another.
+#: Eager: the fp32 log-softmax, and two gradients
+#: beside it; when the logits are gathered, they stay as the output of the last stage, and their bf16 gradient is sliced
+LOGIT_BYTES = {
+    "in_place": (BF16, BF16),
+    "fused": (FP32, BF16 + FP32),
+    "vocab_parallel": (FP32, BF16 + 2 * FP32),
+    "eager": (FP32, 3 * FP32),
+    "gathered": (BF16 + FP32, 3 * FP32 + 2 * BF16),
+}
 #: backward over forward FLOP of fused attention: it computes the scores again and then four products instead of two
 ATTENTION_BACKWARD_FLOP = 2.5
 
@@ -38,13 +53,15 @@ class Shape:
     ep: Number
     etp: Number
     sequence_parallel: bool
+    ulysses: bool
 
     @classmethod
     def of(cls, plan: Plan, job: Job) -> Shape:
         """Return the sizes that `plan` gives to one micro-batch of `job`."""
         tokens = plan.micro_batch * job.sequence_length / plan.cp
         split = tokens / plan.tp if plan.sequence_parallel else tokens
-        return cls(tokens, split, job.sequence_length, plan.tp, plan.cp, plan.ep, plan.etp, plan.sequence_parallel)
+        ulysses = plan.context_parallel == "all_to_all"
+        return cls(tokens, split, job.sequence_length, plan.tp, plan.cp, plan.ep, plan.etp, plan.sequence_parallel, ulysses)
 
 
 def attended(sequence: Number, window: int | None, causal: bool = True) -> Number:
@@ -66,21 +83,32 @@ def attended(sequence: Number, window: int | None, causal: bool = True) -> Numbe
 def _builder(plan: Plan) -> BlockBuilder:
     gemm = plan.precision.gemm
     return BlockBuilder(
-        gemm, ELEMENT_BYTES[gemm], plan.recompute, plan.recomputed, plan.overlap.tp, ELEMENT_BYTES[plan.precision.gradients]
+        gemm,
+        ELEMENT_BYTES[gemm],
+        plan.recompute,
+        plan.recomputed,
+        plan.overlap.tp,
+        ELEMENT_BYTES[plan.precision.gradients],
+        plan.kernels,
     )
 
 
 def _norm(
     b: BlockBuilder, name: str, tokens: Number, width: int, model: Model, saved: Number, modules: tuple[str, ...] = ("layernorm",)
 ) -> None:
-    """Read and write the row forward; read it, its gradient, write the input's gradient backward."""
+    """Read and write the row forward; read it, its gradient, write the input's gradient backward.
+
+    An eager RMSNorm keeps an fp32 copy of the row and the normalised row beside the row and the result.
+    """
+    if b.kernels.norm == "eager" and not model.layer_norm:
+        saved = saved + tokens * width * (FP32 + BF16)
     b.memory(name, 2 * tokens * width * BF16, 3 * tokens * width * BF16, saved, modules)
     b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
 
 
-def _residual(b: BlockBuilder, x: Shape, hidden: int) -> None:
-    size = x.split_tokens * hidden * BF16
-    b.memory("residual", 3 * size, 3 * size)
+def _residual(b: BlockBuilder, x: Shape, model: Model) -> None:
+    size = x.split_tokens * model.hidden * BF16
+    b.memory("residual", 3 * size, 3 * size, x.split_tokens * model.hidden * MASK if b.kernels.dropout else 0.0)
 
 
 def _enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = ()) -> tuple[Op | None, Op | None]:
@@ -107,13 +135,17 @@ def _leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[s
         b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
 
 
-def _core_attention(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int, kv_width: Number, window: int | None) -> None:
+def _core_attention(
+    b: BlockBuilder, x: Shape, model: Model, heads: Number, qk_dim: int, v_dim: int, kv_width: Number, window: int | None
+) -> None:
     """Scores and weighted values, fused; with context parallelism the keys and values pass around a ring beside it.
 
     Notes
     -----
     FLOP = 2 T keys heads (qk_dim + v_dim), ring attention balanced over the ranks (zig-zag). One log-sum-exp per
-    head is saved; the output is saved as the input of the projection.
+    head is saved; the output is saved as the input of the projection. Unfused, the softmax of every score is saved
+    (`SCORE_SAVED`), with dropout also its mask and its result (Korthikanti et al., 2022, section 4.1); backward, the
+    gradients of both pass. Fused, the query's gradient is summed up in fp32.
     """
     flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
     traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
@@ -132,7 +164,17 @@ def _core_attention(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim
     ring = x.tokens * x.cp * kv_width * BF16
     forward = (there, Op("attn.ring", "all_gather", bytes=ring, axis="cp"))
     backward = (back, Op("attn.ring", "all_gather", bytes=2 * ring, axis="cp", grad="input"))
-    b.add([forward], [backward], x.tokens * heads * FP32, ("core_attn",))
+    scores = x.tokens * x.sequence * heads
+    if b.kernels.attention in SCORE_SAVED:
+        saved = scores * (SCORE_SAVED[b.kernels.attention] + (MASK + BF16 if b.kernels.dropout else 0.0))
+        works = scores * 2 * BF16
+    else:
+        saved = x.tokens * heads * FP32
+        works = x.tokens * (heads * (qk_dim * (BF16 + FP32) + 2 * v_dim * BF16) + kv_width * BF16)
+    if x.ulysses:
+        saved = saved + np.where(np.asarray(x.cp) > 1, x.tokens * heads * v_dim * BF16, 0.0)
+    b.add([forward], [backward], saved, ("core_attn",))
+    b.works(works)
 
 
 def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
@@ -144,7 +186,7 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
     b.linear("attn.qkv", x.tokens, h, width, beside=beside)
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
     b.memory("attn.rotary", 2 * rotated, 2 * rotated, x.tokens * width * BF16)
-    _core_attention(b, x, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
+    _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
     b.linear("attn.out", x.tokens, local_heads * dim, h, saved=_twice(b, x.tokens * local_heads * dim))
     _leave_tp(b, "attn", x, h)
     b.dense_parameters = b.dense_parameters + h * width + local_heads * dim * h
@@ -177,7 +219,7 @@ def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) 
     b.linear("attn.kv_up", x.tokens, mla.kv_rank, keys_values, saved=x.tokens * heads * (qk + mla.v_dim) * BF16, modules=up)
     rotated = x.tokens * heads * 2 * qk * BF16
     b.memory("attn.rotary", 2 * rotated, 2 * rotated, modules=up)
-    _core_attention(b, x, heads, qk, mla.v_dim, heads * (qk + mla.v_dim), kind.window)
+    _core_attention(b, x, model, heads, qk, mla.v_dim, heads * (qk + mla.v_dim), kind.window)
     b.linear("attn.out", x.tokens, heads * mla.v_dim, h, saved=_twice(b, x.tokens * heads * mla.v_dim))
     _leave_tp(b, "attn", x, h)
     q_down = h * mla.q_rank if mla.q_rank else 0
@@ -191,6 +233,8 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     saved, cast = _kept(x.tokens * mats * local, kept)
     b.linear(f"{name}.up", x.tokens, h, mats * local, saved=saved, modules=modules, beside=beside)
     size = x.tokens * local * BF16
+    if model.gated and b.kernels.pointwise == "eager":
+        b.add([], [], size, (*modules, f"{name}_act"))  # the gate after its activation function
     b.memory(
         f"{name}.activation",
         (mats + 1) * size + cast,
@@ -198,6 +242,7 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
         x.tokens * local * b.element,
         (*modules, f"{name}_act"),
     )
+    b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
     b.linear(f"{name}.down", x.tokens, local, h, modules=modules)
     _leave_tp(b, name, x, h, modules)
     bias = (mats * local + h) if model.mlp_bias else 0
@@ -256,6 +301,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     b.memory(
         "moe.activation", (mats + 1) * size + kept, (2 * mats + 1) * size - kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True
     )
+    b.works(rows * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(False, cast))
     b.collective(scatter, gather, moe)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
@@ -273,27 +319,31 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
 def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job) -> Block:
     """Return the block of one transformer layer of `kind`."""
     x, b, h = Shape.of(plan, job), _builder(plan), model.hidden
-    (_latent_attention if model.latent else _attention)(b, model, kind, x)
-    _residual(b, x, h)
     layer_input = x.split_tokens * h * BF16
-    b.add([], [], 2 * layer_input)  # inputs of the two norms
+    b.add([], [], layer_input)
+    (_latent_attention if model.latent else _attention)(b, model, kind, x)
+    _residual(b, x, model)
+    b.add([], [], layer_input)  # of the second norm
     _norm(b, "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
     if kind.moe:
         _experts(b, model, x, plan.precision)
     else:
         _mlp(b, model, x, "mlp", model.ffn, ("mlp",), plan.precision.activations)
-    _residual(b, x, h)
+    _residual(b, x, model)
     return b.build(layer_input)
 
 
 def embedding(model: Model, plan: Plan, job: Job) -> Block:
     """Return the block of the input embedding, vocabulary split over tp."""
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16)
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, kernels=plan.kernels)
     size = x.tokens * model.hidden * BF16
     b.memory("embedding", 2 * size, 2 * size)
     _leave_tp(b, "embedding", x, model.hidden)
     b.dense_parameters = model.vocab * model.hidden / x.tp + model.positions * model.hidden
-    return b.build(0.0)
+    b.works(b.dense_parameters * BF16)  # its gradient is written out before it is added
+    dropped = x.split_tokens * model.hidden * MASK if b.kernels.dropout else 0.0
+    b.add([], [], dropped)
+    return b.build(dropped)
 
 
 def head(model: Model, plan: Plan, job: Job) -> Block:
@@ -301,14 +351,23 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
 
     Notes
     -----
-    The logits live once in bf16 and once in fp32; the loss reads them for the maximum, the sum and the gradient.
+    The loss reads the logits for the maximum, the sum and the gradient. How many bytes of each are kept, and live at its
+    fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16 gradient, the rows it gathers again,
+    their gradient and, unless it is added in place, the gradient of its matrix.
     """
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp)
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp, kernels=plan.kernels)
     vocab = model.vocab / x.tp
     _norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = _enter_tp(b, "head", x, model.hidden)
     logits = x.tokens * vocab
-    b.linear("head.logits", x.tokens, model.hidden, vocab, saved=logits * (BF16 + FP32), beside=beside)
+    kept, most = (
+        size * logits * (x.tp if plan.framework.cross_entropy == "gathered" else 1.0) for size in LOGIT_BYTES[plan.framework.cross_entropy]
+    )
+    b.linear("head.logits", x.tokens, model.hidden, vocab, saved=kept, beside=beside)
+    written = 0.0 if plan.framework.weight_gradients == "fused" else model.hidden * vocab * BF16
+    b.works(most - kept)
+    b.works(logits * BF16 - kept + 2 * x.tokens * model.hidden * BF16 + written)
+    b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
     b.memory("head.loss", logits * (BF16 + 3 * FP32), logits * (FP32 + BF16))
     if not model.tied_embeddings:
         b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
@@ -335,4 +394,6 @@ def mtp_layer(model: Model, plan: Plan, job: Job) -> Block:
         own.saved_bytes + layer.saved_bytes + loss.saved_bytes,
         own.recompute_bytes + layer.recompute_bytes + loss.recompute_bytes,
         own.weight_bytes + layer.weight_bytes + loss.weight_bytes,
+        np.maximum(loss.working_bytes, layer.working_bytes - loss.saved_bytes),
+        layer.matrices + own.matrices,
     )

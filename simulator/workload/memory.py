@@ -22,7 +22,12 @@ from simulator.workload.stages import StageBlocks
 
 #: moments kept per parameter by each optimizer; Muon keeps one momentum
 MOMENTS = {"adam": 2, "muon": 1, "sgd": 0}
-PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "reserved")
+#: what the framework's tensors take, then what the allocator loses between them, then what lies outside of it
+PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "fragmentation", "communication", "context")
+#: how a framework counts its memory -> the parts that it counts
+METRICS = {"allocated": PARTS[:5], "reserved": PARTS[:6], "device": PARTS}
+#: bytes of the 16-bit gradients that autograd itself hands over
+AUTOGRAD = 2.0
 
 
 def state_bytes(dense: Number, expert: Number, plan: Plan, job: Job) -> dict[str, Number]:
@@ -37,15 +42,16 @@ def state_bytes(dense: Number, expert: Number, plan: Plan, job: Job) -> dict[str
     Notes
     -----
     ZeRO-1 shards the optimizer state, over the copies of the model in a DualPipe pipeline, too; ZeRO-2 also shards the
-    gradients, ZeRO-3 also the parameters.
+    gradients, ZeRO-3 also the parameters. Gradients that are kept in 16 bits beside the main ones are never sharded.
     """
     p, sharded = plan.precision, dense / plan.shard + expert / plan.expert_shard
     whole = dense + expert
     master = ELEMENT_BYTES[p.master] if p.master else 0.0
     per_parameter = master + MOMENTS[job.optimizer] * ELEMENT_BYTES[p.moments]
+    beside = AUTOGRAD * whole if plan.framework.weight_gradients == "kept" else 0.0
     return {
         "weights": ELEMENT_BYTES[p.parameters] * (sharded if plan.zero >= 3 else whole),
-        "gradients": ELEMENT_BYTES[p.gradients] * (sharded if plan.zero >= 2 else whole),
+        "gradients": ELEMENT_BYTES[p.gradients] * (sharded if plan.zero >= 2 else whole) + beside,
         "optimizer": per_parameter * (sharded / plan.copies if plan.zero >= 1 else whole),
     }
 
@@ -58,12 +64,62 @@ def _per_stage(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], fie
 
 def _gathered(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan) -> Number:
     """Whole weights (ZeRO-3) and whole gradients (ZeRO-2, ZeRO-3) of the two largest blocks in turn on each stage."""
-    element = ELEMENT_BYTES[plan.precision.parameters] * (plan.zero >= 3) + ELEMENT_BYTES[plan.precision.gradients] * (plan.zero >= 2)
+    weights = min(ELEMENT_BYTES[plan.precision.parameters], AUTOGRAD)  # cast before they are gathered
+    element = weights * (plan.zero >= 3) + ELEMENT_BYTES[plan.precision.gradients] * (plan.zero >= 2)
     values = []
     for stage in stages:
         sizes = [blocks[name].dense_parameters + blocks[name].expert_parameters for name in dict.fromkeys(stage)]
         values.append(2 * element * np.maximum.reduce(np.broadcast_arrays(*sizes)) if sizes else 0.0)
     return np.stack(np.broadcast_arrays(*values), axis=-1)
+
+
+def _placeholders(held: tuple[StageBlocks, ...], blocks: Mapping[str, Block]) -> Number:
+    """Return bytes of one 16-bit tensor for each shape of weight matrix on a rank.
+
+    Notes
+    -----
+    Transformer Engine adds a weight's gradient to Megatron's main gradients itself, and hands autograd a tensor of the
+    weight's shape instead, kept for the next weight of that shape (``get_dummy_wgrad``). Matrices of equal name are taken
+    to be of equal shape.
+    """
+    shapes: dict[str, Number] = {}
+    for name in dict.fromkeys(name for stage in held for name in stage):
+        shapes |= dict(blocks[name].matrices)
+    return AUTOGRAD * sum(shapes.values(), 0.0)
+
+
+def _working(stage: StageBlocks, blocks: Mapping[str, Block]) -> Number:
+    """Return what the backward of a stage needs beside the saved activations, at its fullest moment.
+
+    Notes
+    -----
+    A block brings back what recompute dropped and makes its own temporaries, when the blocks behind it have given back
+    what they saved. Of equal blocks the last one decides.
+    """
+    most, given_back, seen = np.float64(0.0), 0.0, set()
+    for name in reversed(stage):
+        block = blocks[name]
+        if name not in seen:
+            most = np.maximum(most, block.recompute_bytes + block.working_bytes - given_back)
+            seen.add(name)
+        given_back = given_back + block.saved_bytes
+    return most
+
+
+def _buffers(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan, places: np.ndarray) -> Number:
+    """Return what a rank holds beside states and saved activations: temporaries, gathered state, placeholders, scratch."""
+    working = np.stack(np.broadcast_arrays(*(_working(stage, blocks) for stage in stages)), axis=-1)
+    found = working[..., places].max(axis=-2) + _gathered(stages, blocks, plan)[..., places].max(axis=-2)
+    if plan.framework.weight_gradients == "placeholders" and plan.zero < 2:
+        held = [_placeholders(tuple(stages[i] for i in places[:, rank]), blocks) for rank in range(places.shape[1])]
+        found = found + np.stack(np.broadcast_arrays(*held), axis=-1)
+    return found + plan.reserve.workspace + plan.framework.bucket_elements * ELEMENT_BYTES[plan.precision.gradients]
+
+
+def communicators(plan: Plan) -> Number:
+    """Return how many groups of ranks communicate: one for each axis of more than one rank, and the world."""
+    axes = (plan.tp, plan.cp, plan.pp, plan.dp, plan.ep, plan.etp)
+    return 1.0 + sum(np.asarray(degree) > 1 for degree in axes)
 
 
 def memory_per_stage(
@@ -88,8 +144,9 @@ def memory_per_stage(
     Notes
     -----
     Activations: for each moment of the schedule, micro-batches held per chunk times the bytes that the chunk saves; the
-    largest moment counts. What recompute brings back lives for one block at a time. ``total`` includes the reserve:
-    (everything + communication) / (1 - fragmentation) + context.
+    largest moment counts. Buffers: what the backward of one block needs beside them, whole weights and gradients that
+    ZeRO gathers, placeholders, workspace. The allocator loses `fragmentation` of what
+    it reserves; communicators and context lie outside of it. ``total`` is what the device shows as used.
     """
     order = schedule(plan.schedule, single(plan.pp), single(plan.vpp), micro_batches_kept(plan, micro_batches), plan.table)
     counts = order.in_flight
@@ -107,19 +164,24 @@ def memory_per_stage(
     columns = _WithStageAxis(plan)
     parts = state_bytes(dense, expert, columns, job)
     kept = [on_ranks(_per_stage(stages, blocks, f)) for f in ("saved_bytes", "weight_bytes")]
+    if plan.framework.keeps_outputs:
+        sent = plan.micro_batch * job.sequence_length / plan.cp / (plan.tp if plan.sequence_parallel else 1) * model.hidden * AUTOGRAD
+        kept[0] = kept[0] + np.asarray(sent)[..., None, None] * (places < len(stages) - 1)
+    kept[0] = kept[0] * (1 - min(plan.framework.offloaded_layers / model.layers, 1))
     kept[1] = np.minimum(*np.broadcast_arrays(*kept))  # what recompute dropped is not there for the weight gradient either
     saved = np.stack(np.broadcast_arrays(*kept), axis=-3)  # (..., 2, vpp, pp)
     peaks = np.einsum("rtkc,...kcr->...rt", counts, saved)
-    again = [sum((blocks[name].recompute_bytes * 0.0 for name in stage), 0.0) for stage in stages]
-    for i, stage in enumerate(stages):
-        for name in dict.fromkeys(stage):
-            again[i] = np.maximum(again[i], blocks[name].recompute_bytes)
-    extra = on_ranks(np.stack(np.broadcast_arrays(*again), axis=-1)).max(axis=-2)
-    parts["activations"] = peaks.max(axis=-1) + extra
-    parts["buffers"] = on_ranks(_gathered(stages, blocks, plan)).max(axis=-2) + plan.reserve.communication
-    used = sum(parts.values())
-    parts["reserved"] = used * (plan.reserve.fragmentation / (1 - plan.reserve.fragmentation)) + plan.reserve.context
-    parts = {name: np.broadcast_to(value, np.shape(used)) for name, value in parts.items()}
+    parts["activations"] = peaks.max(axis=-1)
+    parts["buffers"] = _buffers(stages, blocks, plan, places)
+    reserve = plan.reserve
+    parts["fragmentation"] = sum(parts.values()) * (reserve.fragmentation / (1 - reserve.fragmentation))
+    if plan.framework.weight_gradients == "copied":
+        copied = ELEMENT_BYTES["fp32"] * (dense / columns.shard + expert / columns.expert_shard)
+        parts["fragmentation"] = parts["fragmentation"] + copied
+    parts["communication"] = np.asarray(communicators(plan) * reserve.communicator)[..., None]
+    parts["context"] = np.float64(reserve.context)
+    shape = np.shape(sum(parts.values()))
+    parts = {name: np.broadcast_to(parts[name], shape) for name in PARTS}
     return parts | {"total": sum(parts.values())}
 
 
@@ -132,5 +194,5 @@ class _WithStageAxis:
     """A plan whose shard counts have a trailing axis for the stages."""
 
     def __init__(self, plan: Plan):
-        self.precision, self.zero, self.copies = plan.precision, plan.zero, plan.copies
+        self.precision, self.zero, self.copies, self.framework = plan.precision, plan.zero, plan.copies, plan.framework
         self.shard, self.expert_shard = np.asarray(plan.shard)[..., None], np.asarray(plan.expert_shard)[..., None]

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from simulator.scenario.kernels import Kernels
 from simulator.units import Number
 
 #: bytes of an element
@@ -115,6 +118,11 @@ class Block:
     weight_bytes : Number
         What the weight gradient still needs once the input gradient is done: inputs and output gradients of the linear
         layers.
+    working_bytes : Number
+        Gradients of activations and other temporaries of the block's own backward, at its fullest moment, less what it
+        has given back of `saved_bytes` by then.
+    matrices : tuple of (str, Number)
+        Elements of one weight matrix of each linear layer, beside the layer's name.
     """
 
     forward: tuple[Segment, ...]
@@ -124,6 +132,8 @@ class Block:
     saved_bytes: Number
     recompute_bytes: Number
     weight_bytes: Number
+    working_bytes: Number = 0.0
+    matrices: tuple[tuple[str, Number], ...] = ()
 
 
 @dataclass(slots=True)
@@ -150,6 +160,8 @@ class BlockBuilder:
         Whether collectives of a linear layer's backward run beside its gradients.
     gradient : float
         Bytes of one element of the main gradients, to which every weight gradient is added in place.
+    kernels : Kernels
+        Which kernels the layer runs.
     """
 
     dtype: str
@@ -158,14 +170,28 @@ class BlockBuilder:
     recomputed: frozenset[str] = frozenset()
     overlap: bool = True
     gradient: float = FP32
+    kernels: Kernels = Kernels()
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
+    matrices: dict[str, Number] = field(default_factory=dict)
     _entries: list[_Entry] = field(default_factory=list)
+    _working: list[tuple[int, Number]] = field(default_factory=list)
 
     def add(self, forward: Iterable[Segment], backward: Iterable[Segment], saved: Number = 0.0, modules: Iterable[str] = ()) -> None:
         """Append a piece: its forward and backward segments, the activations it saves and the modules it belongs to."""
         self._entries.append(_Entry(tuple(forward), tuple(backward), saved, frozenset(modules)))
+
+    def works(self, bytes: Number) -> None:
+        """Note that temporaries take `bytes` in the backward of the last piece, when what later pieces saved is given back."""
+        self._working.append((len(self._entries), bytes))
+
+    def _fullest(self) -> Number:
+        """Return the temporaries of the fullest moment of the backward, less what has been given back by then."""
+        most: Number = 0.0
+        for after, size in self._working:
+            most = np.maximum(most, size - sum((e.saved for e in self._entries[after:]), 0.0))
+        return most
 
     def memory(
         self, name: str, forward: Number, backward: Number, saved: Number = 0.0, modules: Iterable[str] = (), routed: bool = False
@@ -200,6 +226,7 @@ class BlockBuilder:
         d, e, groups = dtype or self.dtype, BF16 if dtype else self.element, more.get("groups", 1.0)
         routed = more.get("routed", False)
         self.weight_bytes = self.weight_bytes + groups * m * (k + n) * e
+        self.matrices[name] = k * n
         there = gemm(name, m, k, n, d, e, **more)
         dgrad = gemm(name, m, n, k, d, e, grad="input", **more)
         wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
@@ -249,7 +276,8 @@ class BlockBuilder:
         everything = sum(e.saved for e in self._entries)
         kept = sum(e.saved for e in self._entries if not e.modules & self.recomputed)
         saved = layer_input if self.recompute == "full" else kept
-        return Block(forward, tuple(backward), self.dense_parameters, self.expert_parameters, saved, everything - saved, self.weight_bytes)
+        sizes = (self.dense_parameters, self.expert_parameters, saved, everything - saved, self.weight_bytes, self._fullest())
+        return Block(forward, tuple(backward), *sizes, matrices=tuple(self.matrices.items()))
 
 
 def _again(segments: Iterable[Segment]) -> list[Segment]:

@@ -185,10 +185,38 @@ def route(routing: Routing, experts: Experts, layers: int, tokens: np.ndarray, r
         if routing.capacity_factor is None:
             received[layer] = _split(picks, weight.sum(axis=1), random if sampled else None)
             continue
-        each = _split(picks, weight.ravel(), random if sampled else None)
-        capacity = np.ceil(routing.capacity_factor * picks / slots).astype(np.int64)
-        received[layer] = np.minimum(each, capacity[..., None]).reshape(*tokens.shape, ranks, -1).sum(axis=-1)
+        received[layer] = _capped(picks, weight, routing.capacity_factor / slots, random if sampled else None)
     return RoutedTokens(received, picks - received.sum(axis=-1), float(picks.mean() / ranks))
+
+
+def _capped(picks: np.ndarray, weight: np.ndarray, share: float, random: np.random.Generator | None) -> np.ndarray:
+    """Return what each rank receives, shape (M, G, P), when a slot keeps at most ``ceil(share * picks)``.
+
+    Parameters
+    ----------
+    weight : ndarray of shape (P, slots)
+        Popularity of the slots of each rank.
+
+    Notes
+    -----
+    Slots of a rank that cannot fill up are drawn as one, and so are those that must: a sum of multinomial counts is
+    multinomial. "Cannot" and "must" are Chernoff's bounds of a chance of ``exp(-34)``: np + sqrt(68 np) + 23 above, np -
+    sqrt(68 np) below (Mitzenmacher, Upfal, "Probability and Computing", 2005, chapter 4).
+    """
+    capacity, chance = np.ceil(share * picks).astype(np.int64), weight / weight.sum()
+    free = full = np.zeros(weight.shape, dtype=bool)
+    if random is not None:
+        mean = picks.min() * chance
+        free = mean + np.sqrt(68 * mean) + 23 <= share * picks.min()
+        full = mean - np.sqrt(68 * mean) >= share * picks.min() + 1
+    alone, rank = ~(free | full), np.arange(len(weight))
+    part = np.concatenate([(chance * free).sum(axis=1), (chance * full).sum(axis=1), chance[alone]])
+    no_limit = np.full(len(weight), picks.max())
+    slots = np.concatenate([no_limit, full.sum(axis=1), np.ones(alone.sum(), dtype=np.int64)])
+    kept = np.minimum(_split(picks, part, random), capacity[..., None] * slots)
+    owner = np.concatenate([rank, rank, np.nonzero(alone)[0]])
+    order = np.argsort(owner, kind="stable")
+    return np.add.reduceat(kept[..., order], np.searchsorted(owner[order], rank), axis=-1)
 
 
 def _split(picks: np.ndarray, weight: np.ndarray, random: np.random.Generator | None) -> np.ndarray:

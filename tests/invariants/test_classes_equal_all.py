@@ -10,7 +10,7 @@ from small import dense, moe, scenario, scenarios
 from simulator.feasibility import check
 from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
-from simulator.simulate import classify, simulate_step
+from simulator.simulate import classify, simulate_events, simulate_step
 from simulator.timeline import Timeline
 
 TOLERANCE = 1e-9
@@ -28,7 +28,7 @@ def by_rank(timeline: Timeline) -> dict[int, np.ndarray]:
 
 def assert_same(s: Scenario) -> int:
     """Compare the two simulations of `s` on every rank; return the number of classes."""
-    few, every = simulate_step(s), simulate_step(s, ranks="all")
+    few, every = simulate_step(s), simulate_events(s, every_rank=True)
     classes = classes_of(s)
     slack = TOLERANCE * every.step_time_s
     assert few.step_time_s == pytest.approx(every.step_time_s, rel=TOLERANCE)

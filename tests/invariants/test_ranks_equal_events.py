@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from small import dense, moe, scenario, scenarios
+from small import any_schedule, dense, moe, scenario, scenarios
 
 from simulator.engine.events import run
 from simulator.engine.order import prepare
@@ -84,6 +84,20 @@ def test_every_node_of_every_rank(s, variation, data):
 @given(scenarios(worlds=(64,), hidden=(256,), micro_batches=3, slow=True, natural=True), variations(), st.data())
 def test_every_node_of_64_ranks(s, variation, data):
     assert_same(simulate_ranks(s, variation, data.draw(routings(s))))
+
+
+@settings(max_examples=20, deadline=None)
+@given(any_schedule(experts=True), variations(), st.data())
+def test_every_node_under_every_schedule(s, variation, data):
+    """Pairs and weight gradients on their own included."""
+    assert_same(simulate_ranks(s, variation, data.draw(routings(s))))
+
+
+@settings(max_examples=20, deadline=None)
+@given(any_schedule(experts=True), st.sampled_from((1.0, 1.3)))
+def test_slow_hosts_under_every_schedule(s, slow):
+    s = s.model_copy(update={"cluster": s.cluster.model_copy(update={"slow_hosts": {0: slow} if slow > 1 else {}})})
+    assert simulate_step(s, ranks="all").step_time_s == pytest.approx(simulate_step(s).step_time_s, rel=TOLERANCE)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,67 @@
+"""What a training framework keeps in memory beside the states of ZeRO and the activations that autograd saves."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from simulator.scenario.facts import Frozen
+
+CrossEntropy = Literal["in_place", "fused", "vocab_parallel", "eager", "gathered"]
+WeightGradients = Literal["fused", "placeholders", "kept", "copied"]
+
+#: name -> habits of frameworks that their repositories show; `Framework` itself is today's Megatron
+PRESETS: dict[str, dict[str, Any]] = {
+    "megatron": {},
+    "megatron-2022": {"cross_entropy": "vocab_parallel", "weight_gradients": "fused"},
+    "deepspeed": {
+        "cross_entropy": "vocab_parallel",
+        "weight_gradients": "copied",
+        "keeps_outputs": True,
+        "bucket_elements": 1_000_000_000,
+    },
+    "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused"},
+}
+
+
+class Framework(Frozen):
+    """Habits of a training framework that decide what stays in memory.
+
+    In a scenario file a name stands for a preset: ``megatron`` (the default), ``megatron-2022`` (before Transformer
+    Engine), ``deepspeed``, ``fsdp``.
+
+    Parameters
+    ----------
+    cross_entropy : str
+        What the loss keeps of the logits. ``in_place``: their gradient overwrites them (Transformer Engine, Liger);
+        ``fused``: one copy in fp32 (Megatron ``--cross-entropy-loss-fusion``); ``vocab_parallel``: two (without that flag);
+        ``eager``: PyTorch's functions one by one; ``gathered``: eager, on logits gathered over tp.
+    weight_gradients : str
+        ``fused``: added to the main gradients by the matrix product itself, or themselves the main gradients;
+        ``placeholders``: likewise, but autograd is shown one tensor per weight shape, which stays (Transformer Engine 2
+        with Megatron, ``get_dummy_wgrad``); ``kept``: whole 16-bit gradients beside the main ones (DeepSpeed's bf16
+        optimizer); ``copied``: 16-bit main gradients, whose shard is copied to one flat fp32 tensor for the optimizer
+        (DeepSpeed's ZeRO-1 and 2), in memory that no activation can use.
+    keeps_outputs : bool
+        Whether a pipeline stage keeps the output that it sent on until its backward; Megatron frees it.
+    offloaded_layers : int
+        Transformer layers per replica whose saved activations wait in the host's memory; their traffic is not priced.
+    bucket_elements : int
+        Gradient elements that are copied into buckets for their reduction; 0 where they are reduced in place.
+    """
+
+    cross_entropy: CrossEntropy = "fused"
+    weight_gradients: WeightGradients = "placeholders"
+    keeps_outputs: bool = False
+    offloaded_layers: int = Field(default=0, ge=0)
+    bucket_elements: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in PRESETS:
+            raise ValueError(f"{value} is not known; use one of {', '.join(PRESETS)}, or its fields")
+        return PRESETS[value]

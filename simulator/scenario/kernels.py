@@ -1,0 +1,52 @@
+"""Which kernels a training stack runs: attention, norms, pointwise operations, and what is captured in CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from simulator.scenario.facts import Frozen
+
+#: ``flash`` is the fastest fused attention for the hardware; the other three are what older stacks run
+Attention = Literal["flash", "flash2", "flash1", "unfused", "eager"]
+Fusion = Literal["fused", "eager"]
+#: parts of a layer, in the words of Megatron's ``cuda_graph_scope``; ``full`` is the whole iteration
+Graph = Literal["attn", "moe_router", "moe_preprocess", "moe", "mlp", "full"]
+
+#: beginnings of the names of the operations that each scope captures
+_SCOPES: dict[str, tuple[str, ...]] = {
+    "attn": ("attn",),
+    "moe_router": ("router",),
+    "moe_preprocess": ("moe.permute", "moe.dispatch"),
+    "moe": ("router", "moe.", "shared."),
+    "mlp": ("mlp.",),
+    "full": ("",),
+}
+
+
+class Kernels(Frozen):
+    """The kernels of a training stack.
+
+    Parameters
+    ----------
+    attention : str
+        ``flash``: the fastest fused kernel (FlashAttention-3, cuDNN). ``flash2``, ``flash1``: those generations.
+        ``unfused``: scores in memory, with one kernel for scale, mask and softmax (Megatron-LM up to 2022).
+        ``eager``: scores in memory, a kernel for each of scale, mask, fp32 softmax (plain PyTorch).
+    norm, pointwise : str
+        ``eager`` runs RMSNorm, or rotary embedding, activation and loss, as the separate PyTorch operations that
+        they are written in, each of which reads and writes device memory.
+    dropout : bool
+        Whether attention weights and residual branches are dropped out.
+    graphs : tuple of str
+        Parts of a layer whose kernels are captured in CUDA graphs, so that the host does not launch them one by one.
+    """
+
+    attention: Attention = "flash"
+    norm: Fusion = "fused"
+    pointwise: Fusion = "fused"
+    dropout: bool = False
+    graphs: tuple[Graph, ...] = ()
+
+    def captured(self, name: str) -> bool:
+        """Return whether the operation `name` of a layer is in a CUDA graph."""
+        return any(name.startswith(_SCOPES[scope]) for scope in self.graphs)

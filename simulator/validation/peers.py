@@ -1,0 +1,86 @@
+"""Rows that other simulators published their own error on, and those errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What a peer reports on a set of rows.
+
+    Parameters
+    ----------
+    rows : str
+        What the rows are.
+    pattern : str
+        Of their ids.
+    error : str
+        The column scored: ``anchored_error`` where a factor exists, else ``relative_error``.
+    said : str
+        The peer's own figures, and where they are printed.
+    target : str
+        What this project wants to reach.
+    """
+
+    rows: str
+    pattern: str
+    error: str
+    said: str
+    target: str
+
+
+PEERS = (
+    Peer(
+        "Korthikanti et al. 2022, table 5, on A100",
+        r"^korth-(?!530-2240)",
+        "anchored_error",
+        "Calculon: mean 3.65 %, worst 8.87 % (Isaev et al., SC 2023)",
+        "mean 3 %",
+    ),
+    Peer(
+        "SimuMax B200, dense",
+        r"^simumax-llama",
+        "anchored_error",
+        "SimuMax: mean 5.2 %, worst 11.4 % by the predictions that it prints for these rows",
+        "mean 5 %, worst 10 %",
+    ),
+    Peer(
+        "SimuMax B200, MoE",
+        r"^simumax-(?!llama)",
+        "anchored_error",
+        "SimuMax: mean 6.6 %, worst 13.5 %; by the predictions that it prints for these rows 10.0 % and 13.5 %",
+        "mean 5 %, worst 10 %",
+    ),
+    Peer("vTrain, several hosts", r"^vtrain-m-", "anchored_error", "vTrain: mean 14.73 % (Bang et al., MICRO 2024)", "mean 8 %"),
+    Peer("vTrain, one host", r"^vtrain-s-", "anchored_error", "vTrain: mean 8.37 % (the same)", "mean 8 %"),
+    Peer("Llama 3 405B on 8,192 and 16,384 H100", r"^llama3-t4", "relative_error", "none found", "10 %"),
+    Peer("DeepSeek-V3 on 2,048 H800", r"^dsv3-isca", "relative_error", "one peer is 61 % too slow", "10 %"),
+)
+
+
+def peers(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the errors on the peers' rows beside the peers' own.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        As `simulator.validation.regimes.scored` returns it.
+
+    Returns
+    -------
+    DataFrame
+        ``rows``, ``count``, ``scored`` (rows with a factor, for anchored ones), ``mean``, ``worst`` (signed), ``said``,
+        ``target``. Rows count once each here, as peers count.
+    """
+    lines = []
+    for peer in PEERS:
+        some = rows[rows["id"].str.contains(peer.pattern)]
+        error = some[peer.error].dropna()
+        worst = error.loc[error.abs().idxmax()] if len(error) else float("nan")
+        regime = "anchored" if peer.error == "anchored_error" else "cold"
+        counted = {"rows": peer.rows, "count": len(some), "scored": len(error), "regime": regime}
+        lines.append(counted | {"mean": error.abs().mean(), "worst": worst, "said": peer.said, "target": peer.target})
+    return pd.DataFrame(lines)

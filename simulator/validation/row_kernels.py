@@ -1,0 +1,67 @@
+"""The kernels of a published row: what its notes name, else what the source's software ran at the time."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from simulator.scenario.kernels import Kernels
+from simulator.validation.row import Row
+
+#: sources of one software generation -> its kernels and why
+_STACKS: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "vTrain|SC'21|Korthikanti|MT-NLG|Zero Bubble",
+        {"attention": "unfused", "dropout": True},
+        "Megatron-LM before FlashAttention: scores in memory, fused softmax, dropout",
+    ),
+    ("BLOOM", {"attention": "unfused"}, "Megatron-DeepSpeed before FlashAttention: scores in memory, fused softmax, no dropout"),
+    ("MosaicML", {"attention": "flash1", "pointwise": "eager"}, "llm-foundry of 2023: first FlashAttention in Triton, eager PyTorch"),
+    ("InternEvo", {"attention": "flash1"}, "InternEvo of 2023: first FlashAttention, fused norms"),
+    ("Aleph-Alpha", {"norm": "eager", "pointwise": "eager"}, "eager rotary embedding, activation and loss"),
+    ("torchtitan", {"attention": "flash2"}, "PyTorch's attention is FlashAttention-2; torch.compile fuses the rest"),
+]
+#: Aleph-Alpha's ``kernel=`` -> fields
+_NAMED: dict[str, dict[str, str]] = {
+    "torch": {"attention": "eager"},
+    "fused": {"attention": "unfused"},
+    "flash_attentionv1": {"attention": "flash1"},
+    "flash_attention2": {"attention": "flash2"},
+}
+
+
+def kernels_of(row: Row) -> Kernels:
+    """Return the kernels of a published row; what the row does not print is added to its assumptions."""
+    fields: dict[str, Any] = {}
+    for source, found, said in _STACKS:
+        if row.has(source, "source"):
+            fields |= found
+            row.assume(f"kernels not printed: {said}")
+    named = re.search(r"kernel=([^;]*)", row.text("overlap_notes"))
+    if named:
+        for name, found in _NAMED.items():
+            if named.group(1).strip().startswith(name):
+                fields |= found
+        if "RMS kernel" in named.group(1):
+            fields["norm"] = "fused"
+    if row.has(r"\beager\b", "overlap_notes"):
+        fields |= {"norm": "eager", "pointwise": "eager"}
+    return Kernels(**fields, graphs=_graphs(row))
+
+
+def _graphs(row: Row) -> tuple[str, ...]:
+    """Return the parts of a layer that run from CUDA graphs, in Megatron's words for their scope."""
+    notes = f"{row.text('overlap_notes')}; {row.text('notes')}"
+    if re.search(r"full[-_]iteration|FULL_CUDA_GRAPH=1", notes) and not re.search(r"cuda_graph=none", notes):
+        return ("full",)
+    if re.search(r"MCORE_CUDA_GRAPH=1|LAYER_CUDA_GRAPH=1", notes):
+        return ("attn", "mlp")
+    scope = re.search(r"cuda_graph_scope=([^;]*)|cuda_graph=transformer_engine:([^;]*)|CUDA graphs \(([^)]*)\)", notes)
+    if scope:
+        words = " ".join(part for part in scope.groups() if part)
+        names = {"attn": "attn", "moe_router|router": "moe_router", "preprocess": "moe_preprocess", r"\bmlp": "mlp"}
+        return tuple(name for pattern, name in names.items() if re.search(pattern, words))
+    if re.search(r"\bcuda_graphs\b", notes):
+        row.assume("scope of CUDA graphs not printed: attention")
+        return ("attn",)
+    return ()

@@ -1,0 +1,193 @@
+"""The scenario of a memory row: dimensions that its own columns leave out, and what its software keeps in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from simulator.errors import ProfileError
+from simulator.scenario.framework import PRESETS, Framework
+from simulator.scenario.plan import Plan
+from simulator.scenario.scenario import Scenario
+from simulator.validation.row import Row
+from simulator.validation.row_cluster import cluster_of
+from simulator.validation.row_model import model_of
+from simulator.validation.row_plan import job_of, plan_of
+
+#: columns of a training run that describe the model and that a memory row lacks
+DIMENSIONS = ("ffn_hidden", "head_dim", "vocab", "shared_experts", "dense_layers")
+#: beginning of a model's name -> vocabulary of its usual tokenizer, as its software pads it
+_VOCABULARIES = {
+    "GPT": 51200,
+    "LLaMA": 32000,
+    "Llama-2": 32000,
+    "Llama-3": 128256,
+    "Qwen": 151936,
+    "DeepSeek": 129280,
+    "Tencent Hunyuan 3": 120832,
+}
+#: sources of one software -> its habits, and how they are known
+_SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "SimuMax|Megatron-Bridge|gpu-tpu-pedia|Megatron-MoE|moe_recipes|Megatron-Core MoE",
+        {"cross_entropy": "in_place"},
+        "Megatron with the cross-entropy of Transformer Engine, in place",
+    ),
+    (
+        "Aleph-Alpha",
+        {"cross_entropy": "gathered", "weight_gradients": "copied", "keeps_outputs": True},
+        "loss on gathered logits, 16-bit gradients copied to a flat fp32 shard, stage outputs kept (Aleph-Alpha/scaling)",
+    ),
+    ("torchtitan|fms-fsdp", PRESETS["fsdp"], "PyTorch FSDP with eager cross-entropy"),
+    ("MosaicML", PRESETS["fsdp"] | {"cross_entropy": "in_place"}, "PyTorch FSDP with llm-foundry's fused cross-entropy"),
+    ("BLOOM|MT-NLG", PRESETS["deepspeed"], "Megatron-DeepSpeed: flat fp32 copies, stage outputs and default buckets kept"),
+    ("Zero Bubble|Korthikanti|SC'21|vTrain|MegaScale", PRESETS["megatron-2022"], "Megatron-LM before Transformer Engine"),
+]
+
+
+def memory_scenario(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> tuple[Scenario, tuple[str, ...]]:
+    """Return the scenario of one memory row and what had to be assumed for it.
+
+    Parameters
+    ----------
+    cells : mapping
+        A row in the columns of ``memory.csv``, or of ``training_runs.csv``.
+    runs : mapping
+        Training runs by id: a memory row that names its run takes what it leaves out from there.
+
+    Raises
+    ------
+    ProfileError
+        When the row is out of reach, with a short reason that rows can be counted by.
+    """
+    row = _filled(cells, runs)
+    cluster, model = cluster_of(row), model_of(row)
+    plan = _with_software(row, plan_of(row, model))
+    return Scenario(model=model, cluster=cluster, plan=plan, job=job_of(row)), tuple(row.assumptions)
+
+
+def _filled(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> Row:
+    """Return the row with what it leaves out: from its own training run, from one of the same model, or assumed."""
+    own = Row(cells)
+    run = runs.get(own.text("training_run_id"))
+    if run is not None:
+        notes = {name: "; ".join(filter(None, (own.text(name), Row(run).text(name)))) for name in ("notes", "overlap_notes")}
+        return _assumed({**run, **{name: value for name, value in cells.items() if own.text(name)}, **notes}, [])
+    like = next((r for r in runs.values() if r["model"] == own.text("model") and r["hidden"] == own.text("hidden")), None)
+    if like is None:
+        return _assumed(dict(cells), [])
+    missing = {name: like[name] for name in DIMENSIONS if not own.text(name) and Row(like).text(name)}
+    said = [f"dimensions not printed: those of {like['id']}"] if missing else []
+    return _assumed({**cells, **missing}, said)
+
+
+def _assumed(cells: dict[str, Any], said: list[str]) -> Row:
+    """Return the row with the usual values of dimensions that are still missing."""
+    row = Row(cells)
+    hidden, heads = row.whole("hidden"), row.whole("heads")
+
+    def assume(column: str, value: Any, why: str) -> None:
+        if not row.text(column) and value:
+            cells[column] = str(value)
+            said.append(f"{column} not printed: {value}, {why}")
+
+    assume("vocab", next((v for k, v in _VOCABULARIES.items() if row.text("model").startswith(k)), None), "of its usual tokenizer")
+    if hidden:
+        assume("layers", _layers(row, hidden), "from the parameters in its name")
+        plain = row.text("model").startswith(("GPT", "MT-NLG", "BLOOM"))
+        if row.text("arch") != "moe":
+            assume("ffn_hidden", 4 * hidden if plain else -(-8 * hidden // (3 * 256)) * 256, "4 x hidden" if plain else "8/3 x hidden")
+        assume("heads", None if heads else hidden // 128, "heads of 128")
+        heads = row.whole("heads")
+        assume("kv_heads", heads, "one for each head")
+        assume("head_dim", heads and hidden // heads, "hidden / heads")
+    dp, pp = row.whole("dp"), row.whole("pp") or 1
+    if not dp and row.whole("gpus") and row.whole("tp"):
+        dp = row.need("gpus") // (row.need("tp") * pp * (row.whole("cp") or 1))
+    assume("cp", 1, "no long sequence")
+    assume("dense_layers", "0" if row.text("arch") == "moe" else None, "every layer is MoE")
+    assume("seq_len", 4096, "the usual length")
+    assume("gbs", dp and dp * (row.whole("mbs") or 1) * 4 * pp, "enough micro-batches to fill the pipeline")
+    found = Row(cells)
+    for text in said:
+        found.assume(text)
+    return found
+
+
+def _layers(row: Row, hidden: int) -> int | None:
+    """Return the layers that give a plain GPT the parameters in its name, as many on every stage."""
+    billions = re.match(r"GPT ([\d.]+)B", row.text("model"))
+    if not billions:
+        return None
+    pp = row.whole("pp") or 1
+    layers = (float(billions.group(1)) * 1e9 - (row.whole("vocab") or 0) * hidden) / (12 * hidden**2)
+    return max(1, round(layers / pp)) * pp
+
+
+def _with_software(row: Row, plan: Plan) -> Plan:
+    """Return the plan with the habits of the row's software, which decide memory and not time."""
+    habits, changes = _habits(row), {}
+    if row.has("Ulysses", "overlap_notes"):
+        changes["context_parallel"] = "all_to_all"
+    dtypes = _dtypes(row, plan)
+    if dtypes:
+        changes["precision"] = plan.precision.model_copy(update=dtypes)
+    if row.has("Zero Bubble", "source") and row.text("pp_schedule") == "1F1B-I":
+        vpp = (row.need("layers") + 2) // row.need("pp")
+        changes |= {"vpp": vpp, "schedule": "interleaved", "layout": f"E|(t|)*{row.need('layers')}L"}
+        row.assume(f"virtual stages not printed: {vpp}, one layer each")
+    if "tensor parallel only" in row.text("metric"):
+        changes["sequence_parallel"] = False
+    return plan.model_copy(update=changes | {"framework": Framework(**habits)})
+
+
+def _habits(row: Row) -> dict[str, Any]:
+    habits: dict[str, Any] = {}
+    for sources, found, said in _SOFTWARE:
+        if row.has(sources, "source"):
+            habits |= found
+            row.assume(f"framework not printed: {said}")
+    if habits.get("bucket_elements") and "bf16" in row.text("precision"):
+        habits["weight_gradients"] = "kept"
+    offloaded = re.search(r"cpu_offload_layers=(\d+)", row.text("overlap_notes"))
+    if offloaded:
+        habits["offloaded_layers"] = int(offloaded.group(1))
+    return habits
+
+
+def _dtypes(row: Row, plan: Plan) -> dict[str, str | None]:
+    """Return the datatypes of the states where the software is known to differ from what the time of a row needs."""
+    if row.has("Aleph-Alpha", "source"):
+        return {"gradients": "bf16", "gradient_reduce": "bf16"}
+    if row.text("precision").startswith("bf16/fp16"):
+        row.assume("gradient precision not printed: 16 bits")
+        return {"gradients": "fp16"}
+    if row.has("Korthikanti", "source"):
+        row.assume("gradients in fp32: 18 bytes per parameter, as the paper counts them")
+        return {"gradients": "fp32"}
+    if plan.zero == 3 and row.has("FSDP", "overlap_notes", "source"):
+        row.assume("FSDP shards fp32 weights, which are their own master")
+        return {"parameters": "fp32", "master": None}
+    return {}
+
+
+def metric_of(text: str) -> str:
+    """Return what a row's metric counts: ``allocated``, ``reserved``, ``device``, ``states`` or ``activations``.
+
+    Raises
+    ------
+    ProfileError
+        When the words are not known.
+    """
+    known = {
+        r"nvidia-smi|device": "device",
+        r"reserved": "reserved",
+        r"parameters\+optimizer|states": "states",
+        r"activations": "activations",
+        r"allocated|peak memory|max_memory|^total$": "allocated",
+    }
+    for pattern, metric in known.items():
+        if re.search(pattern, text):
+            return metric
+    raise ProfileError(f"metric not known: {text or 'empty'}")

@@ -1,0 +1,127 @@
+"""Oracle: published peaks of device memory and published failures; the four mistakes that memory estimators are known for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from simulator.validation.memory import GIB, memory_summary, published_memory, timed_runs, validate_memory
+from simulator.validation.row_memory import metric_of
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    """Every memory row, the timed runs of the sweep that also printed its failures, and some of the other runs."""
+    timed = timed_runs()
+    swept = timed["source"].str.startswith("Aleph-Alpha")
+    few = timed[~swept & ~timed["source"].str.contains("single node")].iloc[::4]
+    return validate_memory(pd.concat([published_memory(), timed[swept], few], ignore_index=True).fillna(""))
+
+
+@pytest.fixture(scope="module")
+def summary(table) -> pd.DataFrame:
+    return memory_summary(table).set_index("source")
+
+
+def test_every_row_has_a_source_and_a_provenance():
+    rows = published_memory()
+    assert len(rows) == rows["id"].nunique() == 736
+    assert (rows["source"].str.len() > 0).all()
+    assert rows["provenance"].str.startswith("read:").all()
+    assert set(rows["outcome"]) == {"fits", "OOM"}
+
+
+@pytest.mark.parametrize(
+    ("source", "median", "worst"),
+    [
+        ("SimuMax B200 measured", 0.01, 0.04),
+        ("Zero Bubble PP Table 4/5", 0.03, 0.10),
+        ("Korthikanti et al. 2022 Fig. 1", 0.02, 0.03),
+        ("BigScience BLOOM sweep", 0.05, 0.25),
+    ],
+)
+def test_peaks(summary, source, median, worst):
+    found = summary.loc[source]
+    assert found["median_absolute_error"] <= median
+    assert abs(found["worst"]) <= worst
+
+
+def test_simumax_memory_within_three_percent_on_average(table):
+    """Allocated and reserved, dense and DeepSeek-V2, tensor, pipeline, expert and context parallel."""
+    rows = table[table["source"] == "SimuMax B200 measured"]
+    assert len(rows) == 62
+    assert rows["relative_error"].abs().mean() <= 0.03
+    assert rows.loc[rows["metric"] == "allocated", "relative_error"].abs().max() <= 0.01
+
+
+def test_fits_and_fails(summary):
+    everything = summary.loc["all sources"]
+    assert everything["median_absolute_error"] <= 0.05
+    assert everything["fails"] == 539
+    assert everything["balanced_accuracy"] >= 0.90
+    assert everything["balanced_accuracy_outside"] >= 0.97
+
+
+def test_a_row_is_read_with_what_its_run_prints(table):
+    row = table.set_index("id").loc["mem-simumax-deepseekv2_tp1_ep8_pp1_dp8_l4_mbc4_cef"]
+    assert row["measured_bytes"] == 45.63 * GIB
+    assert (row["metric"], row["fits_measured"], row["fits_predicted"]) == ("allocated", True, True)
+    assert "cross-entropy of Transformer Engine" in row["assumptions"]
+
+
+def test_calculations_say_nothing_about_a_device(table):
+    rows = table[table["source"] == "Korthikanti et al. 2022 Fig. 1"]
+    assert rows["fits_measured"].isna().all()
+    assert (rows["measured_bytes"] > rows["capacity_bytes"]).any()
+
+
+@pytest.mark.parametrize(
+    ("words", "metric"),
+    [
+        ("nvidia-smi used", "device"),
+        ("peak reserved (torchtitan log, max over GPUs)", "reserved"),
+        ("peak torch.cuda max_memory_allocated over ranks", "allocated"),
+        ("activations per GPU (first stage), tensor parallel only", "activations"),
+        ("parameters+optimizer per GPU", "states"),
+    ],
+)
+def test_metrics(words, metric):
+    assert metric_of(words) == metric
+
+
+def user_row(**changes) -> pd.DataFrame:
+    row = {
+        "id": "mine", "source": "my cluster", "model": "Llama-3 8B", "arch": "dense", "layers": "32", "hidden": "4096", "heads": "32",
+        "kv_heads": "8", "ffn_hidden": "14336", "seq_len": "8192", "gpu": "H100-SXM-80GB", "gpus": "8", "tp": "4", "pp": "1",
+        "dp": "2", "zero_stage": "1", "mbs": "1", "gbs": "16", "precision": "bf16", "recompute": "none", "metric": "peak allocated",
+        "value_GiB": "40", "outcome": "fits",
+    }  # fmt: skip
+    return pd.DataFrame([row | changes])
+
+
+def test_a_users_row_needs_few_columns():
+    (row,) = validate_memory(user_row()).to_dict("records")
+    assert row["skipped"] == ""
+    assert np.isfinite(row["relative_error"])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"value_GiB": "forty"}, "value_GiB = 'forty' is not a number"),
+        ({"value_GiB": "-1"}, "value_GiB = -1 is not positive"),
+        ({"metric": "goodput"}, "metric not known: goodput"),
+        ({"gpus": "eight"}, "gpus is not a whole number"),
+        ({"gpu": "abacus"}, "no accelerator profile: abacus"),
+    ],
+)
+def test_a_bad_row_is_skipped_with_its_reason(change, reason):
+    rows = pd.concat([user_row(**change), user_row(id="good")], ignore_index=True)
+    bad, good = validate_memory(rows).to_dict("records")
+    assert bad["skipped"] == reason
+    assert good["skipped"] == ""
+
+
+def test_summary_of_nothing():
+    assert memory_summary(validate_memory(user_row(value_GiB="", outcome=""))).set_index("source").loc["all sources", "peaks"] == 0
