@@ -8,9 +8,11 @@
 from simulator.closed_forms import bound, estimate
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
+from simulator.network.bill import bill_of_materials
 from simulator.network.build import topology
 from simulator.network.topology import Topology
 from simulator.outcome import sources
+from simulator.planning.fabrics import fabrics
 from simulator.planning.search import Search, search
 from simulator.planning.sweep import grid, stored_scenario, stored_sweep, sweep
 from simulator.ranks import RanksResult
@@ -44,6 +46,8 @@ __all__ = [
     "plan_from_megatron",
     "topology",
     "Topology",
+    "bill_of_materials",
+    "fabrics",
     "check",
     "bound",
     "estimate",

@@ -13,7 +13,8 @@ import pandas as pd
 
 from simulator.errors import PlanError, Problem
 from simulator.pricing import loaded, op_s
-from simulator.scenario.mesh import group
+from simulator.scenario.mesh import accelerator_of, group
+from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
@@ -46,10 +47,11 @@ class Uneven:
     load: np.ndarray | None = None
 
 
-def rank_load(routed: RoutedTokens, etp: int) -> np.ndarray:
-    """Return the load of every rank of a stage, shape (L, M, W): ranks count etp fastest, then ep, then groups."""
-    load = routed.load
-    return np.repeat(load.reshape(*load.shape[:2], -1), etp, axis=-1)
+def rank_load(routed: RoutedTokens, plan: Plan) -> np.ndarray:
+    """Return the load of every rank of a stage, shape (L, M, W); those of a group that share an expert's width share its load."""
+    load, ranks = routed.load, np.arange(plan.world // plan.pp)
+    index = {axis: ranks // group(plan, axis).stride for axis in ("ep", "edp")}
+    return load.reshape(*load.shape[:2], -1)[..., index["edp"] % plan.edp * plan.ep + index["ep"] % plan.ep]
 
 
 def uneven(scenario: Scenario, variation: Variation, routing: Routing | None) -> tuple[Uneven, float]:
@@ -67,10 +69,10 @@ def uneven(scenario: Scenario, variation: Variation, routing: Routing | None) ->
     """
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
     ranks, per_host = plan.world // plan.pp, cluster.host.accelerators
-    slow = variation.slowdown(plan.world, per_host)
+    slow = variation.slowdown(cluster.accelerators, per_host)
     for host, factor in cluster.slow_hosts.items():
         slow[host * per_host : (host + 1) * per_host] *= factor
-    slow = slow.reshape(plan.pp, ranks)
+    slow = slow[accelerator_of(plan, per_host)].reshape(plan.pp, ranks)
     mean, unit = plan.micro_batch * job.sequence_length, plan.cp * (plan.tp if plan.sequence_parallel else 1)
     micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
     tokens = np.full((micro_batches, plan.dp), mean)
@@ -86,7 +88,7 @@ def uneven(scenario: Scenario, variation: Variation, routing: Routing | None) ->
         return Uneven(slow, over_mean), 0.0
     together = (tokens // unit).reshape(micro_batches, -1, plan.ep * plan.etp).sum(axis=-1)
     routed = route(routing or Routing(), model.experts, moe_layer_count(model), together, plan.ep, variation.random("routing"))
-    load = rank_load(routed, plan.etp)
+    load = rank_load(routed, plan)
     if natural > 1:
         load = load * rank_loads(plan, natural)[:ranks]
     return Uneven(slow, over_mean, load), routed.dropped_share
@@ -160,7 +162,7 @@ class RankDurations:
         slow = uneven.slowdown
         self.slow = [row if (row != 1.0).any() else None for row in slow]
         args = scenario.model, scenario.plan, scenario.cluster
-        self.prices = [np.array([float(op_s(op, *args)) for op in task.ops]) for task in program.tasks]
+        self.prices = [np.array([float(op_s(op, *args, graph=True)) for op in task.ops]) for task in program.tasks]
         self._set_jitter(variation, computes)
         self._set_changes(program, scenario)
 
@@ -192,11 +194,11 @@ class RankDurations:
             routed = np.zeros(len(loads))
             for op, price in zip(task.ops, prices, strict=True):
                 if op.routed:
-                    routed += op_s(op, *args, load=loads) - price
+                    routed += op_s(op, *args, load=loads, graph=True) - price
                 elif op.kind == "attention":
                     square += price
                 elif op.axis not in _STATE:
-                    linear += float(op_s(loaded(op, 2.0), *args)) - price
+                    linear += float(op_s(loaded(op, 2.0), *args, graph=True)) - price
             self.routed.append(routed if routed.any() else None)
             self.linear.append(linear)
             self.square.append(square)

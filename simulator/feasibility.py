@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from simulator.errors import DeadlockError, PlanError, Problem
+from simulator.scenario.placement import ORDER, PIPELINE_INSIDE
 from simulator.scenario.plan import INTERLEAVED, Plan
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import schedule
@@ -36,12 +37,13 @@ def _fixed(p: Plan) -> int:
 
 def _open(s: Scenario) -> bool:
     """Return whether dp is only what is left of a cluster that the other degrees do not divide: then it breaks no rule of its own."""
-    return s.plan.world != s.cluster.accelerators and s.plan.dp_shard == max(1, s.cluster.accelerators // _fixed(s.plan))
+    ranks = s.ranks(s.plan)
+    return s.plan.world != ranks and s.plan.dp_shard == max(1, ranks // _fixed(s.plan))
 
 
 def _degrees(s: Scenario) -> Iterator[Problem]:
-    p, n, fixed = s.plan, s.cluster.accelerators, _fixed(s.plan)
-    if p.world == n:
+    p, n, fixed = s.plan, s.ranks(s.plan), _fixed(s.plan)
+    if p.world == n or n < 1:  # without hosts another rule says so
         return
     if n % fixed == 0:
         remedy = f"use dp_shard: {n // fixed}, or leave it out"
@@ -50,7 +52,8 @@ def _degrees(s: Scenario) -> Iterator[Problem]:
         near = sorted({max(d for d in divisors if d <= fixed), min((d for d in divisors if d > fixed), default=n)})
         remedy = f"make tp * cp * pp * dp_replicate = {fixed} a divisor of {n}, such as {' or '.join(map(str, near))}"
         remedy += f", or use {n // whole * whole} accelerators" if n >= whole else ""
-    numbers = f"tp {p.tp} * cp {p.cp} * pp {p.pp} * dp {p.dp} = {p.world}, the cluster has {n}"
+    who = "cluster has" if n == s.cluster.accelerators else "placement uses"
+    numbers = f"tp {p.tp} * cp {p.cp} * pp {p.pp} * dp {p.dp} = {p.world}, the {who} {n}"
     yield Problem("degrees multiply to the accelerators", numbers, remedy)
 
 
@@ -87,7 +90,7 @@ def _tensor_degrees(s: Scenario) -> list[int]:
     p, m = s.plan, s.model
     dense = not all(k.moe for k in m.kinds)
     own = [t for t in _divisors(m.heads) if (m.kv_heads % t == 0 or t % m.kv_heads == 0) and not (dense and m.ffn % t)]
-    return [t for t in own if s.cluster.accelerators % (t * p.cp * p.pp * p.dp_replicate) == 0] or own
+    return [t for t in own if s.ranks(p) % (t * p.cp * p.pp * p.dp_replicate) == 0] or own
 
 
 def _model(s: Scenario) -> Iterator[Problem]:
@@ -181,9 +184,38 @@ def _precision(s: Scenario) -> Iterator[Problem]:
         )
 
 
+def _placement(s: Scenario) -> Iterator[Problem]:
+    p, place = s.plan, s.plan.placement
+    at = place.order.split("-").index
+    for name, places, there in (("hosts", place.hosts, s.cluster.hosts), ("accelerators", place.accelerators, s.cluster.accelerators)):
+        beyond = [x for x in places or () if x >= there]
+        if beyond:
+            numbers = f"placement names {name[:-1]} {beyond[0]}, the cluster has 0 to {there - 1}"
+            yield Problem("what a placement names is there", numbers, "name one of those")
+    if s.ranks(p) < 1:
+        yield Problem(
+            "hosts are left",
+            f"spare_hosts = {place.spare_hosts}, the cluster has {s.cluster.hosts} hosts",
+            f"use spare_hosts of at most {s.cluster.hosts - 1}",
+        )
+    if p.cp > 1 and p.dp > 1 and (at("cp") > at("dp") or at("cp") < at("tp") < at("dp")):
+        yield Problem("dp follows cp", f"order {place.order} with cp = {p.cp} and dp = {p.dp}", f"use {ORDER} or {PIPELINE_INSIDE}")
+    if p.dp_replicate > 1 and at("dp") < max(at("tp"), at("ep")):
+        yield Problem("replicas are outermost", f"order {place.order} with dp_replicate = {p.dp_replicate}", "put dp behind tp, cp and ep")
+    before = [x for x in place.order.split("-") if at(x) < at("pp")]
+    dense = math.prod({"tp": p.tp, "cp": p.cp, "dp": p.dp}.get(x, 1) for x in before)
+    expert = math.prod({"tp": p.etp, "ep": p.ep, "dp": p.edp}.get(x, 1) for x in before)
+    if p.pp > 1 and dense != expert and p.dp * p.cp * p.tp % (p.etp * p.ep) == 0:  # else another rule says so
+        yield Problem(
+            "attention and expert mesh have the same stages",
+            f"order {place.order} puts {dense} attention and {expert} expert ranks inside pp",
+            f"use {ORDER}, or degrees whose products before pp agree",
+        )
+
+
 def structure(scenario: Scenario) -> list[Problem]:
     """Return every broken rule about degrees, shapes, batch, layout and datatype; memory is not looked at."""
-    rules = (_degrees, _expert_mesh, _model, _batch, _pipeline, _precision)
+    rules = (_degrees, _expert_mesh, _model, _batch, _pipeline, _precision, _placement)
     return [problem for rule in rules for problem in rule(scenario)]
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from simulator import compute
 from simulator.network import collectives
+from simulator.network.sharing import share
 from simulator.scenario.cluster import Cluster
-from simulator.scenario.mesh import group
+from simulator.scenario.mesh import placed
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.units import Number
@@ -25,7 +26,7 @@ _COLLECTIVES = {
 }
 
 
-def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0) -> Number:
+def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0, graph: bool = False) -> Number:
     """Return the seconds of one operation.
 
     Parameters
@@ -35,6 +36,9 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0)
         What decides groups and rates; `plan` may be columns of plans.
     load : Number
         Tokens routed to this rank over the mean; scales the routed operations. Many loads at once for a single plan.
+    graph : bool
+        Ask the cluster's graph what concurrent groups leave each other (`simulator.network.sharing`; a single plan only), not
+        the oversubscription of its tiers.
 
     Returns
     -------
@@ -43,8 +47,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0)
     """
     if op.routed and (np.ndim(load) > 0 or load != 1.0):
         op = loaded(op, load)
-    cost = cluster.accelerator.kernels.get(kernel_name(op)) if op.stream == "compute" else None
-    if cost:
+    kernels = cluster.accelerator.kernels
+    if kernels and op.stream == "compute" and (cost := kernels.get(kernel_name(op))):
         return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op))
     if op.kind in ("gemm", "grouped_gemm"):
         grouped = op.kind == "grouped_gemm"
@@ -53,21 +57,22 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0)
         return compute.attention_s(op.flop, op.bytes, (op.k + op.n) / 2, op.grad == "input", cluster.accelerator)
     if op.kind == "memory":
         return compute.memory_s(op.bytes, cluster.accelerator)
+    members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
+    if graph:
+        kept = share(plan, cluster, op.axis, op.kind)
+        members = replace(members, share=kept.rate if kept else 1.0)
     if op.kind == "send":
-        members, out, fan = group(plan, "pp"), 1.0, 0.0
         seconds = collectives.send_s(op.bytes, members, cluster)
     elif op.kind == "all_to_all":
         assert model.experts is not None
-        members = group(plan, op.axis)
         out, fan = copies(model.experts, plan.dispatcher, members.size, *collectives.crossings(members, cluster))
         seconds = collectives.expert_all_to_all_s(op.bytes, members, cluster, out, fan)
     else:
-        members, out, fan = group(plan, op.axis), 1.0, 0.0
         seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster)
     for ranks in measured_ranks(op, cluster):
-        cost = cluster.host.collectives[f"{op.kind}.{op.dtype}.{ranks}"]
+        talk = cluster.host.collectives[f"{op.kind}.{op.dtype}.{ranks}"]
         size = np.minimum(members.size, 2) if op.kind == "send" else np.asarray(members.size)  # a message has two ends
-        seconds = np.where(size == ranks, collectives.measured_s(op.bytes * (out + fan), cost), seconds)
+        seconds = np.where(size == ranks, collectives.measured_s(op.bytes * (out + fan), talk), seconds)
     return seconds if op.kind == "send" else np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: none is called
 
 

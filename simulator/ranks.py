@@ -13,6 +13,7 @@ from simulator.durations import RankDurations
 from simulator.engine.order import RankProgram
 from simulator.engine.ranks import Replay, critical_path, replay_ranks
 from simulator.outcome import Outcome
+from simulator.scenario.mesh import accelerator_of
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
@@ -23,7 +24,7 @@ NOT_MODELLED = (
     "failures, restarts and checkpoints (training days are of uninterrupted steps)",
     "rates that change while an operation runs: overlap and sharing are factors found beforehand",
     "overlap of expert all-to-all with compute outside pairs of forward and backward",
-    "contention between different collectives on one link",
+    "contention between different kinds of collectives on one link",
     "input pipeline and logging",
 )
 
@@ -90,6 +91,11 @@ class RanksResult(Outcome):
         }
 
     @cached_property
+    def _host(self) -> np.ndarray:
+        per_host = self.scenario.cluster.host.accelerators
+        return accelerator_of(self.scenario.plan, per_host) // per_host
+
+    @cached_property
     def _table(self) -> pd.DataFrame:
         replay, stages = self.replay, self.order.stages
         rank = np.arange(replay.end_s.size)
@@ -97,7 +103,7 @@ class RanksResult(Outcome):
             {
                 "rank": rank,
                 "stage": np.repeat(np.arange(stages), self.order.ranks),
-                "host": rank // self.scenario.cluster.host.accelerators,
+                "host": self._host[rank],
                 "slowdown": self.durations.uneven.slowdown.ravel(),
                 "compute_s": replay.compute_s.ravel(),
                 "exposed_s": replay.exposed_s.ravel(),
@@ -139,7 +145,7 @@ class RanksResult(Outcome):
         for node, index, start, end in critical_path(self.order, kept):
             task, stage, action = program.tasks[program.task[node]], program.rank_class[node], program.label[node]
             rank = stage * self.order.ranks + index
-            host = rank // self.scenario.cluster.host.accelerators
+            host = int(self._host[rank])
             rows.append((rank, stage, host, task.stream, task.name, str(action or ""), start, end, end - start))
         columns = ["rank", "stage", "host", "stream", "name", "action", "start_s", "end_s", "seconds"]
         return pd.DataFrame(rows, columns=columns)

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from simulator.network.sharing import Share
 from simulator.outcome import Outcome
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, actions, schedule
@@ -19,7 +20,7 @@ NOT_MODELLED = (
     "failures, restarts and checkpoints (training days are of uninterrupted steps)",
     "overlap of expert all-to-all with compute outside pairs of forward and backward",
     "overlap of tensor-parallel collectives with anything but gradients",
-    "contention between different collectives on one link",
+    "contention between different kinds of collectives on one link (simulate_step adds it with contention=True)",
     "jitter and clock or power limits",
     "input pipeline and logging",
 )
@@ -36,11 +37,14 @@ class StepResult(Outcome):
         Every span of every class of ranks.
     compute_parts_s : dict
         Mean seconds per rank on the compute stream, by kind of kernel.
+    shares : dict
+        What sharing leaves each (axis, kind) of collective that crosses the network.
     """
 
     scenario: Scenario
     timeline: Timeline
     compute_parts_s: dict[str, float] = field(repr=False)
+    shares: dict[tuple[str, str], Share] = field(default_factory=dict, repr=False)
     not_modelled = NOT_MODELLED
 
     @cached_property
@@ -70,6 +74,23 @@ class StepResult(Outcome):
         table = pd.DataFrame(rows, columns=["part", "seconds", "hidden_s"])
         table.insert(2, "share", table["seconds"] / self.step_time_s)
         return table
+
+    def network(self) -> pd.DataFrame:
+        """Return what each kind of collective keeps of its NICs while all of its groups communicate.
+
+        Returns
+        -------
+        DataFrame
+            One row per axis and kind that leaves a scale-up domain: ``flows`` between domains, the highest ``tier`` that they
+            reach, ``nic_share`` of the rate that the slowest member keeps, ``slowdown`` by sharing with other groups, and the
+            ``hottest`` link with the share of it in use (``load``).
+        """
+        tiers = self.scenario.cluster.fabric.tiers
+        rows = [
+            (axis, kind, s.flows, tiers[min(s.level, len(tiers) - 1)].name, s.rate, s.slowdown, *(s.hottest[0] if s.hottest else ("", 0.0)))
+            for (axis, kind), s in self.shares.items()
+        ]
+        return pd.DataFrame(rows, columns=["axis", "kind", "flows", "tier", "nic_share", "slowdown", "hottest", "load"])
 
     def _order(self) -> Schedule:
         plan, job = self.scenario.plan, self.scenario.job

@@ -6,6 +6,7 @@ from typing import Literal, overload
 
 import numpy as np
 
+from simulator.contention import shares, stretched
 from simulator.durations import RankDurations, spans, uneven
 from simulator.engine.events import run
 from simulator.engine.order import prepare
@@ -16,6 +17,7 @@ from simulator.pricing import op_s
 from simulator.ranks import RanksResult
 from simulator.result import StepResult
 from simulator.scenario.cluster import Cluster
+from simulator.scenario.mesh import accelerator_of
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
@@ -27,7 +29,7 @@ from simulator.workload.step import StepProgram
 
 
 @overload
-def simulate_step(scenario: Scenario, ranks: Literal["classes"] = "classes") -> StepResult: ...
+def simulate_step(scenario: Scenario, ranks: Literal["classes"] = "classes", *, contention: bool = False) -> StepResult: ...
 
 
 @overload
@@ -42,6 +44,7 @@ def simulate_step(
     variation: Variation | None = None,
     routing: Routing | None = None,
     seeds: int = 1,
+    contention: bool = False,
 ) -> StepResult | RanksResult:
     """Return the simulated optimizer step of `scenario`.
 
@@ -53,30 +56,37 @@ def simulate_step(
         operation of every rank (`simulate_ranks`).
     variation, routing, seeds
         For ``all``: as for `simulate_ranks`.
+    contention : bool
+        For ``classes``: let collectives of different kinds that overlap in time slow each other where they share links
+        (`simulator.contention`); that all groups of one kind share them is always in.
 
     Raises
     ------
     PlanError
         When the scenario cannot run; carries every problem.
     ProfileError
-        When `variation`, `routing` or `seeds` meet classes: ranks of a class are alike.
+        When `variation`, `routing` or `seeds` meet classes: ranks of a class are alike; when `contention` meets all ranks.
     """
     if ranks == "all":
+        if contention:
+            raise ProfileError("contention between kinds of collectives is found for classes of ranks; write ranks='classes'")
         return simulate_ranks(scenario, variation, routing, seeds)
     if ranks != "classes":
         raise ProfileError(f"ranks = {ranks!r}; choose 'classes' or 'all'")
     if variation is not None or routing is not None or seeds != 1:
         raise ProfileError("variation, routing and seeds set every rank apart, classes are of ranks alike; write ranks='all'")
-    return simulate_events(scenario)
+    return simulate_events(scenario, contention=contention)
 
 
-def simulate_events(scenario: Scenario, every_rank: bool = False) -> StepResult:
+def simulate_events(scenario: Scenario, every_rank: bool = False, contention: bool = False) -> StepResult:
     """Return the step of `scenario` simulated event by event.
 
     Parameters
     ----------
     every_rank : bool
         Run a SimPy process for each stream of each rank, not of each class: the slow truth that classes and replay are held to.
+    contention : bool
+        As in `simulate_step`.
     """
     problems = check(scenario)
     if problems:
@@ -85,8 +95,12 @@ def simulate_events(scenario: Scenario, every_rank: bool = False) -> StepResult:
     classes = classify(plan, cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank)
     program = build_step(model, plan, job, classes)
     seconds = node_seconds(program, scenario)
-    start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
-    return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario))
+    found, queues = shares(program, scenario), program.streams()
+    start, end = run(queues, program.needs, program.meet, seconds, lambda n: describe(program, n))
+    if contention:
+        seconds = stretched(program, scenario, seconds, start, end, found)
+        start, end = run(queues, program.needs, program.meet, seconds, lambda n: describe(program, n))
+    return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario), found)
 
 
 def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routing: Routing | None = None, seeds: int = 1) -> RanksResult:
@@ -138,7 +152,7 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
 
 def classify(plan: Plan, cluster: Cluster, heaviest: float, every_rank: bool) -> RankClasses:
     """Return the classes of ranks, set apart by slow hosts and by the tokens that the router sends them."""
-    host = np.arange(plan.world) // cluster.host.accelerators
+    host = accelerator_of(plan, cluster.host.accelerators) // cluster.host.accelerators
     slowdown = np.ones(cluster.hosts)
     for number, factor in cluster.slow_hosts.items():
         slowdown[number] = factor
@@ -150,7 +164,7 @@ def node_seconds(program: StepProgram, scenario: Scenario) -> np.ndarray:
     """Return the seconds of every node: the price of its task, times the slowdown of its class when it computes."""
     args = scenario.model, scenario.plan, scenario.cluster
     loads, variant = np.unique(program.classes.load, return_inverse=True)
-    price = np.array([[sum(float(op_s(op, *args, load=load)) for op in task.ops) for load in loads] for task in program.tasks])
+    price = np.array([[sum(float(op_s(op, *args, load=load, graph=True)) for op in task.ops) for load in loads] for task in program.tasks])
     computes = np.array([task.stream == "compute" for task in program.tasks])
     task, rank = np.asarray(program.task), np.asarray(program.rank_class)
     seconds = price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0)

@@ -217,6 +217,30 @@ CASES: dict[str, tuple[Scenario, Problem]] = {
         question(GENTLE | {"layout": "t*4E|t*4L"}),
         Problem("pipeline layout", "layout 't*4E|t*4L' is out of order", "write E first, then t, then m, then L"),
     ),
+    "hosts beyond the cluster": (
+        question(GENTLE | {"placement": {"hosts": [0, 1, 2, 3, 4, 5, 6, 9]}, "dp_shard": 8}),
+        Problem("what a placement names is there", "placement names host 9, the cluster has 0 to 7", "name one of those"),
+    ),
+    "no host left": (
+        question({"placement": {"spare_hosts": 8}}),
+        Problem("hosts are left", "spare_hosts = 8, the cluster has 8 hosts", "use spare_hosts of at most 7"),
+    ),
+    "dp inside cp": (
+        question({"cp": 2, "placement": {"order": "tp-ep-dp-cp-pp"}}),
+        Problem("dp follows cp", "order tp-ep-dp-cp-pp with cp = 2 and dp = 16", "use tp-cp-ep-dp-pp or tp-cp-ep-pp-dp"),
+    ),
+    "replicas inside": (
+        question({"tp": 2, "dp_replicate": 2, "placement": {"order": "cp-dp-tp-ep-pp"}}),
+        Problem("replicas are outermost", "order cp-dp-tp-ep-pp with dp_replicate = 2", "put dp behind tp, cp and ep"),
+    ),
+    "meshes with stages of their own": (
+        question({"tp": 2, "pp": 2, "placement": {"order": "tp-cp-ep-pp-dp"}}),
+        Problem(
+            "attention and expert mesh have the same stages",
+            "order tp-cp-ep-pp-dp puts 2 attention and 1 expert ranks inside pp",
+            "use tp-cp-ep-dp-pp, or degrees whose products before pp agree",
+        ),
+    ),
     "datatype": (
         question(GENTLE | {"precision": {"gemm": "fp4"}}),
         Problem(
@@ -248,6 +272,11 @@ APPLIED = {
     "layers of a layout": lambda s: [s.with_plan(layout="Et*4|t*4L")],
     "stages of a layout": lambda s: [s.with_plan(layout="Et*4|t*4L")],
     "order of a layout": lambda s: [s.with_plan(layout="Et*4|t*4L")],
+    "hosts beyond the cluster": lambda s: [s.with_plan(placement={"hosts": [0, 1, 2, 3, 4, 5, 6, 7]})],
+    "no host left": lambda s: [s.with_plan(placement={"spare_hosts": 7}), s.with_plan(placement={"spare_hosts": 4})],
+    "dp inside cp": lambda s: [s.with_plan(placement={"order": order}) for order in ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp")],
+    "replicas inside": lambda s: [s.with_plan(placement={"order": "tp-cp-ep-dp-pp"})],
+    "meshes with stages of their own": lambda s: [s.with_plan(placement={"order": "tp-cp-ep-dp-pp"}), s.with_plan(etp=2)],
     "datatype": lambda s: [s.with_plan(precision={"gemm": dtype}) for dtype in ("fp32", "bf16", "fp16", "fp8")],
 }
 

@@ -8,9 +8,9 @@ import pytest
 
 from simulator.errors import ProfileError
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
-from simulator.scenario.profiles import ACCELERATORS, CLUSTERS, FABRICS, HOSTS, Catalogue, parts, read_yaml, validated
+from simulator.scenario.profiles import ACCELERATORS, CLUSTERS, FABRICS, HOSTS, PARTS, Catalogue, parts, read_yaml, validated
 
-CATALOGUES = (ACCELERATORS, HOSTS, FABRICS, CLUSTERS)
+CATALOGUES = (ACCELERATORS, HOSTS, FABRICS, CLUSTERS, PARTS)
 SHIPPED = [(c, name) for c in CATALOGUES for name in c.names()]
 GRADES = {"datasheet", "published", "measured", "fitted", "assumed"}
 all_shipped = pytest.mark.parametrize(("catalogue", "name"), SHIPPED, ids=[f"{c.kind}-{n}" for c, n in SHIPPED])
@@ -43,7 +43,7 @@ def refused(cls: type, data: dict, *words: str) -> str:
 
 
 def test_every_kind_is_shipped():
-    assert [len(c.names()) for c in CATALOGUES] == [10, 9, 13, 12]
+    assert [len(c.names()) for c in CATALOGUES] == [10, 9, 13, 12, 13]
 
 
 @all_shipped

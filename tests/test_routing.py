@@ -210,7 +210,7 @@ def test_table_from_a_file(tmp_path):
 
 def test_loads_lie_on_ranks_as_the_mesh_does():
     routed = route(Routing(distribution="zipf", exponent=1.0), EXPERTS, 2, np.full((3, 2), 4096), 4, random())
-    load = rank_load(routed, etp=2)
+    load = rank_load(routed, Plan(ep=4, etp=2, dp_shard=16))
     assert load.shape == (2, 3, 16)
     for rank in range(16):
         assert (load[:, :, rank] == routed.load[:, :, rank // 8, rank // 2 % 4]).all()

@@ -36,9 +36,9 @@ def test_published_counts(row):
 
 SMALL = [
     ("single-switch-ndr", 64), ("ib-ndr-clos", 512), ("ib-ndr-rail", 512), ("ib-ndr-rail-only", 512), ("ib-ndr-rail-deepseek", 512),
-    ("alibaba-hpn7", 2048), ("ib-ndr-clos-2to1", 480), ("ib-xdr-rail", 576),
+    ("alibaba-hpn7", 2048), ("ib-ndr-clos-2to1", 512), ("ib-xdr-rail", 576),
 ]  # fmt: skip
-DEEP = [("ib-ndr-clos", 4096), ("ib-ndr-clos-2to1", 5120), ("ib-ndr-rail", 2560), ("roce-meta-24k", 6144)]
+DEEP = [("ib-ndr-clos", 4096), ("ib-ndr-clos-2to1", 4096), ("ib-ndr-rail", 2560), ("roce-meta-24k", 6144)]
 
 
 def smallest_cut(t, graph: nx.Graph) -> float:

@@ -23,6 +23,10 @@ from simulator.workload.layers import ATTENTION_BACKWARD_FLOP
 #: a kernel is repeated until its repeats took this long, at least the given times
 KERNEL_S, COLLECTIVE_S, LEAST = 0.1, 0.15, 7
 
+#: learning rate of measured steps: so small that the router's choices stay, because a CPU library prepares itself anew for every
+#: new number of rows, which no cost over FLOP and bytes can tell
+STILL = 1e-7
+
 
 @dataclass(frozen=True)
 class Row:
@@ -119,7 +123,7 @@ def batch(case: Case, device: torch.device, seed: int = 0) -> torch.Tensor:
 
 def probe(case: Case, world: int, device: torch.device, repeats: int, turn: int) -> Iterator[Row]:
     """Yield a row for every kind of kernel in the probe, and one for the whole step."""
-    step = MoEStep(case.model, case.plan, case.job, 0, Options(seed=dist.get_rank()), device)
+    step = MoEStep(case.model, case.plan, case.job, 0, Options(seed=dist.get_rank(), lr=STILL), device)
     tokens = batch(case, device)
     for _ in range(2):
         step.run(tokens)

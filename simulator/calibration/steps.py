@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from simulator.calibration.cases import Case
 from simulator.calibration.check import Measured, part_of
 from simulator.calibration.launch import Tell, device_of
-from simulator.calibration.measure import batch, wait
+from simulator.calibration.measure import STILL, batch, wait
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
 from simulator.calibration.recorder import now
@@ -62,7 +62,7 @@ def _memory(case: Case, rank: int, device: torch.device) -> float:
 
 def _turn(case: Case, rank: int, device: torch.device, repeats: int) -> tuple[list[float], dict[str, float], list[list[int]]]:
     """Return the repeats on the slowest rank, mean seconds by part, and the tokens of each expert of this rank's layers."""
-    step = MoEStep(case.model, case.plan, case.job, rank, Options(lr=1e-6), device)
+    step = MoEStep(case.model, case.plan, case.job, rank, Options(lr=STILL), device)
     tokens, taken, parts = batch(case, device), [], defaultdict(float)
     for _ in range(WARM):
         step.run(tokens)

@@ -15,13 +15,16 @@ def topology(cluster: Cluster) -> Topology:
     Parameters
     ----------
     cluster : Cluster
-        Its `fabric.family` decides the wiring, `fabric.tiers` and `fabric.topology` the numbers.
+        Its `fabric.family` decides the wiring, `fabric.tiers` and `fabric.topology` the numbers, `degraded` what is broken.
 
     Raises
     ------
     ProfileError
         When the numbers of the fabric do not give a network for that many accelerators.
     """
-    if isinstance(cluster.fabric.shape, Clos):
-        return clos_paths.build(cluster)
-    raise ProfileError(f"family {cluster.fabric.family} has no graph yet; choose a folded Clos")
+    if not isinstance(cluster.fabric.shape, Clos):
+        raise ProfileError(f"family {cluster.fabric.family} has no graph yet; choose a folded Clos")
+    built = clos_paths.build(cluster)
+    for part, factor in cluster.degraded.items():
+        built = built.degraded(part, factor=factor)
+    return built

@@ -37,6 +37,8 @@ def crossings(group: Group, cluster: Cluster) -> tuple[Number, Number]:
 def _tier_rate(group: Group, cluster: Cluster, traffic: Literal["ring", "all_to_all", "neighbours"]) -> Number:
     """Return the NIC rate that one member keeps when every group of this kind communicates at once, bytes/s."""
     rate = cluster.host.nic_bytes_per_s * cluster.fabric.efficiency * np.ones_like(np.asarray(group.size, dtype=float))
+    if group.share is not None:
+        return rate * group.share
     line, down, inside = rate, 1.0, group.within(cluster.host.scale_up_domain)
     for tier in cluster.fabric.tiers[:-1]:
         down = down * tier.oversubscription

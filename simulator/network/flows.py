@@ -186,8 +186,9 @@ def _never_scarce(indptr: np.ndarray, links: np.ndarray, capacity: np.ndarray) -
     for offset in (indptr[:-1], indptr[1:] - 1):
         edge = links[offset[lengths > 0]]
         ends[edge] = True
-        pairs = np.unique(np.stack([links, np.repeat(edge, lengths[lengths > 0])]), axis=1)
-        wide |= np.bincount(pairs[0], capacity[pairs[1]], len(capacity)) <= capacity * (1 + 1e-12)
+        pairs = np.sort(links * len(capacity) + np.repeat(edge, lengths[lengths > 0]))  # np.unique takes ten times as long
+        pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])]
+        wide |= np.bincount(pairs // len(capacity), capacity[pairs % len(capacity)], len(capacity)) <= capacity * (1 + 1e-12)
     return wide & ~ends
 
 

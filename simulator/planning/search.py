@@ -66,7 +66,7 @@ def legal_plans(scenario: Scenario) -> Iterator[PlanColumns]:
     are balanced. Tensor parallelism stays inside the scale-up domain; context parallelism is tried above 8,192 tokens;
     interleaved schedules have at least pp micro-batches.
     """
-    model, job, n, like = scenario.model, scenario.job, scenario.cluster.accelerators, scenario.plan
+    model, job, n, like = scenario.model, scenario.job, scenario.ranks(scenario.plan), scenario.plan
     layers = model.layers + model.mtp_layers
     domain, sparse = scenario.cluster.host.scale_up_domain, all(kind.moe for kind in model.kinds)
     tp = [

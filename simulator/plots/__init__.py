@@ -4,6 +4,7 @@ Nothing is computed here that a table of the result does not hold. With `ax` a f
 state; without it, a figure of a fitting size is made with pyplot, so that a notebook shows it.
 """
 
+from simulator.plots.calibration import plot_collectives, plot_parts, plot_proof, plot_residuals, plot_roofline
 from simulator.plots.style import COLOURS, WORDS
 from simulator.plots.tables import plot_breakdown, plot_comparison, plot_memory, plot_plans
 from simulator.plots.timeline import ACTIONS, KINDS, bars, plot_schedule, plot_timeline
@@ -15,9 +16,14 @@ __all__ = [
     "WORDS",
     "bars",
     "plot_breakdown",
+    "plot_collectives",
     "plot_comparison",
     "plot_memory",
+    "plot_parts",
     "plot_plans",
+    "plot_proof",
+    "plot_residuals",
+    "plot_roofline",
     "plot_schedule",
     "plot_timeline",
 ]

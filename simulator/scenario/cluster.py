@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -206,6 +206,9 @@ class Fabric(Facts):
         One network hop of a collective, per protocol.
     tiers : tuple of Tier
         Innermost first; the last one reaches every accelerator.
+    routing : str
+        How flows choose among equally short paths: ``sprayed`` over all of them (adaptive routing, packet spraying), ``hashed``
+        to one of them (equal-cost multipath), or ``d-mod-k``, one for each target.
     host_optic : str, optional
         Shipped part at both ends of the cable from a NIC to its leaf.
     topology : Shape, optional
@@ -217,6 +220,7 @@ class Fabric(Facts):
     hop_latency_s: Protocols
     tiers: tuple[Tier, ...] = Field(min_length=1)
     host_optic: str | None = None
+    routing: Literal["sprayed", "hashed", "d-mod-k"] = "sprayed"
     topology: SerializeAsAny[Shape] | None = None
 
     @model_validator(mode="before")
@@ -263,6 +267,8 @@ class Cluster(Facts):
         Rent of one accelerator with its share of the host and fabric; the source gives the date.
     slow_hosts : dict of int to float
         Hosts whose kernels take longer, by factor; 1.1 is 10 % slower.
+    degraded : dict of str to float
+        Parts of the network and the share of their rate that is left, 0 for down; named as `Topology.degraded` says.
     """
 
     accelerator: Accelerator
@@ -271,6 +277,7 @@ class Cluster(Facts):
     accelerators: Count = Field(gt=0)
     price_usd_per_accelerator_hour: UsdPerHour
     slow_hosts: dict[int, float] = {}
+    degraded: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
 
     @model_validator(mode="after")
     def _price_has_a_date(self) -> Cluster:
@@ -298,8 +305,8 @@ class Cluster(Facts):
         return self
 
     def numbers(self) -> dict[str, float]:
-        """Return this cluster's own numbers; a slow host is a question, not a fact."""
-        return {k: v for k, v in super().numbers().items() if not k.startswith("slow_hosts")}
+        """Return this cluster's own numbers; a slow host or a fault is a question, not a fact."""
+        return {k: v for k, v in super().numbers().items() if not k.startswith(("slow_hosts", "degraded"))}
 
     @property
     def hosts(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from simulator.errors import PlanError, Problem, nearest
 from simulator.scenario.facts import choices
 from simulator.scenario.megatron_flags import HARMLESS, HARMLESS_STARTS, MODEL, NOT_MODELLED, READ
+from simulator.scenario.placement import PIPELINE_INSIDE
 from simulator.scenario.plan import Module, Plan
 from simulator.scenario.profiles import validated
 
@@ -188,6 +189,7 @@ def _degrees(flags: _Flags) -> dict[str, Any]:
         "etp": etp,
         "micro_batch": flags.whole("micro-batch-size", 1),
         "sequence_parallel": flags.on("sequence-parallel"),
+        **({"placement": {"order": PIPELINE_INSIDE}} if flags.on("use-tp-pp-dp-mapping") else {}),
     }
 
 

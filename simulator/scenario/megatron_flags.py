@@ -20,6 +20,7 @@ READ = _names(
     torch-fsdp2-no-reshard-after-forward overlap-grad-reduce overlap-param-gather bf16 fp16 fp8-format fp4-format
     grad-reduce-in-bf16 accumulate-allreduce-grads-in-fp32 main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     moe-token-dispatcher-type moe-flex-dispatcher-backend moe-enable-deepep moe-router-force-load-balancing
+    use-tp-pp-dp-mapping
     """
 )
 #: dimensions of the model, which a name or a config.json gives instead; --num-layers is read for the pipeline only
@@ -45,7 +46,6 @@ NOT_MODELLED = {
     "microbatch-group-size-per-virtual-pipeline-stage": "micro-batches are interleaved in groups of pp",
     "cp-comm-type": "context parallelism is priced as Plan describes it",
     "hierarchical-context-parallel-sizes": "context parallelism is priced as Plan describes it",
-    "use-tp-pp-dp-mapping": "ranks are placed in the order tp-cp-ep-dp-pp",
     "distribute-saved-activations": "saved activations are kept whole on every tensor-parallel rank",
     "fp8-param-gather": "parameters are kept and gathered in bf16",
     "fp4-param-gather": "parameters are kept and gathered in bf16",

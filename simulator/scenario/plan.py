@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from simulator.scenario.facts import Frozen
 from simulator.scenario.framework import Framework
 from simulator.scenario.kernels import Kernels
+from simulator.scenario.placement import Placement
 from simulator.units import Bytes
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
@@ -176,6 +177,10 @@ class Plan(Frozen, _Degrees):
         Split norms and residuals over tp, as Megatron does.
     dispatcher : str
         ``alltoall`` sends one copy per expert; ``deepep`` sends one per host that a token visits and fans out inside.
+    pxn : bool
+        All-to-all crosses to the rail of its target over the scale-up links of the source's host (NCCL's PXN).
+    placement : Placement
+        Which accelerator each rank gets; in Megatron's default order unless said otherwise.
     context_parallel : str
         How context parallelism moves the sequence: ``ring`` passes keys and values on, ``all_to_all`` trades sequence for
         heads (Ulysses) and keeps the output of both sides. Time is priced as ``ring``.
@@ -206,6 +211,8 @@ class Plan(Frozen, _Degrees):
     precision: Precision = Precision()
     reserve: Reserve = Reserve()
     overlap: Overlap = Overlap()
+    pxn: bool = True
+    placement: Placement = Placement()
     kernels: Kernels = Kernels()
     framework: Framework = Framework()
 

@@ -48,8 +48,16 @@ class Scenario(Frozen):
 
     @model_validator(mode="after")
     def _fill_data_parallel(self) -> Scenario:
-        object.__setattr__(self, "plan", self.plan.on(self.cluster.accelerators))
+        object.__setattr__(self, "plan", self.plan.on(self.ranks(self.plan)))
         return self
+
+    def ranks(self, plan: Plan) -> int:
+        """Return the accelerators that `plan` may use: all but spare hosts, or those that its placement names."""
+        place, per_host = plan.placement, self.cluster.host.accelerators
+        if place.accelerators is not None:
+            return len(place.accelerators)
+        hosts = place.hosts if place.hosts is not None else ()
+        return len(hosts) * per_host if hosts else self.cluster.accelerators - place.spare_hosts * per_host
 
     @classmethod
     def load(cls, path: str | Path) -> Scenario:
@@ -76,7 +84,7 @@ class Scenario(Frozen):
     def with_plan(self, **changes: Any) -> Scenario:
         """Return the same question for a plan with `changes`; degrees that fill the cluster are filled again."""
         data = self.plan.model_dump() | {"dp_shard": None} | changes
-        return self.model_copy(update={"plan": Plan.model_validate(data).on(self.cluster.accelerators)})
+        return self.model_copy(update={"plan": (plan := Plan.model_validate(data)).on(self.ranks(plan))})
 
 
 def change(table: dict[str, Any], key: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.scenario.mesh import members
+from simulator.scenario.mesh import group, members
 from simulator.scenario.plan import Plan
 
 AXES = ("tp", "cp", "ep", "etp", "dp", "edp", "dp_replicate", "copies", "world")
@@ -113,5 +113,5 @@ def rank_loads(plan: Plan, heaviest: float) -> np.ndarray:
         return np.ones(plan.world)
     if not 1 <= heaviest <= plan.ep:
         raise ValueError(f"expert_load = {heaviest} must be 1 to ep = {plan.ep}")
-    index = np.arange(plan.world) // plan.etp % plan.ep
+    index = np.arange(plan.world) // group(plan, "ep").stride % plan.ep
     return np.where(index == 0, heaviest, (plan.ep - heaviest) / (plan.ep - 1))

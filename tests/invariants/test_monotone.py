@@ -61,7 +61,7 @@ def test_more_imbalance_never_helps(s, seed):
     times = []
     for strength in (0.0, 0.1, 0.3, 0.49):
         routed = RoutedTokens(1.0 + strength * away, np.zeros(shape[:-1]), 1.0)
-        what = Uneven(np.ones((plan.pp, result.order.ranks)), None, rank_load(routed, plan.etp))
+        what = Uneven(np.ones((plan.pp, result.order.ranks)), None, rank_load(routed, plan))
         times.append(replay_ranks(result.order, RankDurations(result.program, s, seconds, what, CALM)).end_s.max())
     assert all(later >= earlier * (1 - ROUNDING) for earlier, later in zip(times[:-1], times[1:], strict=True))
 
