@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find simulator hardware_profiles -type f -not -name '*.pyc' -not -path '*/__pycache__/*') pyproject.toml README.md
 
-.PHONY: demo test validate proofs bench clean
+.PHONY: demo test validate accuracy proofs bench clean
 
 demo: .venv/installed
 	$(BIN)/myriad plan examples/kimi-k2-10240-h100.yaml --out out
@@ -17,6 +17,10 @@ test: .venv/tested
 
 validate: .venv/installed
 	$(BIN)/myriad validate --out out
+
+# What a change to the physics changes: the residuals behind the intervals, and the page. From the checkout, not the wheel.
+accuracy: .venv/installed
+	$(BIN)/python -m simulator.cli validate --refresh --docs docs/accuracy.md
 
 proofs: .venv/tested
 	$(BIN)/pytest -m long

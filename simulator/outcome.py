@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from simulator.compute import peak_flop_per_s
+from simulator.confidence import Interval, interval
 from simulator.feasibility import memory
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.scenario import Scenario
@@ -103,11 +104,23 @@ class Outcome(ABC):
         """Return every fact that the answer rests on: profile, fact, value (SI), grade, source, date."""
         return sources(self.scenario)
 
+    def interval(self) -> Interval:
+        """Return the 80 % interval of the step from the errors on published runs, and the runs that it is close to.
+
+        Notes
+        -----
+        The software release is not known; the errors are those of the closed form, which aims at this simulation.
+        """
+        return interval(self.scenario, self.step_time_s)
+
     def summary(self) -> dict[str, Any]:
         """Return the figures of the step, JSON-ready, with stable keys."""
-        stages = self.memory()["total_bytes"].tolist()
+        stages, around = self.memory()["total_bytes"].tolist(), self.interval()
         return {
             "step_time_s": self.step_time_s,
+            "step_time_interval_80_s": [around.low_s, around.high_s],
+            "inside_validated_range": around.inside,
+            "comparable_runs": around.comparable["id"].tolist(),
             "tokens_per_s_per_accelerator": self.tokens_per_s_per_accelerator,
             "mfu_6n": self.mfu_6n,
             "mfu_causal": self.mfu_causal,

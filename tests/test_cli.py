@@ -23,7 +23,7 @@ from simulator import plots
 from simulator.cli import app, main
 from simulator.outcome import sources
 from simulator.scenario.profiles import CLUSTERS
-from simulator.validation import published
+from simulator.validation import memory, published, report
 
 ROOT = Path(__file__).parents[1]
 STABLE = [
@@ -130,18 +130,59 @@ def test_plan_equals_search(myriad, file):
     }
 
 
-def test_validate_equals_its_function(myriad, monkeypatch, tmp_path):
+@pytest.fixture
+def few_rows(monkeypatch) -> pd.DataFrame:
+    """Every ninetieth complete row instead of all the published ones."""
     rows = published.published_runs()
     rows = rows[rows["complete"] == "yes"].iloc[::90]
-    monkeypatch.setattr(published, "published_runs", lambda: rows)
-    table = published.validate(sim.estimate)
-    found = data(myriad("validate", "--json", "--out", tmp_path))
-    pd.testing.assert_frame_equal(pd.DataFrame(found["rows"]), table, check_dtype=False)
-    assert [row["source"] for row in found["summary"]] == published.summary(table)["source"].tolist()
-    assert pd.read_csv(tmp_path / "validation.csv")["id"].tolist() == table["id"].tolist()
-    said = myriad("validate")
+    monkeypatch.setattr(report, "published_runs", lambda: rows)
+    peaks = memory.published_memory().iloc[::60]
+    monkeypatch.setattr(report, "validate_memory", lambda some, tell=None: memory.validate_memory(peaks if some is None else some, tell))
+    return rows
+
+
+def test_validate_equals_its_function(myriad, few_rows, tmp_path):
+    found = data(myriad("validate", "--json", "--processes", 1, "--out", tmp_path))
+    expected = report.confront()
+    assert found["summary"] == json.loads(json.dumps(expected.json()["summary"]))
+    assert [row["id"] for row in found["rows"]] == few_rows["id"].tolist()
+    for row in found["rows"]:
+        assert row["relative_error"] == pytest.approx(row["predicted_s"] / row["measured_s"] - 1)
+        low, high = row["interval_80_s"]
+        assert 0 < low < high
+        assert isinstance(row["assumptions"], list)
+    assert pd.read_csv(tmp_path / "validation.csv")["id"].tolist() == few_rows["id"].tolist()
+    assert {f.name for f in tmp_path.iterdir()} == {"validation.csv", "accuracy.png", "residuals.png"}
+
+
+def test_validate_prints_the_page_that_it_writes(myriad, few_rows, tmp_path):
+    page = tmp_path / "accuracy.md"
+    said = myriad("validate", "--processes", 1, "--worst", 2, "--docs", page)
     assert said.code == 0
-    assert f"{len(table)}" in said.out
+    text = page.read_text(encoding="utf-8")
+    shown = " ".join(said.out.split())
+    for title in re.findall(r"^## (.*)$", text, re.MULTILINE):
+        assert title in shown
+    for figure in re.findall(r"([+-]?\d+\.\d) %", text):  # a narrow column breaks before the sign
+        assert figure in shown
+    assert text.count("| ") > 100
+
+
+def test_validate_scores_a_users_rows(myriad, tmp_path):
+    runs = published.published_runs().set_index("id", drop=False)
+    rows = runs.loc[["dgxc-v24.11.1-gpt3_175b-h100-bf16-1024", "korth-22b-full"]].copy()
+    rows.loc["korth-22b-full", "tp"] = "eight"
+    file = tmp_path / "mine.csv"
+    rows.drop(columns="file").to_csv(file, index=False)
+    said = myriad("validate", "--data", file, "--json")
+    found = json.loads(said.out)
+    assert said.code == 0
+    assert [row["id"] for row in found["rows"]] == ["dgxc-v24.11.1-gpt3_175b-h100-bf16-1024"]
+    assert [(p["where"], p["what"]) for p in found["problems"]] == [
+        ("mine.csv, line 3 (korth-22b-full), column tp", "'eight' is not a number")
+    ]
+    assert "write a whole number" in found["problems"][0]["remedy"]
+    assert "column tp" in " ".join(said.err.split())
 
 
 def test_models_and_clusters_equal_their_functions(myriad):

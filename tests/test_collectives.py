@@ -43,6 +43,8 @@ def machine(
             "hop_latency_s": latencies(latency),
             "protocol_share": {"ll": 0.5, "ll128": 0.75, "simple": 1.0},
             "tree_share": 0.9,
+            "reduction_share": 0.0,
+            "fill_s": 0.0,
         }
     )
     reach = zip(("leaf", "spine", "core"), (32, 128, 512), (*oversubscription, 1), (3, 5, 7), strict=True)
@@ -50,7 +52,9 @@ def machine(
     tiers = tuple(
         like.model_copy(update={"name": n, "accelerators": a, "oversubscription": o, "latency_s": t * latency}) for n, a, o, t in reach
     )
-    fabric: Fabric = H100.fabric.model_copy(update={"efficiency": efficiency, "hop_latency_s": latencies(2 * latency), "tiers": tiers})
+    fabric: Fabric = H100.fabric.model_copy(
+        update={"efficiency": efficiency, "hop_latency_s": latencies(2 * latency), "fill_s": 0.0, "tiers": tiers}
+    )
     return H100.model_copy(update={"host": host, "fabric": fabric, "accelerators": 512})
 
 
@@ -210,16 +214,13 @@ def test_send_out_of_an_oversubscribed_leaf(stride, slower):
     assert float(send_s(GB, Group(8, stride), machine(oversubscription=(8, 1)))) == pytest.approx(slower / 40, rel=1e-12)
 
 
-def test_nccl_tests_definition_of_bus_bandwidth():
-    """busbw = size / time * (n - 1)/n, twice that for all-reduce: what goes in as bus bandwidth comes out."""
+@pytest.mark.parametrize(
+    ("function", "factor", "measured"), [(all_gather_s, 1, 335 * GB), (reduce_scatter_s, 1, 336 * GB), (all_reduce_s, 2, 445 * GB)]
+)
+def test_nccl_tests_definition_of_bus_bandwidth(function, factor, measured):
+    """busbw = size / time * (n - 1)/n, twice that for all-reduce; against aiconfigurator's 8 H100 at 512 MiB."""
     n, size = 8, 512 * 2**20
-    host = H100.host.bus_bytes_per_s
-    for function, factor, name in (
-        (all_gather_s, 1, "all_gather"),
-        (reduce_scatter_s, 1, "reduce_scatter"),
-        (all_reduce_s, 2, "all_reduce"),
-    ):
-        assert factor * (n - 1) / n * size / price(function, size, Group(n, 1), H100) == pytest.approx(host[name], rel=0.03)
+    assert factor * (n - 1) / n * size / price(function, size, Group(n, 1), H100) == pytest.approx(measured, rel=0.05)
 
 
 # --- groups ---

@@ -8,9 +8,10 @@ from collections import Counter
 import pandas as pd
 import pytest
 
+from simulator.closed_forms import estimate
 from simulator.errors import PlanError, Problem, ProfileError
 from simulator.scenario.cluster import Accelerator, Host
-from simulator.validation.published import MACRO, measured_step_s, published_runs, scenario_from_row, summary, validate
+from simulator.validation.published import MACRO, measured_step_s, published_runs, scenario_from_row, step_s, summary, validate
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import _nic_bytes_per_s
 from simulator.validation.row_plan import _recompute, expand_layout
@@ -350,6 +351,19 @@ def test_dualpipe_runs_both_ways(runs):
     scenario, said = scenario_from_row(row(runs, "dsv3-isca-mpft"))
     assert (scenario.plan.schedule, scenario.plan.vpp, scenario.plan.stages) == ("dualpipe", 2, 16)
     assert any("both directions" in text for text in said)
+    assert (scenario.plan.dispatcher, scenario.job.routing) == ("deepep", "natural")
+    assert step_s(scenario) > estimate(scenario)  # uneven experts are simulated
+
+
+def test_chunks_that_only_words_tell(runs):
+    megascale, said = scenario_from_row(row(runs, "megascale-megatron-lm-768-256"))
+    assert megascale.plan.vpp == 6
+    assert "virtual stages recalled, not printed: 6" in said
+    llama, said = scenario_from_row(row(runs, "llama3-t4-8192-8192"))
+    assert (llama.plan.schedule, llama.plan.vpp, llama.plan.zero) == ("interleaved", 2, 1)
+    assert "virtual stages not printed: 2, the fewest that interleave" in said
+    every, _ = scenario_from_row(row(runs, "zb-1.5b-1f1b-i-24"))
+    assert every.plan.vpp == 3
 
 
 @pytest.mark.parametrize(

@@ -1,35 +1,95 @@
-"""The verb validate: predictions against published measurements."""
+"""The verb validate: predictions against published measurements, or a user's own."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from simulator.cli.question import AsJson, OutDir
-from simulator.cli.terminal import print_json, progress, records, report_files, say, show
+from simulator.cli.terminal import err, print_json, progress, report_files, say, show
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from simulator.errors import Problem
+    from simulator.validation.report import Report
+
+
+def _files(kind: str, what: str) -> object:
+    return typer.Option(f"--{kind}", help=f"CSV of your own {what}, as in docs/validation.md; repeatable.", exists=True, dir_okay=False)
 
 
 def validate(
-    every: Annotated[bool, typer.Option("--all", help="Also rows whose source leaves something out.")] = False,
+    data: Annotated[list[Path] | None, _files("data", "training runs")] = None,
+    memory: Annotated[list[Path] | None, _files("memory", "memory peaks and failures")] = None,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst rows to explain.")] = 15,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the rows.")] = os.cpu_count() or 1,
+    docs: Annotated[Path | None, typer.Option(help="Write the report as a Markdown page, too.", dir_okay=False)] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="First write the residuals that the intervals come from.")] = False,
     folder: OutDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare predictions with published training runs: an error table, nothing fitted."""
+    """Compare predictions with published measurements, or with your own: cold, anchored, relative, with intervals."""
     from simulator.files import write_atomically
-    from simulator.validation import published
+    from simulator.validation.page import HEAD, markdown, sections
+    from simulator.validation.report import confront, refreshed
 
+    own, problems = _own({"data": data, "memory": memory})
     with progress() as tell:
-        table = published.validate(complete_only=not every, progress=lambda done, total: tell("predict", done, total))
-    summary = published.summary(table)
-    if folder:
-        write_atomically(folder / "validation.csv", lambda f: table.to_csv(f, index=False))
+        report = confront(own, processes=processes, progress=tell)
+    if refresh and own is None:
+        report = refreshed(report)
+    for problem in problems:
+        say(f"[red]{escape(problem.rule)}:[/] {escape(problem.numbers)}\n  remedy: {escape(problem.remedy)}", err)
+    files = _write(report, folder) if folder else []
+    parts = [] if as_json and not docs else sections(report, worst, own)
+    if docs:
+        write_atomically(docs, lambda f: f.write(markdown(parts, HEAD)))
+        files.append(docs)
     if as_json:
-        print_json({"summary": records(summary), "rows": records(table)})
+        told = [{"where": p.rule, "what": p.numbers, "remedy": p.remedy} for p in problems]
+        print_json(report.json() | {"problems": told, "files": [str(f) for f in files]})
         return
-    show(summary, "Predicted against measured step time, nothing fitted")
-    skipped = table.loc[table["skipped"] != "", "skipped"].value_counts()
-    for reason, rows in skipped.items():
-        say(f"skipped {rows}: {reason}")
-    if folder:
-        report_files([folder / "validation.csv"])
+    for part in parts:
+        say(f"\n[bold]{escape(part.title)}[/]\n{escape(part.words)}")
+        if part.table is not None and len(part.table):
+            show(part.table)
+    if files:
+        report_files(files)
+
+
+def _own(files: dict[str, list[Path] | None]) -> tuple[dict[str, pd.DataFrame] | None, list[Problem]]:
+    """Return a user's rows that can be scored, by kind, None when there is no file, and what is wrong with the others."""
+    import pandas as pd
+
+    from simulator.validation.user_rows import read_user_rows
+
+    read = {kind: [read_user_rows(path, kind) for path in paths] for kind, paths in files.items() if paths}
+    rows = {kind: pd.concat([found.rows for found in some], ignore_index=True) for kind, some in read.items()}
+    return rows or None, [problem for some in read.values() for found in some for problem in found.problems]
+
+
+def _write(report: Report, folder: Path) -> list[Path]:
+    """Write the rows and the pictures below `folder`; return the files."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib.figure import Figure
+
+    from simulator import plots
+    from simulator.files import write_atomically
+
+    files = [folder / "validation.csv"]
+    write_atomically(files[0], lambda f: report.rows.to_csv(f, index=False))
+    for name, draw, size in (("accuracy", plots.plot_accuracy, (7, 6.5)), ("residuals", plots.plot_residuals, (12, 7))):
+        if report.rows.empty:
+            continue
+        figure = Figure(figsize=size, layout="constrained")
+        draw(report.rows, figure)
+        files.append(folder / f"{name}.png")
+        write_atomically(files[-1], lambda f, figure=figure: figure.savefig(f, format="png", dpi=130), "wb")
+    return files

@@ -97,9 +97,14 @@ def show(table: pd.DataFrame, title: str | None = None) -> None:
         whole = name == table.columns[0]  # what a row is about is never broken: people copy it
         view.add_column(COLUMNS.get(name, (name, str))[0], justify="right" if numeric else "left", no_wrap=whole, overflow="fold")
     for row in table.itertuples(index=False):
-        cells = zip(table.columns, row, strict=True)
-        view.add_row(*(COLUMNS.get(name, ("", lambda v: f"{v:g}" if isinstance(v, float) else str(v)))[1](value) for name, value in cells))
+        view.add_row(*(_cell(name, value) for name, value in zip(table.columns, row, strict=True)))
     out.print(view)
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return escape(value)
+    return COLUMNS[name][1](value) if name in COLUMNS else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def headline(result: StepResult | RanksResult) -> None:
@@ -120,6 +125,14 @@ def headline(result: StepResult | RanksResult) -> None:
         "on the fullest stage, "
         f"{result.training_days:.1f} days, {result.accelerator_hours:,.0f} accelerator-hours, "
         f"{result.cost_usd / 1e6:,.2f} M$ at {price['value']:.2f} $/h ({escape(price['source'])}, {price['date']})"
+    )
+    around = result.interval()
+    near = around.comparable.iloc[0]
+    where = "inside" if around.inside else "OUTSIDE"
+    say(
+        f"80 % interval {around.low_s:.3g} to {around.high_s:.3g} s from the errors on published runs, {where} the validated range; "
+        f"nearest: {escape(near['model'])} on {near['accelerator']} ({escape(near['source'])}), which took "
+        f"{near['measured_over_predicted']:.2f} times as long as predicted"
     )
     show(result.breakdown(), "Where the step goes (mean over ranks)")
     say(f"Rests on {facts_by_grade(result.sources())} (myriad sources).")

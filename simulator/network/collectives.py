@@ -8,12 +8,7 @@ carries, of every group at once, the traffic that leaves its blocks: of a ring i
 in each block; of an all-to-all the share of the NICs' traffic that is for members outside the block; of a pipeline the
 last `stride` ranks of the block, who send to the next one.
 
-Latency: NCCL's tuning model, the cheapest of its protocols: LL (half the bandwidth), LL128 (120/128) and Simple.
-
-References
-----------
-NVIDIA, NCCL 2.30, ``src/graph/tuning.cc``: base and hop latencies, protocol efficiencies, ring and tree steps.
-Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005: step counts.
+Algorithms and protocols: `simulator.network.algorithms`; the cheapest, or a forced one.
 """
 
 from __future__ import annotations
@@ -22,7 +17,8 @@ from typing import Literal
 
 import numpy as np
 
-from simulator.scenario.cluster import Cluster
+from simulator.network.algorithms import Algorithm, Protocol, Reach, cheapest, filled_s
+from simulator.scenario.cluster import Cluster, Host
 from simulator.scenario.measured import CollectiveCost
 from simulator.scenario.mesh import Group
 from simulator.units import Number
@@ -66,60 +62,57 @@ def latency_s(group: Group, cluster: Cluster) -> Number:
     return np.where(domains > 1, far, host)
 
 
-def _ring(steps_factor: int, collective: str, size: Number, group: Group, cluster: Cluster) -> Number:
-    n = np.asarray(group.size, dtype=float)
+def _linked(inside: Number, host: Host) -> Number:
+    """Return the share of an accelerator's links that lead to the `inside` members of its domain."""
+    return np.maximum(np.asarray(inside) - 1, 1) / (host.scale_up_domain - 1) if host.mesh and host.scale_up_domain > 1 else 1.0
+
+
+def reach(group: Group, cluster: Cluster, collective: Literal["all_reduce", "all_gather", "reduce_scatter"]) -> Reach:
+    """Return what `group` has for a collective when every group like it communicates at once."""
+    host, fabric = cluster.host, cluster.fabric
     inside, domains = crossings(group, cluster)
-    bus = np.asarray(cluster.host.bus_bytes_per_s[collective])
-    bus = np.where(domains > 1, np.minimum(bus, inside * _tier_rate(group, cluster, "ring")), bus)
-    moved = steps_factor * (n - 1) / n * size
-    inter = steps_factor * (domains - 1)
-    intra = steps_factor * (n - 1) - inter
-    best = np.full(np.broadcast(moved, n).shape, np.inf)
-    for protocol, share in cluster.host.protocol_share.items():
-        hop, net = (getattr(x, protocol) for x in (cluster.host.hop_latency_s, cluster.fabric.hop_latency_s))
-        best = np.minimum(best, getattr(cluster.host.base_latency_s, protocol) + intra * hop + inter * net + moved / (bus * share))
-    return best
+    return Reach(
+        ranks=group.size,
+        inside=inside,
+        domains=domains,
+        bus_bytes_per_s=host.bus_bytes_per_s[collective] * _linked(inside, host),
+        reduce_bytes_per_s=(host.reduction_share or 0.0) * host.scale_up_bytes_per_s,
+        nic_bytes_per_s=_tier_rate(group, cluster, "ring"),
+        tree_share=host.tree_share,
+        start=host.base_latency_s,
+        hop=host.hop_latency_s,
+        net_hop=fabric.hop_latency_s,
+        share=host.protocol_share,
+        fill_s=host.fill_s or 0.0,
+        net_fill_s=fabric.fill_s or 0.0,
+    )
 
 
-def _tree(size: Number, group: Group, cluster: Cluster) -> Number:
-    """Double binary tree all-reduce: chain inside a domain, tree between domains."""
-    n = np.asarray(group.size, dtype=float)
-    inside, domains = crossings(group, cluster)
-    bus = np.asarray(cluster.host.bus_bytes_per_s["all_reduce"])
-    bus = np.where(domains > 1, np.minimum(bus, inside * _tier_rate(group, cluster, "ring")), bus) * cluster.host.tree_share
-    moved = 2 * (n - 1) / n * size
-    best = np.full(np.broadcast(moved, n).shape, np.inf)
-    for protocol, share in cluster.host.protocol_share.items():
-        hop, net = (getattr(x, protocol) for x in (cluster.host.hop_latency_s, cluster.fabric.hop_latency_s))
-        latency = getattr(cluster.host.base_latency_s, protocol) + 2 * ((inside - 1) * hop + np.log2(domains) * net)
-        best = np.minimum(best, latency + moved / (bus * share))
-    return best
+def all_gather_s(
+    size: Number, group: Group, cluster: Cluster, algorithm: Algorithm | None = None, protocol: Protocol | None = None
+) -> Number:
+    """Return seconds of an all-gather whose gathered buffer has `size` bytes; 0 for one rank.
 
-
-def all_gather_s(size: Number, group: Group, cluster: Cluster) -> Number:
-    """Return seconds of a ring all-gather whose gathered buffer has `size` bytes; 0 for one rank.
-
-    Notes
-    -----
-    ``base + (n - 1) hops + (n - 1)/n size / bus``.
+    Parameters
+    ----------
+    algorithm, protocol : str, optional
+        Forced ones, as `simulator.network.algorithms` names them; the default is the cheapest that NCCL would weigh.
     """
-    return _for_many(group, _ring(1, "all_gather", size, group, cluster))
+    return _for_many(group, cheapest("gather", size, reach(group, cluster, "all_gather"), algorithm, protocol))
 
 
-def reduce_scatter_s(size: Number, group: Group, cluster: Cluster) -> Number:
-    """Return seconds of a ring reduce-scatter of a buffer of `size` bytes; 0 for one rank."""
-    return _for_many(group, _ring(1, "reduce_scatter", size, group, cluster))
+def reduce_scatter_s(
+    size: Number, group: Group, cluster: Cluster, algorithm: Algorithm | None = None, protocol: Protocol | None = None
+) -> Number:
+    """Return seconds of a reduce-scatter of a buffer of `size` bytes; 0 for one rank. Parameters as of `all_gather_s`."""
+    return _for_many(group, cheapest("gather", size, reach(group, cluster, "reduce_scatter"), algorithm, protocol))
 
 
-def all_reduce_s(size: Number, group: Group, cluster: Cluster) -> Number:
-    """Return seconds of an all-reduce of `size` bytes, the faster of ring and double binary tree; 0 for one rank.
-
-    Notes
-    -----
-    Ring ``2 (n - 1)`` hops, tree ``2 (g - 1 + log2 N)``; both move ``2 (n - 1)/n size``. In-network reduction
-    (NVLS) is in the measured bus bandwidth of the scale-up domain; SHARP between domains is not modelled.
-    """
-    return _for_many(group, np.minimum(_ring(2, "all_reduce", size, group, cluster), _tree(size, group, cluster)))
+def all_reduce_s(
+    size: Number, group: Group, cluster: Cluster, algorithm: Algorithm | None = None, protocol: Protocol | None = None
+) -> Number:
+    """Return seconds of an all-reduce of `size` bytes; 0 for one rank. Parameters as of `all_gather_s`."""
+    return _for_many(group, cheapest("all_reduce", size, reach(group, cluster, "all_reduce"), algorithm, protocol))
 
 
 def expert_all_to_all_s(size: Number, group: Group, cluster: Cluster, out: Number, fan: Number) -> Number:
@@ -139,11 +132,13 @@ def expert_all_to_all_s(size: Number, group: Group, cluster: Cluster, out: Numbe
     Scale-up and scale-out carry their shares at the same time, the slower one decides. Balanced: every rank receives
     what it sends.
     """
-    _, domains = crossings(group, cluster)
+    inside, domains = crossings(group, cluster)
     nic = _tier_rate(group, cluster, "all_to_all")
     hop = np.where(domains > 1, cluster.fabric.hop_latency_s.ll + latency_s(group, cluster), cluster.host.hop_latency_s.ll)
-    seconds = cluster.host.base_latency_s.ll + hop + np.maximum(size * out / nic, size * fan / cluster.host.bus_bytes_per_s["all_to_all"])
-    return _for_many(group, seconds)
+    inside_s = filled_s(
+        size * fan / (cluster.host.bus_bytes_per_s["all_to_all"] * _linked(inside, cluster.host)), cluster.host.fill_s or 0.0
+    )
+    return _for_many(group, cluster.host.base_latency_s.ll + hop + np.maximum(size * out / nic, inside_s))
 
 
 def send_s(size: Number, pipeline: Group, cluster: Cluster) -> Number:

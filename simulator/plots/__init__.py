@@ -4,7 +4,8 @@ Nothing is computed here that a table of the result does not hold. With `ax` a f
 state; without it, a figure of a fitting size is made with pyplot, so that a notebook shows it.
 """
 
-from simulator.plots.calibration import plot_collectives, plot_parts, plot_proof, plot_residuals, plot_roofline
+from simulator.plots.accuracy import plot_accuracy, plot_residuals
+from simulator.plots.calibration import plot_collectives, plot_fits, plot_parts, plot_proof, plot_roofline
 from simulator.plots.style import COLOURS, WORDS
 from simulator.plots.tables import plot_breakdown, plot_comparison, plot_memory, plot_plans
 from simulator.plots.timeline import ACTIONS, KINDS, bars, plot_schedule, plot_timeline
@@ -15,9 +16,11 @@ __all__ = [
     "KINDS",
     "WORDS",
     "bars",
+    "plot_accuracy",
     "plot_breakdown",
     "plot_collectives",
     "plot_comparison",
+    "plot_fits",
     "plot_memory",
     "plot_parts",
     "plot_plans",

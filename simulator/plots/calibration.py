@@ -87,7 +87,7 @@ def plot_collectives(rows: pd.DataFrame, predicted: pd.DataFrame, ax: Axes | Non
     return ax
 
 
-def plot_residuals(residuals: dict[str, float], ax: Axes | None = None) -> Axes:
+def plot_fits(residuals: dict[str, float], ax: Axes | None = None) -> Axes:
     """Draw how far each fitted cost is from its rows, and return the Axes.
 
     Parameters

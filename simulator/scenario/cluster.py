@@ -101,7 +101,13 @@ class Host(Facts):
         Scale-up bandwidth of one accelerator, one direction.
     bus_bytes_per_s : dict
         Bus bandwidth (as nccl-tests define it) of large messages inside the domain, per collective; ``send`` is
-        point to point.
+        point to point. Of rings; what the switches reduce is faster.
+    reduction_share : float, optional
+        Share of the scale-up link at which the data of one accelerator passes through the reduction in the scale-up
+        switches (NVLS); none without.
+    mesh : bool
+        Whether the links go straight to each peer of the domain, an equal share to each, and not to switches: a group
+        that leaves out peers leaves out their links.
     nic_bytes_per_s : float
         Scale-out bandwidth per accelerator, one direction.
     base_latency_s, hop_latency_s : Protocols
@@ -110,6 +116,8 @@ class Host(Facts):
         Share of the wire that is payload, per protocol.
     tree_share : float
         Bandwidth of a tree all-reduce over that of a ring.
+    fill_s : float, optional
+        Time to fill the pipeline of a long collective inside the domain; none where it is not known.
     overhead_w : float
         Power of the host beside its accelerators: processors, NICs, fans.
     collectives : dict
@@ -120,11 +128,14 @@ class Host(Facts):
     scale_up_domain: int = Field(gt=0)
     scale_up_bytes_per_s: BytesPerS
     bus_bytes_per_s: dict[Collective, BytesPerS]
+    reduction_share: Fraction | None = None
+    mesh: bool = False
     nic_bytes_per_s: BytesPerS
     base_latency_s: Protocols
     hop_latency_s: Protocols
     protocol_share: dict[Literal["ll", "ll128", "simple"], Fraction]
     tree_share: Fraction
+    fill_s: Seconds | None = None
     overhead_w: Watts
     collectives: dict[str, CollectiveCost] = {}
 
@@ -204,6 +215,9 @@ class Fabric(Facts):
         Share of the line rate that large transfers sustain.
     hop_latency_s : Protocols
         One network hop of a collective, per protocol.
+    fill_s : float, optional
+        Time to fill the pipeline of a long collective between scale-up domains, beside the buffers on the wire; none where it is
+        not known.
     tiers : tuple of Tier
         Innermost first; the last one reaches every accelerator.
     routing : str
@@ -218,6 +232,7 @@ class Fabric(Facts):
     family: str
     efficiency: Fraction
     hop_latency_s: Protocols
+    fill_s: Seconds | None = None
     tiers: tuple[Tier, ...] = Field(min_length=1)
     host_optic: str | None = None
     routing: Literal["sprayed", "hashed", "d-mod-k"] = "sprayed"

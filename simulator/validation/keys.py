@@ -19,6 +19,8 @@ _RELEASES = (
 _WHERE = ("provenance", "notes")
 #: frameworks that share a collection's tags with others
 _FRAMEWORK = r"dgxc-benchmarking/(maxtext|paxml)/"
+#: sources that time two frameworks beside each other: pattern of `notes`
+_COMPARED = r"^(ZeRO-3|PTD|MegaScale|Megatron-LM);"
 #: columns that say what ran and how, without the words about its options
 CONFIGURATION = (
     "model", "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "seq_len", "gpu", "gpus", "tp", "pp", "vpp", "cp", "ep", "etp",
@@ -35,6 +37,8 @@ def release_of(row: Mapping[str, Any]) -> str:
     is one release per year that it prints.
     """
     cells = Row(row)
+    if cells.text("release"):
+        return f"{cells.text('source')} {cells.text('release')}"
     framework = re.search(_FRAMEWORK, cells.text("provenance"))
     for column in _WHERE:
         for pattern in _RELEASES:
@@ -42,7 +46,8 @@ def release_of(row: Mapping[str, Any]) -> str:
             if found:
                 version = next(text for text in found.groups() if text)
                 return f"{cells.text('source')} {version}" + (f" {framework.group(1)}" if framework else "")
-    return f"{cells.text('source')} {cells.text('year')}".strip()
+    compared = re.search(_COMPARED, cells.text("notes"))
+    return " ".join(filter(None, [cells.text("source"), cells.text("year"), compared.group(1) if compared else ""]))
 
 
 def family_of(name: str) -> str:

@@ -13,8 +13,10 @@ import pandas as pd
 
 from simulator.closed_forms import estimate
 from simulator.compute import peak_flop_per_s
+from simulator.confidence import SCALES, WORDS, features
 from simulator.errors import ProfileError, SimulatorError
 from simulator.scenario.scenario import Scenario
+from simulator.simulate import simulate_step
 from simulator.validation.keys import configuration_of, family_of, layout_of, release_of, sweep_of
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import cluster_of
@@ -25,11 +27,9 @@ from simulator.workload.flop import count
 _DATA = Path(__file__).parent / "data"
 _FILES = ("training_runs.csv", "training_runs_vtrain_single.csv")
 _PRINTED = ("id", "source", "model", "arch", "complete")
-_NUMBERS = ("accelerators", "measured_s", "predicted_s", "relative_error", "flop", "peak_flop_per_s")
-_COLUMNS = [
-    *_PRINTED, "accelerator", "family", "release", "precision", "configuration", "options",
-    "layout", "sweep", *_NUMBERS, "assumptions", "skipped",
-]  # fmt: skip
+_NUMBERS = ("measured_s", "predicted_s", "relative_error", "flop", "peak_flop_per_s", *SCALES)
+_KEYS = ("family", "release", "configuration", "options", "layout", "sweep")
+_COLUMNS = list(dict.fromkeys([*_PRINTED, *WORDS, *_KEYS, *_NUMBERS, "assumptions", "skipped"]))
 _ERRORS = ["rows", "mean_absolute_error", "median_absolute_error", "bias", "worst"]
 #: sources that print only a FLOP rate -> how they count: found by comparing rows of theirs, or their code, that print both
 _CONVENTIONS = {
@@ -145,8 +145,27 @@ def _flop_per_s(metric: str, value: float, scenario: Scenario) -> float:
     return value * 1e12 if metric == "tflops_per_gpu" else value * peak_flop_per_s(scenario.cluster.accelerator, "bf16")
 
 
+def step_s(scenario: Scenario) -> float:
+    """Return the predicted seconds of one step: the closed form, or where experts are loaded unevenly the simulation.
+
+    Notes
+    -----
+    A run that was measured did fit; what the memory model says of it is judged elsewhere.
+    """
+    if scenario.job.routing == "balanced":
+        return estimate(scenario)
+    return simulate_step(roomy(scenario)).step_time_s
+
+
+def roomy(scenario: Scenario) -> Scenario:
+    """Return `scenario` on accelerators with memory for any plan."""
+    accelerator = scenario.cluster.accelerator
+    accelerator = accelerator.model_copy(update={"hbm_bytes": 1e3 * accelerator.hbm_bytes})
+    return scenario.model_copy(update={"cluster": scenario.cluster.model_copy(update={"accelerator": accelerator})})
+
+
 def validate(
-    predict: Callable[[Scenario], float] = estimate,
+    predict: Callable[[Scenario], float] = step_s,
     rows: pd.DataFrame | None = None,
     complete_only: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -157,7 +176,7 @@ def validate(
     Parameters
     ----------
     predict : callable
-        Returns the seconds of one step of a scenario; the closed-form estimate by default. With more than one process it
+        Returns the seconds of one step of a scenario; `step_s` by default. With more than one process it
         must be a function of a module.
     rows : DataFrame, optional
         Rows in the columns of `published_runs`; all of them when left out.
@@ -174,9 +193,9 @@ def validate(
         ``measured_s``, ``predicted_s``, ``relative_error = predicted / measured - 1``, the assumptions joined by ``"; "``,
         and in ``skipped`` the reason why a row has no prediction, else an empty text. A row that cannot be read or
         predicted is skipped, never raised. What makes rows comparable: ``family`` (the model, proxies with it),
-        ``release``, ``accelerator`` and the count of them, ``precision`` of the GEMMs, ``configuration`` and ``options``,
-        ``sweep`` (all but the layout) and ``layout``; and for a baseline the
-        model ``flop`` per accelerator (causal) and its ``peak_flop_per_s`` in that precision.
+        ``release``, ``configuration`` and ``options``, ``sweep`` (all but the layout) and ``layout``, and the features that
+        `simulator.confidence` compares by; for a baseline the model ``flop`` per accelerator (causal) and its
+        ``peak_flop_per_s`` in the precision of the GEMMs.
     """
     rows = published_runs() if rows is None else rows
     if complete_only:
@@ -200,24 +219,19 @@ def validate(
 
 def _line(predict: Callable[[Scenario], float], row: dict[str, Any]) -> dict[str, Any]:
     cells = Row(row)
-    line: dict[str, Any] = {c: cells.text(c) for c in _PRINTED}
-    line |= dict.fromkeys(_NUMBERS, float("nan"))
-    line |= {"accelerator": cells.text("gpu"), "precision": cells.text("precision"), "assumptions": "", "skipped": ""}
-    line |= {"family": family_of(line["model"]), "release": release_of(row)}
+    line: dict[str, Any] = {c: cells.text(c) for c in (*_PRINTED, "recompute", "precision")}
+    line |= dict.fromkeys(_NUMBERS, float("nan")) | {"accelerator": cells.text("gpu"), "assumptions": "", "skipped": ""}
+    line |= {"family": family_of(line["model"]), "release": release_of(row), "layout": layout_of(row), "sweep": sweep_of(row)}
     line |= {"configuration": configuration_of(row), "options": cells.text("overlap_notes")}
-    line |= {"layout": layout_of(row), "sweep": sweep_of(row)}
     try:
         scenario, assumptions = scenario_from_row(row)
         line["measured_s"] = measured_step_s(row, scenario)
-        if flop_convention(row):
-            assumptions = (*assumptions, f"step time from the printed rate by {flop_convention(row)} model FLOP")
+        convention = flop_convention(row)
+        if convention:
+            assumptions = (*assumptions, f"step time from the printed rate by {convention} model FLOP")
         accelerator, dtype = scenario.cluster.accelerator, scenario.plan.precision.gemm
-        line |= {"accelerator": accelerator.name, "precision": dtype, "assumptions": "; ".join(assumptions)}
-        line |= {
-            "accelerators": scenario.cluster.accelerators,
-            "flop": _model_flop(scenario, "causal"),
-            "peak_flop_per_s": peak_flop_per_s(accelerator, dtype),
-        }
+        line |= {"assumptions": "; ".join(assumptions)} | features(scenario)
+        line |= {"flop": _model_flop(scenario, "causal"), "peak_flop_per_s": peak_flop_per_s(accelerator, dtype)}
         predicted = float(predict(scenario))
         if not 0 < predicted < float("inf"):
             raise ProfileError(f"predicted {predicted} s")

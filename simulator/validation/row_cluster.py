@@ -16,7 +16,7 @@ T = TypeVar("T", bound=Facts)
 _A100 = ("a100-sxm4-80", "dgx-a100-80", "ib-hdr-rail")
 _H100 = ("h100-sxm5-80", "dgx-h100", "ib-ndr-rail")
 #: printed name -> accelerator, host and fabric of the vendor's reference design
-_MACHINES = {
+MACHINES = {
     "A100-SXM-80GB": _A100,
     "A100 (Ampere, 80GB)": _A100,
     "A100-SXM (memory size not stated)": _A100,
@@ -35,6 +35,7 @@ _MACHINES = {
     "GB300": ("gb300-288", "gb300-nvl72", "ib-xdr-rail"),
     "MI300X": ("mi300x", "mi300x-platform", "roce-400g"),
 }
+MACHINES |= {machine[0]: machine for machine in MACHINES.values()}  # a user writes the profile's own name
 #: printed name -> facts that differ from the profile, their grade and what else had to be assumed
 _VARIANTS: dict[str, tuple[dict[str, float], str, tuple[str, ...]]] = {
     "H100 (Grand Teton, 96GB HBM2e 2.4TB/s, 500W cap)": (
@@ -79,9 +80,9 @@ def cluster_of(row: Row) -> Cluster:
         When no profile describes the accelerator, or the count is not printed.
     """
     printed, count = row.text("gpu"), row.need("gpus")
-    if printed not in _MACHINES:
+    if printed not in MACHINES:
         raise ProfileError(f"no accelerator profile: {printed or 'not printed'}")
-    accelerator_name, host_name, fabric_name = _MACHINES[printed]
+    accelerator_name, host_name, fabric_name = MACHINES[printed]
     accelerator = _accelerator(row, printed, ACCELERATORS.load(accelerator_name))
     host = _host(row, HOSTS.load(host_name), count)
     fabric = _fabric(row, fabric_name, host, count)

@@ -68,7 +68,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         schedule, table = _paired(row, degrees, schedule)
     return Plan(
         **degrees,
-        zero=row.default("ZeRO stage", 1, row.whole("zero_stage")),
+        zero=_zero(row),
         micro_batch=row.default("micro-batch", 1, row.whole("mbs")),
         schedule=schedule,
         table=table,
@@ -87,6 +87,9 @@ def job_of(row: Row) -> Job:
     """Return the job of a published row: one optimizer step."""
     batch, sequence = row.need("gbs"), row.need("seq_len")
     natural = row.has(r"natural routing|no force-?balanc|unforced", "notes", "overlap_notes")
+    if row.has("ISCA'25", "source"):
+        row.assume("routing not printed: natural, as the production run that it was")
+        natural = True
     if row.text("arch") == "moe" and not natural and not row.has(r"balanc|capacity factor|tokendrop", "notes", "overlap_notes"):
         row.assume("routing not printed: balanced")
     return Job(
@@ -119,6 +122,13 @@ def _degrees(row: Row, model: Model) -> dict[str, int]:
     return degrees
 
 
+def _zero(row: Row) -> int:
+    if row.has("Llama 3 Herd", "source"):
+        row.assume("gradients accumulated over the micro-batches and reduced once: section 3.3.2 of the paper")
+        return 1
+    return row.default("ZeRO stage", 1, row.whole("zero_stage"))
+
+
 def _said_chunks(row: Row, model: Model, pp: int) -> int | None:
     """Return the model chunks of a pipeline rank that only the notes of a row tell, None when they do not."""
     if row.has("every layer is its own chunk", "notes"):
@@ -127,6 +137,12 @@ def _said_chunks(row: Row, model: Model, pp: int) -> int | None:
     if said and row.text("model") == "GPT 175B":
         row.assume(f"virtual stages recalled, not printed: {said.group(1)}")
         return int(said.group(1))
+    if row.has("interleaved|1F1B-I", "pp_schedule"):
+        # embedding and head count as a layer each where the layers alone do not divide
+        each = next((layers // pp for layers in (model.layers, model.layers + 2) if layers % pp == 0), 1)
+        chunks = next((v for v in range(2, each + 1) if each % v == 0), 1)
+        row.assume(f"virtual stages not printed: {chunks}, the fewest that interleave")
+        return chunks
     return None
 
 
@@ -140,8 +156,6 @@ def _schedule(row: Row, degrees: dict[str, int]) -> str:
         raise ProfileError(f"pipeline schedule not modelled: {printed.split(' (')[0]}")
     if degrees["vpp"] > 1:
         return "interleaved"
-    if re.search("interleaved|1F1B-I", printed):
-        row.assume("interleaved schedule priced as 1F1B: virtual stages not printed")
     return "1f1b"
 
 
@@ -248,6 +262,9 @@ def _sequence_parallel(row: Row, tp: int) -> bool:
 def _dispatcher(row: Row, model: Model) -> str:
     if model.experts is None:
         return "alltoall"
+    if row.has("node-limited", "overlap_notes"):
+        row.assume("dispatcher: one copy per host, fanned out there (node-limited routing)")
+        return "deepep"
     if not row.has("deepep|hybridep", "overlap_notes", "notes"):
         if not row.has("dispatcher|all-?to-?all", "overlap_notes", "notes"):
             row.assume("dispatcher not printed: alltoall")

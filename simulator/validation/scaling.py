@@ -44,7 +44,7 @@ def slopes(rows: pd.DataFrame) -> pd.DataFrame:
     """
     lines, pooled = [], []
     for name, group in series(rows).items():
-        x, y = np.log2(group["accelerators"].to_numpy()), group["residual"].to_numpy()
+        x, y = np.log2(group["accelerators"].to_numpy(dtype=float)), group["residual"].to_numpy()
         lines.append({"series": name, "rows": len(group), "from": int(2 ** x.min() + 0.5), "to": int(2 ** x.max() + 0.5)} | _line(x, y, 2))
         if name not in _PAPERS:
             pooled.append((x - x.mean(), y - y.mean()))
@@ -53,7 +53,7 @@ def slopes(rows: pd.DataFrame) -> pd.DataFrame:
         some = [line for line in lines if line["series"] not in _PAPERS]
         size = {"from": min(line["from"] for line in some), "to": max(line["to"] for line in some)}
         lines.append({"series": f"dgxc, {len(pooled)} series pooled", "rows": len(x)} | size | _line(x, y, 1 + len(pooled)))
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=["series", "rows", "from", "to", "slope", "standard_error"])
 
 
 def _line(x: np.ndarray, y: np.ndarray, parameters: int) -> dict[str, float]:

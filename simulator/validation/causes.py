@@ -1,0 +1,20 @@
+"""Why published rows are off, as far as that is known: read by the page of accuracy, never by a prediction."""
+
+from __future__ import annotations
+
+import re
+
+#: pattern of the row's id -> what the prediction lacks, or what is odd about the measurement
+_CAUSES = {
+    r"^sc21-t2-zero-3": "DeepSpeed's ZeRO-3 of 2021: gathers of single parameters, neither prefetched nor at the bandwidth of a ring",
+    r"^mbridge-26\.02-qwen3_30b-(h100|b200)": "a release that ran at half the speed of the next; 26.02.01 took 29 s on the H100",
+    r"^mbridge-26\.06\.01-gptoss": "a known regression of that release",
+    r"^dgxc-v25\.05\.05-dsv3-gb200": "an early port to GB200: later releases run the same model three times as fast",
+    r"^vtrain-s-": "models of 0.15 to 1.2 B on eight-way layouts: kernels of microseconds wait for the host that launches them",
+    r"^mpt-.*h100": "Triton's FlashAttention of early 2023, written for the A100, on an H100",
+}
+
+
+def cause(row: str) -> str:
+    """Return the known cause for a row, or that there is none."""
+    return next((text for pattern, text in _CAUSES.items() if re.search(pattern, row)), "not found")

@@ -1,0 +1,132 @@
+"""A user's file: every wrong cell is told with line, column and remedy, and the rest is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from simulator.errors import ProfileError
+from simulator.validation.memory import published_memory
+from simulator.validation.page import schema_page
+from simulator.validation.published import published_runs
+from simulator.validation.report import confront
+from simulator.validation.schema import PEAKS, RUNS
+from simulator.validation.user_rows import read_user_rows
+
+GOOD = {
+    "id": "mine", "model": "my 8B", "arch": "dense", "layers": 32, "hidden": 4096, "ffn_hidden": 14336, "heads": 32, "kv_heads": 8,
+    "head_dim": 128, "vocab": 128256, "seq_len": 8192, "gpu": "h100-sxm5-80", "gpus": 64, "tp": 2, "pp": 1, "cp": 1, "gbs": 128,
+    "precision": "bf16", "step_time_s_derived": 3.1,
+}  # fmt: skip
+MOE = {"arch": "moe", "experts": 8, "topk": 2, "moe_ffn_hidden": 14336, "dense_layers": 0, "ep": 8}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def file(*rows: dict) -> Path:
+        path = tmp_path / "runs.csv"
+        pd.DataFrame(rows).to_csv(path, index=False)
+        return path
+
+    return file
+
+
+def test_a_good_row_of_few_columns_is_scored(write):
+    found = read_user_rows(write(GOOD, GOOD | MOE | {"id": "sparse", "model": "my MoE"}))
+    assert found.problems == []
+    report = confront({"data": found.rows})
+    assert report.table["skipped"].tolist() == ["", ""]
+    assert report.rows["release"].tolist() == ["runs", "runs"]
+    assert (report.rows["low_s"] < report.rows["high_s"]).all()
+    # two models of one release: each is anchored by the other
+    assert report.rows["factor"].notna().all()
+    assert "inter-node fabric not printed: vendor reference design" in report.rows["assumptions"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "column", "what", "remedy"),
+    [
+        ({"tp": "eight"}, "tp", "'eight' is not a number", "write a whole number above 0"),
+        ({"tp": "2.5"}, "tp", "'2.5' is not a whole number above 0", "write a whole number above 0"),
+        ({"step_time_s_derived": "310 ms"}, "step_time_s_derived", "'310 ms' carries a unit", "write 0.31"),
+        ({"seq_len": "8k"}, "seq_len", "'8k' carries a unit", "write 8000"),
+        ({"step_time_s_derived": "nan"}, "step_time_s_derived", "'nan' is not a number above 0", "seconds per optimizer step"),
+        ({"step_time_s_derived": "-3"}, "step_time_s_derived", "'-3' is not a number above 0", "write a number above 0"),
+        ({"step_time_s_derived": ""}, "step_time_s_derived", "is blank", "write the measured seconds"),
+        ({"gpu": "h100-sxm5"}, "gpu", "'h100-sxm5' has no profile", "did you mean h100-sxm5-80"),
+        ({"arch": "sparse"}, "arch", "'sparse'", "write dense or moe"),
+        ({"layers": ""}, "layers", "is blank", "write transformer layers"),
+        ({"dp": 64}, "dp", "tp x pp x cp x dp = 128, gpus = 64", "write 32"),
+        ({"tp": 3}, "gpus", "tp x pp x cp = 3 does not divide 64", "use a multiple of 3"),
+        ({"gbs": 100}, "gbs", "100 is not a multiple of dp x mbs = 32", "use 96"),
+        (MOE | {"ep": 48}, "ep", "ep x etp = 48 does not divide dp x cp x tp = 64", "use a divisor of 64"),
+        (MOE | {"experts": ""}, "experts", "is blank", "write routed experts per layer"),
+    ],
+)
+def test_a_wrong_cell_is_told_and_the_other_row_is_scored(write, changes, column, what, remedy):
+    found = read_user_rows(write(GOOD | changes | {"id": "wrong"}, GOOD))
+    assert found.rows["id"].tolist() == ["mine"]
+    (problem,) = found.problems
+    assert problem.rule == f"runs.csv, line 2 (wrong), column {column}"
+    assert problem.numbers == what
+    assert remedy in problem.remedy
+
+
+def test_a_remedy_taken_is_a_good_row(write):
+    for changes in ({"step_time_s_derived": "0.31"}, {"dp": 32}, {"gbs": 96}, MOE | {"ep": 64, "experts": 64}):
+        assert read_user_rows(write(GOOD | changes)).problems == []
+
+
+def test_a_missing_column_is_told_once(write):
+    row = {k: v for k, v in GOOD.items() if k != "heads"}
+    found = read_user_rows(write(row, row))
+    assert [p.rule for p in found.problems] == ["runs.csv, column heads"]
+    assert "query heads" in found.problems[0].remedy
+    assert found.rows.empty
+
+
+def test_an_unknown_heading_is_told_and_left_out(write):
+    found = read_user_rows(write(GOOD | {"micro_batch": 1, "tps": 3}))
+    assert [p.rule for p in found.problems] == ["runs.csv, heading micro_batch", "runs.csv, heading tps"]
+    assert found.rows["id"].tolist() == ["mine"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00rubbish", b'a,b\n"1,2\n'])
+def test_what_is_no_table_is_refused(tmp_path, content):
+    path = tmp_path / "runs.csv"
+    path.write_bytes(content)
+    with pytest.raises(ProfileError, match="is not a table"):
+        read_user_rows(path)
+
+
+def test_a_row_that_converts_to_no_scenario_is_skipped_with_the_reason(write):
+    found = read_user_rows(write(GOOD | {"pp": 2, "pp_schedule": "V-half"}, GOOD | {"id": "fine"}))
+    table = confront({"data": found.rows}).table
+    assert table["skipped"].tolist() == ["pipeline schedule not modelled: V-half", ""]
+
+
+def test_memory_rows_are_scored_and_told(tmp_path):
+    rows = published_memory().set_index("id", drop=False).loc[["mem-tt-8b-8-eager", "mem-tt-8b-128-eager"]].copy()
+    rows.loc["mem-tt-8b-128-eager", "value_GiB"] = "67 GiB"
+    rows.to_csv(tmp_path / "peaks.csv", index=False)
+    found = read_user_rows(tmp_path / "peaks.csv", "memory")
+    assert [(p.rule, p.remedy) for p in found.problems] == [
+        ("peaks.csv, line 3 (mem-tt-8b-128-eager), column value_GiB",
+         "write 67, if that is the peak on the fullest accelerator, 2^30 bytes; blank where the run failed")
+    ]  # fmt: skip
+    report = confront({"memory": found.rows})
+    assert report.memory["id"].tolist() == ["mem-tt-8b-8-eager"]
+    assert report.memory["measured_bytes"].tolist() == [82.4 * 2**30]
+    assert report.rows.empty
+
+
+def test_the_schema_knows_every_published_column():
+    assert set(published_runs().columns) - {"file"} == {c.name for c in RUNS} - {"release"}
+    assert set(published_memory().columns) <= {c.name for c in PEAKS}
+
+
+def test_the_page_on_the_schema_is_the_schema():
+    page = Path(__file__).parents[1] / "docs" / "validation.md"
+    assert page.read_text(encoding="utf-8") == schema_page()
