@@ -26,7 +26,7 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
-from simulator.simulate import simulate_ranks, simulate_step
+from simulator.simulate import simulate_ranks, simulate_step, simulate_steps
 from simulator.validation.published import validate
 
 #: the command's word for `search`
@@ -54,6 +54,7 @@ __all__ = [
     "simulate_step",
     "StepResult",
     "simulate_ranks",
+    "simulate_steps",
     "RanksResult",
     "Variation",
     "Routing",

@@ -113,6 +113,12 @@ def scenarios(
     return scenario(model, world, plan, one(*legal), host, **changes)
 
 
+def roomy(s: Scenario) -> Scenario:
+    """Return `s` on accelerators with memory for anything: what is asked is how long the step takes."""
+    accelerator = s.cluster.accelerator.model_copy(update={"hbm_bytes": 1e15})
+    return s.model_copy(update={"cluster": s.cluster.model_copy(update={"accelerator": accelerator})})
+
+
 @st.composite
 def any_schedule(draw: st.DrawFn, experts: bool) -> Scenario:
     """Draw a small scenario that runs under some schedule."""

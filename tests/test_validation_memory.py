@@ -56,7 +56,7 @@ def test_simumax_memory_within_three_percent_on_average(table):
 
 
 def test_fits_and_fails(summary):
-    everything = summary.loc["all sources"]
+    everything = summary.loc["all rows"]
     assert everything["median_absolute_error"] <= 0.05
     assert everything["fails"] == 539
     assert everything["balanced_accuracy"] >= 0.90
@@ -124,4 +124,4 @@ def test_a_bad_row_is_skipped_with_its_reason(change, reason):
 
 
 def test_summary_of_nothing():
-    assert memory_summary(validate_memory(user_row(value_GiB="", outcome=""))).set_index("source").loc["all sources", "peaks"] == 0
+    assert memory_summary(validate_memory(user_row(value_GiB="", outcome=""))).set_index("source").loc["all rows", "peaks"] == 0

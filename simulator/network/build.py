@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from simulator.errors import ProfileError
-from simulator.network import clos_paths
+from simulator.network import clos_paths, direct, own
 from simulator.network.topology import Topology
 from simulator.scenario.cluster import Cluster
-from simulator.scenario.wiring import Clos
+from simulator.scenario.wiring import Clos, Dragonfly, Own, RailClos, SeparateRails, SlimFly, Torus
+
+_BUILDERS = {
+    Clos: clos_paths.build,
+    RailClos: clos_paths.build,
+    SeparateRails: clos_paths.build,
+    Dragonfly: direct.dragonfly,
+    SlimFly: direct.slim_fly,
+    Torus: direct.torus,
+    Own: own.own,
+}
 
 
 def topology(cluster: Cluster) -> Topology:
@@ -22,9 +31,7 @@ def topology(cluster: Cluster) -> Topology:
     ProfileError
         When the numbers of the fabric do not give a network for that many accelerators.
     """
-    if not isinstance(cluster.fabric.shape, Clos):
-        raise ProfileError(f"family {cluster.fabric.family} has no graph yet; choose a folded Clos")
-    built = clos_paths.build(cluster)
+    built = _BUILDERS[type(cluster.fabric.shape)](cluster)
     for part, factor in cluster.degraded.items():
         built = built.degraded(part, factor=factor)
     return built

@@ -27,6 +27,8 @@ class Paths:
         Tier of switches at which each path turns, as an index into the fabric's tiers; -1 inside a scale-up domain.
     bundles : tuple of str
         Name of the kind of every bundle under spraying; empty when `links` are links of the topology.
+    parts : int
+        Consecutive rows that are one flow together.
     """
 
     indptr: np.ndarray
@@ -34,6 +36,7 @@ class Paths:
     capacity: np.ndarray
     level: np.ndarray
     bundles: tuple[tuple[str, int], ...] = ()
+    parts: int = 1
 
     def __len__(self) -> int:
         return len(self.level)

@@ -183,9 +183,9 @@ def _kept(paths: Paths, sent: Flows, traffic: Traffic, nic: float) -> tuple[floa
     if "all_to_all" not in traffic:
         rates = fair_rates(paths.indptr, paths.links, paths.capacity)
         load = np.bincount(paths.links, np.repeat(rates, paths.hops()), len(paths.capacity))
-        return float(rates.min() / nic), _over(load, paths.capacity)
+        return float(rates.reshape(-1, paths.parts).sum(axis=1).min() / nic), _over(load, paths.capacity)
     each = np.bincount(sent.source).max()
-    times = flow_times(paths.indptr, paths.links, paths.capacity, np.full(len(paths), nic))
+    times = flow_times(paths.indptr, paths.links, paths.capacity, np.full(len(paths), nic / paths.parts))
     return float(each / times.makespan_s), times.utilisation
 
 
@@ -196,10 +196,10 @@ def _over(load: np.ndarray, capacity: np.ndarray) -> np.ndarray:
 def _slowest_group(paths: Paths, sent: Flows, traffic: Traffic, nic: float) -> float:
     """Return what the first group keeps with the network for itself."""
     mine = np.flatnonzero(sent.group == sent.group[0])
-    hops = paths.hops()
-    indptr = np.concatenate([[0], np.cumsum(hops[mine])])
-    links = np.concatenate([paths.links[paths.indptr[f] : paths.indptr[f + 1]] for f in mine])
-    one = Paths(indptr, links, paths.capacity, paths.level[mine], paths.bundles)
+    rows = (mine[:, None] * paths.parts + np.arange(paths.parts)).ravel()
+    indptr = np.concatenate([[0], np.cumsum(paths.hops()[rows])])
+    links = np.concatenate([paths.links[paths.indptr[f] : paths.indptr[f + 1]] for f in rows])
+    one = Paths(indptr, links, paths.capacity, paths.level[rows], paths.bundles, paths.parts)
     return _kept(one, Flows(sent.source[mine], sent.target[mine], sent.group[mine]), traffic, nic)[0]
 
 
@@ -229,7 +229,7 @@ def _together_factors(built: Topology, cluster: Cluster, patterns: tuple[tuple[P
     paths = [route(built, cluster, s, p) for s, p in zip(sent, pxn, strict=True)]
     shift = np.concatenate([[0], np.cumsum([len(p.links) for p in paths])])
     indptr = np.concatenate([p.indptr[:-1] + at for p, at in zip(paths, shift, strict=False)] + [shift[-1:]])
-    turns = [1 / np.bincount(s.source)[s.source] for s in sent]
+    turns = [np.repeat(1 / np.bincount(s.source)[s.source], p.parts) / p.parts for s, p in zip(sent, paths, strict=True)]
     rates = fair_rates(indptr, np.concatenate([p.links for p in paths]), paths[0].capacity, np.concatenate(turns))
     ends = np.cumsum([len(p) for p in paths])
     factors = []

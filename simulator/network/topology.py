@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,8 @@ class Topology:
         Bytes per second, each direction; 0 for a dead cable.
     router : Router
         Which links join two accelerators.
+    passive : dict of str to int
+        Devices on the way that forward nothing by themselves, such as optical circuit switches.
 
     Notes
     -----
@@ -58,6 +60,7 @@ class Topology:
     tier: np.ndarray
     rate: np.ndarray
     router: Router
+    passive: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         switches = ", ".join(f"{count:,} {layer}" for layer, count in self.layers.items() if count)

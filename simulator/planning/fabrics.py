@@ -14,17 +14,21 @@ from simulator.planning.search import search
 from simulator.scenario.cluster import Cluster, Fabric
 from simulator.scenario.profiles import FABRICS, PARTS
 from simulator.scenario.scenario import Scenario
+from simulator.scenario.wiring import Clos
 from simulator.simulate import simulate_step
 
 
 def candidates(cluster: Cluster) -> list[str]:
-    """Return the shipped fabrics that take the ports of this cluster's NICs and reach all of its accelerators."""
+    """Return the shipped Clos fabrics that take the ports of this cluster's NICs and reach all of its accelerators.
+
+    Dragonflies and Slim Fly are compared by name only: on minimal routes, all that is modelled, they lose to any Clos.
+    """
     found = []
     for name in FABRICS.names():
         fabric = FABRICS.load(name)
         port = cluster.host.nic_bytes_per_s / getattr(fabric.shape, "planes", 1)
         plug = PARTS.load(fabric.host_optic).port_bytes_per_s if fabric.host_optic else None
-        if plug == port and fabric.tiers[-1].accelerators >= cluster.accelerators:
+        if isinstance(fabric.shape, Clos) and plug == port and fabric.tiers[-1].accelerators >= cluster.accelerators:
             found.append(name)
     return found
 

@@ -57,15 +57,15 @@ class Dragonfly(Shape):
         Accelerators on one router (on one leaf).
     routers : int
         Routers of a group (its leaves).
-    spines : int
-        Spines of a group; 0 joins its routers directly.
+    spines : int, optional
+        Spines of a group; without them its routers are joined directly.
     global_links : int
         Links to other groups of one router (of one spine).
     """
 
     endpoints: Count = Field(gt=0)
     routers: Count = Field(gt=0)
-    spines: Count = Field(default=0, ge=0)
+    spines: Count | None = Field(default=None, gt=0)
     global_links: Count = Field(gt=0)
 
 
