@@ -13,6 +13,7 @@ from simulator.cli.accuracy import validate
 from simulator.cli.calibrate import calibrate
 from simulator.cli.fabrics import fabrics
 from simulator.cli.facts import clusters, models, sources
+from simulator.cli.launches import export
 from simulator.cli.steps import plan, simulate
 from simulator.cli.sweeps import sweep
 from simulator.cli.terminal import err, print_json, say
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="Plan a ten-thousand-GPU training cluster before it exists.",
 )
 #: in the order of the help
-VERBS = (plan, simulate, sweep, fabrics, validate, calibrate, models, clusters, sources)
+VERBS = (plan, simulate, sweep, export, fabrics, validate, calibrate, models, clusters, sources)
 for verb in VERBS:
     app.command()(verb)
 
