@@ -38,7 +38,8 @@ class Measured:
     seconds : tuple of float
         The repeats, over all turns, on the slowest rank.
     parts_s : dict
-        Mean over ranks and repeats, by kind of operation as the simulator's breakdown names them.
+        Mean over ranks and repeats, by kind of operation as the simulator's breakdown names them; kernels on a CPU by the
+        thread's processor time, as they were fitted, communication by the clock, with its waiting.
     peak_bytes : tuple of float
         Largest sum of live tensors on every rank.
     counts : tuple of tuple of int
@@ -88,8 +89,8 @@ def predict(measured: Measured, profile: MachineProfile) -> StepResult:
     return simulate_step(Scenario(model=case.model, cluster=profile.cluster, plan=case.plan, job=job))
 
 
-#: name of a measured part -> the simulator's part; the rest of kernels is bandwidth-bound
-_PARTS = ("gemm", "grouped_gemm", "attention", "optimizer")
+#: parts that are kernels; what has no name of its own is bandwidth-bound
+KERNELS = ("gemm", "grouped_gemm", "attention", "optimizer", "memory")
 
 
 def part_of(name: str) -> str:
@@ -97,7 +98,7 @@ def part_of(name: str) -> str:
     head = name.split(".")[0]
     if head in ("tp", "ep", "pp", "dp", "edp", "world"):
         return {"edp": "dp", "world": "dp", "pp": "pp and waiting"}.get(head, head)
-    return head if head in _PARTS else "memory"
+    return head if head in KERNELS else "memory"
 
 
 def predicted_parts(result: StepResult) -> dict[str, float]:
