@@ -6,6 +6,7 @@ state; without it, a figure of a fitting size is made with pyplot, so that a not
 
 from simulator.plots.accuracy import plot_accuracy, plot_residuals
 from simulator.plots.calibration import plot_collectives, plot_fits, plot_parts, plot_proof, plot_roofline
+from simulator.plots.measured import plot_measured
 from simulator.plots.style import COLOURS, WORDS
 from simulator.plots.tables import plot_breakdown, plot_comparison, plot_memory, plot_plans
 from simulator.plots.timeline import ACTIONS, KINDS, bars, plot_schedule, plot_timeline
@@ -21,6 +22,7 @@ __all__ = [
     "plot_collectives",
     "plot_comparison",
     "plot_fits",
+    "plot_measured",
     "plot_memory",
     "plot_parts",
     "plot_plans",
