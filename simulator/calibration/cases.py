@@ -102,16 +102,16 @@ def held_out(device: str = "cpu", small: bool = False) -> list[Case]:
     one, two = model(768, 4, 12, 4, 8, 768, dense=1), model(576, 4, 9, 3, 6, 1152, dense=2)
     three, four = model(1024, 3, 16, 4, 4, 1024, vocab=3072), model(448, 6, 8, 4, 12, 640, top_k=3)
     return [
-        _case("DP2 a", one, 4, 512, dp_shard=2, micro_batch=2),
-        _case("EP2 a", one, 4, 512, dp_shard=2, ep=2, micro_batch=2),
-        _case("TP2 a", one, 4, 512, tp=2, micro_batch=2),
-        _case("PP2 a", one, 4, 512, pp=2, micro_batch=1),
-        _case("DP2 b", two, 8, 640, dp_shard=2, micro_batch=2),
-        _case("EP2 b", four, 8, 448, dp_shard=2, ep=2, micro_batch=2),
-        _case("TP2 EP2 c", three, 4, 640, tp=2, ep=2, micro_batch=2),
-        _case("TP2 d", four, 4, 640, tp=2, micro_batch=2),
-        _case("PP2 d", four, 8, 640, pp=2, micro_batch=1),
-        _case("EP2 c", three, 4, 768, dp_shard=2, ep=2, micro_batch=1),
+        _case("DP2 a", one, 2, 512, dp_shard=2),
+        _case("EP2 a", one, 2, 512, dp_shard=2, ep=2),
+        _case("TP2 a", one, 2, 512, tp=2),
+        _case("PP2 a", one, 2, 512, pp=2),
+        _case("DP2 b", two, 2, 640, dp_shard=2),
+        _case("EP2 b", four, 4, 448, dp_shard=2, ep=2, micro_batch=2),
+        _case("TP2 EP2 c", three, 2, 640, tp=2, ep=2, micro_batch=2),
+        _case("TP2 d", four, 2, 640, tp=2, micro_batch=2),
+        _case("PP2 d", four, 2, 640, pp=2),
+        _case("EP2 c", three, 2, 768, dp_shard=2, ep=2),
     ]
 
 

@@ -63,9 +63,6 @@ def _rank(function: Callable, rank: int, world: int, kind: str, store: str, said
         torch.set_num_threads(1)
         if kind == "cuda":
             torch.cuda.set_device(rank)
-        elif hasattr(os, "sched_setaffinity"):  # a core of its own, for its kernels and for its communication
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {cores[rank % len(cores)]})
         torch.ones(touched // 4)  # the first use of a page costs more than most kernels: not while we measure
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=PATIENCE)

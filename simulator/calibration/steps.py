@@ -18,7 +18,7 @@ from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
 from simulator.calibration.recorder import now
 
-WARM = 2
+WARM = 1
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> float:
