@@ -147,14 +147,14 @@ def _weights(distance: np.ndarray, group: np.ndarray, may: np.ndarray) -> np.nda
     return found
 
 
-def _quantiles(values: np.ndarray, weights: np.ndarray, levels: tuple[float, float]) -> np.ndarray:
+def _quantiles(values: np.ndarray, weights: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """Return weighted quantiles by the midpoint rule."""
     order = np.argsort(values)
     share = np.cumsum(weights[order]) - weights[order] / 2
     return np.interp(levels, share / weights.sum(), values[order])
 
 
-def quantiles(asked: pd.DataFrame, rows: pd.DataFrame, regime: str, level: float, leave_out: bool = False) -> np.ndarray:
+def quantiles(asked: pd.DataFrame, rows: pd.DataFrame, regime: str, level: float | np.ndarray, leave_out: bool = False) -> np.ndarray:
     """Return the interval of ln(measured / predicted) for every question, shape (Q, 2); NaN where no row is comparable.
 
     Parameters
@@ -165,20 +165,21 @@ def quantiles(asked: pd.DataFrame, rows: pd.DataFrame, regime: str, level: float
         As the table of `residuals`.
     regime : str
         ``cold`` or ``anchored``: the column to take residuals from.
-    level : float
-        Central share of the weighted residuals.
+    level : float or ndarray of shape (L,)
+        Central share of the weighted residuals; for many, the shape is (Q, 2, L).
     leave_out : bool
         Leave out the rows of a question's own ``group``, for published runs that ask about themselves.
     """
     rows = rows[rows[regime].notna()].reset_index(drop=True)
-    ends = np.full((len(asked), 2), np.nan)
+    at = np.array([0.5 - np.asarray(level) / 2, 0.5 + np.asarray(level) / 2])
+    ends = np.full((len(asked), *at.shape), np.nan)
     residual, (group, names) = rows[regime].to_numpy(dtype=float), pd.factorize(rows["group"])
     own = names.get_indexer(asked["group"]) if leave_out else np.full(len(asked), -1)
     for block in np.array_split(np.arange(len(asked)), len(asked) // 256 + 1):
         weights = _weights(distances(asked.iloc[block], rows), group, group[None, :] != own[block][:, None])
         for place, weight in zip(block, weights, strict=True):
             if weight.any():
-                ends[place] = _quantiles(residual[weight > 0], weight[weight > 0], (0.5 - level / 2, 0.5 + level / 2))
+                ends[place] = _quantiles(residual[weight > 0], weight[weight > 0], at)
     return ends
 
 

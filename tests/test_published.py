@@ -11,7 +11,7 @@ import pytest
 from simulator.closed_forms import estimate
 from simulator.errors import PlanError, Problem, ProfileError
 from simulator.scenario.cluster import Accelerator, Host
-from simulator.validation.published import MACRO, measured_step_s, published_runs, scenario_from_row, step_s, summary, validate
+from simulator.validation.published import measured_step_s, published_runs, scenario_from_row, step_s, validate
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import _nic_bytes_per_s
 from simulator.validation.row_plan import _recompute, expand_layout
@@ -404,40 +404,3 @@ def test_bad_rows_never_stop_the_run(runs):
     assert math.isnan(by_id["relative_error"][PAPER])
     assert by_id["accelerator"]["bloom-738"] == "abacus"
     assert validate(lambda s: math.inf, some)["skipped"].ne("").all()
-
-
-def test_summary_arithmetic():
-    def line(source, model, error, skipped=""):
-        return {"source": source, "model": model, "accelerator": "h100", "arch": "dense", "relative_error": error, "skipped": skipped}
-
-    table = pd.DataFrame(
-        [
-            line("A", "small", 0.1),
-            line("A", "small", -0.3),
-            line("A", "large", 0.2),
-            line("B", "large", -0.4),
-            line("B", "large", float("nan"), "no profile"),
-            line("C", "large", float("nan"), "no profile"),
-        ]
-    )
-    found = summary(table).set_index("source")
-    assert found.loc["A", ["rows", "skipped"]].tolist() == [3, 0]
-    assert found.loc["A", "mean_absolute_error"] == pytest.approx(0.2)
-    assert found.loc["A", "median_absolute_error"] == pytest.approx(0.2)
-    assert found.loc["A", "bias"] == pytest.approx(0.0)
-    assert found.loc["A", "worst"] == pytest.approx(-0.3)
-    assert found.loc["B", ["rows", "skipped"]].tolist() == [1, 1]
-    assert found.loc["C", ["rows", "skipped"]].tolist() == [0, 1]
-    macro = found.loc[MACRO]  # small: |0.1|, |-0.3|; large: |0.2|, |-0.4|
-    assert (macro["rows"], macro["skipped"]) == (4, 2)
-    assert macro["mean_absolute_error"] == pytest.approx((0.2 + 0.3) / 2)
-    assert macro["bias"] == pytest.approx((-0.1 - 0.1) / 2)
-    assert macro["worst"] == pytest.approx(-0.4)
-
-
-def test_summary_of_nothing_predicted():
-    table = validate(lambda scenario: 1.0, published_runs().head(1), complete_only=False)
-    found = summary(table)
-    assert found["source"].iloc[-1] == MACRO
-    assert found["rows"].tolist() == [0, 0]
-    assert found["skipped"].tolist() == [1, 1]

@@ -8,11 +8,13 @@ import pandas as pd
 import pytest
 
 from simulator.errors import ProfileError
+from simulator.validation.collective_rows import published_collectives
+from simulator.validation.collectives import validate_collectives
 from simulator.validation.memory import published_memory
 from simulator.validation.page import schema_page
 from simulator.validation.published import published_runs
 from simulator.validation.report import confront
-from simulator.validation.schema import PEAKS, RUNS
+from simulator.validation.schema import COLLECTIVES, PEAKS, RUNS
 from simulator.validation.user_rows import read_user_rows
 
 GOOD = {
@@ -122,9 +124,21 @@ def test_memory_rows_are_scored_and_told(tmp_path):
     assert report.rows.empty
 
 
+def test_collectives_are_scored_and_told(tmp_path):
+    rows = published_collectives().astype(str).iloc[[20, 25, 60]].copy()
+    rows.iloc[1, rows.columns.get_loc("gpus")] = "eight"
+    rows.to_csv(tmp_path / "nccl.csv", index=False)
+    found = read_user_rows(tmp_path / "nccl.csv", "collectives")
+    assert [p.rule for p in found.problems] == ["nccl.csv, line 3, column gpus"]
+    table = confront({"collectives": found.rows}).collectives
+    known = validate_collectives(held_out=False)
+    assert table["predicted_s"].tolist() == pytest.approx(known["predicted_s"].iloc[[20, 60]].tolist())
+
+
 def test_the_schema_knows_every_published_column():
     assert set(published_runs().columns) - {"file"} == {c.name for c in RUNS} - {"release"}
     assert set(published_memory().columns) <= {c.name for c in PEAKS}
+    assert set(published_collectives().columns) == {c.name for c in COLLECTIVES}
 
 
 def test_the_page_on_the_schema_is_the_schema():

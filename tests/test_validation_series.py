@@ -8,7 +8,7 @@ import pytest
 
 from simulator.validation.choosing import choosing, sweeps
 from simulator.validation.keys import layout_of, sweep_of
-from simulator.validation.peers import PEERS, peers
+from simulator.validation.peers import PEERS, peers, plausible
 from simulator.validation.published import published_runs
 from simulator.validation.scaling import slopes
 
@@ -89,3 +89,17 @@ def test_sweeps_of_the_published_rows_keep_kernels_apart():
     kernels = {sweep_of(r).rsplit("|", 1)[1] for r in some.to_dict("records")}
     assert kernels == {"flash_attention2", "flash_attention2 + RMS kernel", "flash_attentionv1.0.8", "fused", "torch"}
     assert layout_of(runs.loc["korth-22b-full"]).startswith("tp8 pp1")
+
+
+def test_what_sources_leave_out_is_tried_value_by_value():
+    tried: list[tuple] = []
+
+    def predict(scenario) -> float:
+        tried.append((scenario.model.name, scenario.plan.vpp, scenario.plan.micro_batch, scenario.job.routing))
+        return 20.0
+
+    table = plausible(published_runs(), predict)
+    assert len(table) == len(tried) == 3 * 3 + 2 * 2 * 2
+    assert {t[1:] for t in tried if t[0] == "Llama-3.1 405B"} == {(2, 1, "balanced"), (4, 1, "balanced"), (8, 1, "balanced")}
+    assert {t[2:] for t in tried if t[0] == "DeepSeek-V3"} == {(m, r) for m in (1, 2) for r in ("balanced", "natural")}
+    assert table["relative_error"].notna().all()

@@ -26,6 +26,7 @@ def _files(kind: str, what: str) -> object:
 def validate(
     data: Annotated[list[Path] | None, _files("data", "training runs")] = None,
     memory: Annotated[list[Path] | None, _files("memory", "memory peaks and failures")] = None,
+    collectives: Annotated[list[Path] | None, _files("collectives", "collectives")] = None,
     worst: Annotated[int, typer.Option(min=0, help="How many of the worst rows to explain.")] = 15,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the rows.")] = os.cpu_count() or 1,
     docs: Annotated[Path | None, typer.Option(help="Write the report as a Markdown page, too.", dir_okay=False)] = None,
@@ -38,7 +39,7 @@ def validate(
     from simulator.validation.page import HEAD, markdown, sections
     from simulator.validation.report import confront, refreshed
 
-    own, problems = _own({"data": data, "memory": memory})
+    own, problems = _own({"data": data, "memory": memory, "collectives": collectives})
     with progress() as tell:
         report = confront(own, processes=processes, progress=tell)
     if refresh and own is None:

@@ -52,6 +52,7 @@ NETWORK = {
     "fill_factor": Constant(1.0, 0.5, 0.1, 10.0),
 }
 Constants = Mapping[str, Mapping[str, float]]
+_NUMBERS = ("nodes", "gpus", "bytes", "algbw_GBps", "busbw_GBps")
 _TO_ALL = ("moe_dispatch", "moe_combine", "alltoall")
 _RINGS = {"all_reduce": priced.all_reduce_s, "all_gather": priced.all_gather_s, "reduce_scatter": priced.reduce_scatter_s}
 
@@ -155,13 +156,15 @@ def fitted_constants() -> dict[str, dict[str, float]]:
     return fit_links(rows + anchors())
 
 
-def validate_collectives(held_out: bool = True) -> pd.DataFrame:
-    """Return measured and predicted seconds of every published collective.
+def validate_collectives(held_out: bool = True, own: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Return measured and predicted seconds of every published collective, or of a user's own.
 
     Parameters
     ----------
     held_out : bool
         Fit every link generation without the source that is judged; False fits to all sources once.
+    own : DataFrame, optional
+        A user's rows in the columns of `published_collectives`; no constant was fitted to them.
 
     Returns
     -------
@@ -169,13 +172,15 @@ def validate_collectives(held_out: bool = True) -> pd.DataFrame:
         The published columns, ``measured_s``, ``predicted_s``, ``relative_error`` and ``skipped``, the reason why a row could not be
         predicted.
     """
-    table = published_collectives()
+    table = published_collectives() if own is None else own.copy()
+    if own is not None:
+        table[list(_NUMBERS)] = table[list(_NUMBERS)].apply(pd.to_numeric)
     seen = [measured(row) for _, row in table.iterrows()]
     known = [m for m in seen if isinstance(m, Measured)]
     rows, every = known + anchors(), fitted_constants()
     predicted: dict[int, float] = {}
     for source in sorted({m.source for m in known}):
-        constants = fit_links(rows, every, source) if held_out else every
+        constants = fit_links(rows, every, source) if held_out and own is None else every
         mine = [m for m in known if m.source == source]
         predicted |= {id(m): p for m, p in zip(mine, predicted_s(mine, constants), strict=True)}
     table["measured_s"] = [m.seconds if isinstance(m, Measured) else np.nan for m in seen]

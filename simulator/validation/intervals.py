@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
 
 from simulator.confidence import COVERAGE, RESIDUALS, SCALES, WORDS, quantiles
 from simulator.files import write_atomically
@@ -30,14 +29,10 @@ def calibrated(table: pd.DataFrame, regime: str) -> float:
     Rows and groups count half each: the mean of the coverage over rows and of its macro average over groups.
     """
 
-    def excess(level: float) -> float:
-        row, group = coverage(table, regime, quantiles(table, table, regime, level, leave_out=True))
-        return (row + group) / 2 - COVERAGE
-
-    low, high = 0.3, 0.999
-    if excess(low) > 0 or excess(high) < 0:
-        return low if excess(low) > 0 else high
-    return float(brentq(excess, low, high, xtol=2e-3))
+    levels = np.arange(0.3, 0.9996, 0.001)
+    ends = quantiles(table, table, regime, levels, leave_out=True)
+    held = [sum(coverage(table, regime, ends[:, :, i])) / 2 for i in range(len(levels))]
+    return float(levels[np.argmin(np.abs(np.array(held) - COVERAGE))])
 
 
 def coverage(table: pd.DataFrame, regime: str, ends: np.ndarray) -> tuple[float, float]:
@@ -51,7 +46,7 @@ def write(table: pd.DataFrame, path: Path = RESIDUALS) -> dict[str, float]:
     """Calibrate the levels and write the table, whole or not at all; return the levels."""
     levels = {regime: round(calibrated(table, regime), 3) for regime in _REGIMES}
     head = "#" + " ".join(f"{regime}={level}" for regime, level in levels.items()) + "\n"
-    write_atomically(path, lambda f: f.write(head + table.to_csv(index=False, float_format="%.5g", lineterminator="\n")))
+    write_atomically(path, lambda f: f.write(head + table.to_csv(index=False, float_format="%.7g", lineterminator="\n")))
     return levels
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
+
+from simulator.scenario.scenario import Scenario
+from simulator.validation.published import step_s, validate
 
 
 @dataclass(frozen=True)
@@ -84,3 +89,37 @@ def peers(rows: pd.DataFrame) -> pd.DataFrame:
         counted = {"rows": peer.rows, "count": len(some), "scored": len(error), "regime": regime}
         lines.append(counted | {"mean": error.abs().mean(), "worst": worst, "said": peer.said, "target": peer.target})
     return pd.DataFrame(lines)
+
+
+#: rows whose source leaves something out that matters: pattern of id -> columns and the values that are plausible
+_LEFT_OUT: dict[str, dict[str, tuple[str, ...]]] = {
+    # 126 layers, embedding and head on 16 stages are 8 a stage; 16 sequences a replica fill 16 stages at one each alone
+    r"^llama3-t4": {"vpp": ("2", "4", "8")},
+    r"^dsv3-isca": {"mbs": ("1", "2"), "notes": ("natural routing", "force-balanced")},
+}
+
+
+def plausible(runs: pd.DataFrame, predict: Callable[[Scenario], float] = step_s) -> pd.DataFrame:
+    """Return the errors of rows for every plausible value of what their sources leave out.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        As `simulator.validation.published.published_runs` returns it.
+    predict : callable
+        As in `simulator.validation.published.validate`.
+
+    Returns
+    -------
+    DataFrame
+        ``id``, ``taken`` (the values), ``relative_error``.
+    """
+    lines = []
+    for pattern, columns in _LEFT_OUT.items():
+        rows = runs[runs["id"].str.contains(pattern)]
+        for values in itertools.product(*columns.values()):
+            taken = dict(zip(columns, values, strict=True))
+            table = validate(predict, rows.assign(**taken), complete_only=False)
+            words = ", ".join(value if name == "notes" else f"{name} {value}" for name, value in taken.items())
+            lines += [{"id": i, "taken": words, "relative_error": e} for i, e in zip(table["id"], table["relative_error"], strict=True)]
+    return pd.DataFrame(lines, columns=["id", "taken", "relative_error"])

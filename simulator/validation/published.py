@@ -30,14 +30,11 @@ _PRINTED = ("id", "source", "model", "arch", "complete")
 _NUMBERS = ("measured_s", "predicted_s", "relative_error", "flop", "peak_flop_per_s", *SCALES)
 _KEYS = ("family", "release", "configuration", "options", "layout", "sweep")
 _COLUMNS = list(dict.fromkeys([*_PRINTED, *WORDS, *_KEYS, *_NUMBERS, "assumptions", "skipped"]))
-_ERRORS = ["rows", "mean_absolute_error", "median_absolute_error", "bias", "worst"]
 #: sources that print only a FLOP rate -> how they count: found by comparing rows of theirs, or their code, that print both
 _CONVENTIONS = {
     "ModelZoo|GB200 DeepSeek-V3 optimisation history": "causal",  # Megatron-LM since 2025
     "Parallel Folding|Llama 3 Herd|README H100 scaling|MegaScale": "noncausal",  # Megatron-LM until 2025, PaLM's MFU
 }
-#: what `summary` writes in place of a source on its last line
-MACRO = "macro average over model x accelerator"
 
 
 def published_runs() -> pd.DataFrame:
@@ -241,43 +238,3 @@ def _line(predict: Callable[[Scenario], float], row: dict[str, Any]) -> dict[str
     except Exception as error:  # noqa: BLE001 - one bad row among two thousand must not cost the table
         line["skipped"] = f"{type(error).__name__}: {error}"
     return line
-
-
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the errors of a `validate` table by source, accelerator and architecture, and their macro average.
-
-    Parameters
-    ----------
-    table : DataFrame
-        As `validate` returns it; skipped rows are counted and otherwise left out.
-
-    Returns
-    -------
-    DataFrame
-        Per source x accelerator x arch: ``rows`` predicted, ``skipped``, mean and median of the absolute relative error,
-        ``bias`` (mean of the signed one) and ``worst`` (the signed one that is largest in size). The last line, named
-        `MACRO`, averages mean, median and bias over the groups of equal model and accelerator, so that a source with
-        many rows does not speak louder than one with few; its ``worst`` is that of the whole table.
-    """
-    keys = ["source", "accelerator", "arch"]
-    kept = table[table["skipped"] == ""]
-    by_key = kept.groupby(keys, sort=True)["relative_error"]
-    result = pd.DataFrame([dict(zip(keys, key, strict=True)) | _errors(group) for key, group in by_key], columns=[*keys, *_ERRORS])
-    skipped = table[table["skipped"] != ""].groupby(keys).size().rename("skipped").reset_index()
-    result = result.merge(skipped, on=keys, how="outer").sort_values(keys, ignore_index=True)
-    result[["rows", "skipped"]] = result[["rows", "skipped"]].fillna(0).astype(int)
-    groups = pd.DataFrame([_errors(g) for _, g in kept.groupby(["model", "accelerator"])["relative_error"]], columns=_ERRORS)
-    macro = {"source": MACRO, "accelerator": "", "arch": "", "rows": len(kept), "skipped": len(table) - len(kept)}
-    macro |= groups[_ERRORS[1:4]].mean().to_dict() | {"worst": _errors(kept["relative_error"])["worst"] if len(kept) else float("nan")}
-    return pd.concat([result, pd.DataFrame([macro])], ignore_index=True)[[*keys, "rows", "skipped", *_ERRORS[1:]]]
-
-
-def _errors(relative: pd.Series) -> dict[str, float]:
-    size = relative.abs()
-    return {
-        "rows": len(relative),
-        "mean_absolute_error": size.mean(),
-        "median_absolute_error": size.median(),
-        "bias": relative.mean(),
-        "worst": relative.loc[size.idxmax()],
-    }

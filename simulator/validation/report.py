@@ -14,9 +14,10 @@ from simulator.confidence import quantiles, residuals
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 from simulator.validation.choosing import choosing, sweeps
+from simulator.validation.collectives import summarise_collectives, validate_collectives
 from simulator.validation.intervals import judged, residual_table, write
 from simulator.validation.memory import memory_summary, published_memory, validate_memory
-from simulator.validation.peers import peers
+from simulator.validation.peers import peers, plausible
 from simulator.validation.published import published_runs, roomy, scenario_from_row, step_s, validate
 from simulator.validation.regimes import GROUP, errors, floor, regimes, scored
 from simulator.validation.scaling import slopes
@@ -47,12 +48,15 @@ class Report:
         Whether the rows are a user's: their intervals come from the shipped residuals, and not from each other's.
     memory : DataFrame
         As `simulator.validation.memory.validate_memory` returns it.
+    collectives : DataFrame
+        As `simulator.validation.collectives.validate_collectives` returns it.
     """
 
     table: pd.DataFrame
     levels: Mapping[str, float]
     own: bool = False
     memory: pd.DataFrame = field(default_factory=lambda: validate_memory(published_memory().head(0)))
+    collectives: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @cached_property
     def _ends(self) -> dict[str, np.ndarray]:
@@ -117,6 +121,11 @@ class Report:
         return peers(self.rows)
 
     @cached_property
+    def plausible(self) -> pd.DataFrame:
+        """Errors of the published rows that leave something out, for every plausible value of it."""
+        return plausible(published_runs())
+
+    @cached_property
     def intervals(self) -> pd.DataFrame:
         """Coverage, width and score of the 80 % intervals on left-out rows."""
         return judged(residual_table(self._scored), self._ends)
@@ -152,6 +161,7 @@ class Report:
             "peers": _records(self.peers),
             "intervals": _records(self.intervals),
             "memory": _records(memory_summary(self.memory)),
+            "collectives": [] if self.collectives.empty else _records(summarise_collectives(self.collectives)),
         }
         ends = self.rows.set_index("id")[["low_s", "high_s", "anchored_s"]]
         rows = self.table.drop(columns="anchored_s", errors="ignore").join(ends, on="id")
@@ -161,7 +171,7 @@ class Report:
             | {"assumptions": record["assumptions"].split("; ") if record["assumptions"] else []}
             for record in _records(rows)
         ]
-        return {"summary": summary, "rows": records, "memory_rows": _records(self.memory)}
+        return {"summary": summary, "rows": records, "memory_rows": _records(self.memory), "collective_rows": _records(self.collectives)}
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -194,6 +204,8 @@ def confront(
     report = Report(table, residuals()[1], own=own is not None)
     if own is None or peaks is not None:
         report = replace(report, memory=validate_memory(peaks, partial(tell, "memory")))
+    if own is None or "collectives" in own:
+        report = replace(report, collectives=validate_collectives(own=own["collectives"] if own else None))
     return report
 
 

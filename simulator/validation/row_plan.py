@@ -34,6 +34,8 @@ _PAIRED = (
 )
 #: sources from before sequence parallelism, or whose default is without it
 _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
+#: sources whose Megatron-LM could not yet reduce gradients beside the backward
+_NO_GRADIENT_OVERLAP = r"SC'21|MegaScale \(NSDI|Korthikanti|Zero Bubble"
 #: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
 _BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama"
 
@@ -87,7 +89,7 @@ def job_of(row: Row) -> Job:
     """Return the job of a published row: one optimizer step."""
     batch, sequence = row.need("gbs"), row.need("seq_len")
     natural = row.has(r"natural routing|no force-?balanc|unforced", "notes", "overlap_notes")
-    if row.has("ISCA'25", "source"):
+    if row.has("ISCA'25", "source") and not row.has("force-balanced", "notes"):
         row.assume("routing not printed: natural, as the production run that it was")
         natural = True
     if row.text("arch") == "moe" and not natural and not row.has(r"balanc|capacity factor|tokendrop", "notes", "overlap_notes"):
@@ -307,6 +309,10 @@ def _overlap(row: Row, degrees: dict[str, int]) -> Overlap:
     if degrees["dp_shard"] * degrees["dp_replicate"] == 1:
         return Overlap(tp=tp)
     if re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+    if row.has(_NO_GRADIENT_OVERLAP, "source"):
+        # --overlap-grad-reduce came at the end of 2023; MegaScale's ablation adds it to its baseline
+        row.assume("gradient reduction not printed: after the backward (Megatron-LM before 2024)")
         return Overlap(grad_reduce=False, param_gather=False, tp=tp)
     if "(DeepSpeed)" in row.text("pp_schedule"):
         # its pipeline engine reduces gradients in an instruction after the last backward
