@@ -211,7 +211,8 @@ class TestBreakdown:
         plots.plot_breakdown(result, ax=ax)
         assert len(words(ax)) == len(result.breakdown())
         first = result.breakdown().sort_values("seconds").iloc[-1]
-        assert words(ax)[0] == f"{1e3 * first['seconds']:.3g} ms ({first['share']:.1%})"
+        beside = f", {1e3 * first['hidden_s']:.3g} ms hidden" if first["hidden_s"] else ""
+        assert words(ax)[0] == f"{1e3 * first['seconds']:.3g} ms ({first['share']:.1%}){beside}"
         assert ax.get_yticklabels()[0].get_text() == plots.WORDS[first["part"]]
 
     def test_nothing_hidden_no_legend(self, ax: Axes):
