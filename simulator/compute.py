@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from simulator.scenario.cluster import Accelerator
+from simulator.scenario.measured import KernelCost
 from simulator.units import Number
 
 _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
@@ -96,6 +97,25 @@ def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0) -> 
 def host_wait_s(launches: Number, meanwhile_s: Number, dispatch_s: float | None) -> Number:
     """Return how long a device that has worked for `meanwhile_s` still waits for the host to launch the last kernel."""
     return 0.0 if dispatch_s is None else np.maximum(launches * dispatch_s - meanwhile_s, 0.0)
+
+
+def measured_s(flop: Number, size: Number, calls: Number, cost: KernelCost, keys: Number = 0.0) -> Number:
+    """Return seconds of a kernel whose cost was measured on this machine; no work takes no time.
+
+    Parameters
+    ----------
+    keys : Number
+        Attention: mean number of keys that a query sees.
+    """
+    seconds = calls * cost.launch_s
+    if cost.keys:
+        spent = 1.0 / np.asarray(cost.flop_per_s_at_keys)
+        seconds = seconds + flop * np.interp(np.log(np.maximum(keys, 1.0)), np.log(cost.keys), spent)
+    elif cost.flop_per_s:
+        seconds = seconds + flop / cost.flop_per_s
+    if cost.bytes_per_s:
+        seconds = seconds + size / cost.bytes_per_s
+    return np.where(np.asarray(flop + size) > 0, seconds, 0.0)
 
 
 def _streamed(size: Number, accelerator: Accelerator) -> Number:

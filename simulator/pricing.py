@@ -16,6 +16,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.units import Number
 from simulator.workload.experts import copies
+from simulator.workload.layers import ATTENTION_BACKWARD_FLOP
 from simulator.workload.ops import HOST, Op, Segment
 
 _COLLECTIVES = {
@@ -46,6 +47,9 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     """
     if op.routed and (np.ndim(load) > 0 or load != 1.0):
         op = loaded(op, load)
+    kernels = cluster.accelerator.kernels
+    if kernels and op.stream == "compute" and (cost := kernels.get(kernel_name(op))):
+        return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op))
     if op.kind in ("gemm", "grouped_gemm"):
         grouped = op.kind == "grouped_gemm"
         return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)
@@ -56,18 +60,46 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         return compute.memory_s(op.bytes, cluster.accelerator, op.launches)
     if op.kind == HOST:
         return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph), cluster.host.dispatch_s)
-    members = placed(plan, op.axis, cluster.host.accelerators)
+    members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
     if graph:
         kept = share(plan, cluster, op.axis, op.kind)
         members = replace(members, share=kept.rate if kept else 1.0)
     if op.kind == "send":
-        return collectives.send_s(op.bytes, members, cluster)
-    if op.kind == "all_to_all":
+        seconds = collectives.send_s(op.bytes, members, cluster)
+    elif op.kind == "all_to_all":
         out, fan = _copies(model, plan, cluster)
         seconds = collectives.expert_all_to_all_s(op.bytes, members, cluster, out, fan)
     else:
         seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster)
-    return np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: no collective is called
+    for ranks in measured_ranks(op, cluster):
+        talk = cluster.host.collectives[f"{op.kind}.{op.dtype}.{ranks}"]
+        size = np.minimum(members.size, 2) if op.kind == "send" else np.asarray(members.size)  # a message has two ends
+        seconds = np.where(size == ranks, collectives.measured_s(op.bytes * (out + fan), talk), seconds)
+    return seconds if op.kind == "send" else np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: none is called
+
+
+def kernel_name(op: Op) -> str:
+    """Return the kind of kernel that `op` is, as measurements name it: ``gemm.weight``, ``norm.backward``, ``optimizer`` ..."""
+    if op.name.startswith("optimizer"):
+        return op.name
+    if op.kind in ("gemm", "grouped_gemm"):
+        return f"{op.kind}.{op.grad if op.grad in ('input', 'weight') else 'forward'}"
+    kind = "attention" if op.kind == "attention" else op.name.split(".")[-1]
+    return f"{kind}.{'backward' if op.grad == 'input' else 'forward'}"
+
+
+def keys_of(op: Op) -> Number:
+    """Return the mean number of keys that a query of an attention sees; 0 for another kernel."""
+    if op.kind != "attention":
+        return 0.0
+    passes = ATTENTION_BACKWARD_FLOP if op.grad == "input" else 1.0
+    return op.flop / (2.0 * passes * op.m * op.groups * (op.k + op.n))
+
+
+def measured_ranks(op: Op, cluster: Cluster) -> list[int]:
+    """Return the sizes of groups for which the collective `op` was measured on this machine."""
+    start = f"{op.kind}.{op.dtype}."
+    return [int(name.removeprefix(start)) for name in cluster.host.collectives if name.startswith(start)]
 
 
 def _copies(model: Model, plan: Plan, cluster: Cluster) -> tuple[Number, Number]:

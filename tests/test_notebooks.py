@@ -17,7 +17,9 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 
 def test_there_are_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(1, len(NOTEBOOKS) + 1)]
+    numbers = [int(path.name[:2]) for path in NOTEBOOKS]
+    assert numbers[0] == 1
+    assert numbers == sorted(set(numbers))  # each has its number whichever comes first
     assert len(NOTEBOOKS) >= 2
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from simulator.cli.accuracy import validate
+from simulator.cli.calibrate import calibrate
 from simulator.cli.fabrics import fabrics
 from simulator.cli.facts import clusters, models, sources
 from simulator.cli.launches import export
@@ -28,7 +29,7 @@ app = typer.Typer(
 #: in the order of the help
 VERBS = (
     plan, simulate, compare, fewest, cheapest, budget, scale, advise,
-    sweep, export, fabrics, validate, models, clusters, sources,
+    sweep, export, fabrics, validate, calibrate, models, clusters, sources,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

@@ -19,6 +19,7 @@ import numpy as np
 
 from simulator.network.algorithms import Algorithm, Protocol, Reach, cheapest, filled_s
 from simulator.scenario.cluster import Cluster, Host
+from simulator.scenario.measured import CollectiveCost
 from simulator.scenario.mesh import Group
 from simulator.units import Number
 
@@ -145,6 +146,14 @@ def send_s(size: Number, pipeline: Group, cluster: Cluster) -> Number:
     _, domains = crossings(pipeline, cluster)
     rate = np.where(domains > 1, _tier_rate(pipeline, cluster, "neighbours"), cluster.host.bus_bytes_per_s["send"])
     return latency_s(pipeline, cluster) + size / rate
+
+
+def measured_s(size: Number, cost: CollectiveCost) -> Number:
+    """Return seconds of a collective of `size` bytes whose cost was measured on this machine."""
+    if cost.knee_bytes is None or cost.beyond_bytes_per_s is None:
+        return cost.latency_s + size / cost.bytes_per_s
+    within = np.minimum(size, cost.knee_bytes)
+    return cost.latency_s + within / cost.bytes_per_s + (size - within) / cost.beyond_bytes_per_s
 
 
 def _for_many(group: Group, seconds: Number) -> Number:

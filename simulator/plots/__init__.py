@@ -5,6 +5,7 @@ state; without it, a figure of a fitting size is made with pyplot, so that a not
 """
 
 from simulator.plots.accuracy import plot_accuracy, plot_residuals
+from simulator.plots.calibration import plot_collectives, plot_fits, plot_parts, plot_proof, plot_roofline
 from simulator.plots.measured import plot_measured
 from simulator.plots.networks import plot_fabric_costs, plot_fabrics, plot_shares
 from simulator.plots.style import COLOURS, WORDS
@@ -19,13 +20,18 @@ __all__ = [
     "bars",
     "plot_accuracy",
     "plot_breakdown",
+    "plot_collectives",
     "plot_comparison",
     "plot_fabric_costs",
     "plot_fabrics",
+    "plot_fits",
     "plot_measured",
     "plot_memory",
+    "plot_parts",
     "plot_plans",
+    "plot_proof",
     "plot_residuals",
+    "plot_roofline",
     "plot_schedule",
     "plot_shares",
     "plot_timeline",

@@ -8,6 +8,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from simulator.errors import nearest
 from simulator.scenario.facts import Facts, Fraction, Frozen
+from simulator.scenario.measured import CollectiveCost, KernelCost
 from simulator.scenario.wiring import SHAPES, Clos, Shape
 from simulator.units import Bytes, BytesPerS, Count, FlopPerS, Seconds, UsdPerHour, Watts, readable
 
@@ -49,6 +50,8 @@ class Accelerator(Facts):
         Head width that costs fused attention half of its speed; the published efficiency is that of width 128.
     older_attention : dict
         Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
+    kernels : dict
+        Measured cost by kind of kernel (`simulator.pricing.kernel_name`); what is here replaces the general model above.
     """
 
     vendor: str
@@ -68,6 +71,7 @@ class Accelerator(Facts):
     head_ramp: int = Field(ge=0)
     older_attention: dict[Literal["flash2", "flash1"], Fraction] = {}
     tdp_w: Watts
+    kernels: dict[str, KernelCost] = {}
 
     @model_validator(mode="after")
     def _peaks_are_dense(self) -> Accelerator:
@@ -121,6 +125,8 @@ class Host(Facts):
         Power of the host beside its accelerators: processors, NICs, fans.
     dispatch_s : float or None
         Time that a processor takes to launch one kernel, framework included, seconds; None: launching never limits.
+    collectives : dict
+        Measured cost by collective, datatype and ranks (``all_gather.bf16.2``); what is here replaces the general model above.
     """
 
     accelerators: int = Field(gt=0)
@@ -137,6 +143,7 @@ class Host(Facts):
     fill_s: Seconds | None = None
     overhead_w: Watts
     dispatch_s: Seconds | None = None
+    collectives: dict[str, CollectiveCost] = {}
 
     @field_validator("nic_bytes_per_s")
     @classmethod

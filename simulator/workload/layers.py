@@ -183,7 +183,7 @@ def _fused_core(
 ) -> tuple[list[Segment], list[Segment]]:
     flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
     traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
-    there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim)
+    there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim, groups=heads)
     back = replace(there, flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, grad="input")
     return [(there,)], [(back,)]
 

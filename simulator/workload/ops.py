@@ -38,11 +38,11 @@ class Op:
         Compute: bytes read and written in device memory. Collective: the full buffer as nccl-tests count it (gathered,
         to be reduced), for the experts' all-to-all one copy of every local token, for send the message.
     m, n, k, groups : Number
-        Shape of a GEMM: `groups` independent products (m, k) x (k, n).
+        Shape of a GEMM: `groups` independent products (m, k) x (k, n). Of attention: tokens, widths of values and keys, heads.
     axis : str
         Group of ranks that a collective spans.
     dtype : str
-        Datatype of a GEMM's inputs.
+        Datatype of a GEMM's inputs, or of what a collective carries.
     grad : str
         ``""`` forward, ``input`` or ``weight`` gradient, ``again`` recomputed forward.
     routed : bool

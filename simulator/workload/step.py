@@ -120,15 +120,24 @@ def gradient_ops(block: Block, plan: Plan) -> tuple[Op, ...]:
     ZeRO shards reduce-scatter over the sharding group, then the replicas of a shard all-reduce it, then the two copies of
     the model in a DualPipe pipeline share it out.
     """
-    element = ELEMENT_BYTES[plan.precision.gradient_reduce]
+    dtype = plan.precision.gradient_reduce
+    element = ELEMENT_BYTES[dtype]
     kind = "reduce_scatter" if plan.zero else "all_reduce"
     ops = []
     for axis, parameters, shard in (("dp", block.dense_parameters, plan.shard), ("edp", block.expert_parameters, plan.expert_shard)):
-        ops.append(Op(f"gradients.{axis}", kind, bytes=parameters * element, axis=axis))
+        ops.append(Op(f"gradients.{axis}", kind, bytes=parameters * element, axis=axis, dtype=dtype))
         ops.append(
-            Op(f"gradients.{axis}.replicas", "all_reduce", bytes=parameters * element / (shard if plan.zero else 1), axis="dp_replicate")
+            Op(
+                f"gradients.{axis}.replicas",
+                "all_reduce",
+                bytes=parameters * element / (shard if plan.zero else 1),
+                axis="dp_replicate",
+                dtype=dtype,
+            )
         )
-        ops.append(Op(f"gradients.{axis}.copies", kind, bytes=parameters * element / (shard if plan.zero else 1), axis="copies"))
+        ops.append(
+            Op(f"gradients.{axis}.copies", kind, bytes=parameters * element / (shard if plan.zero else 1), axis="copies", dtype=dtype)
+        )
     return tuple(ops)
 
 
@@ -177,4 +186,4 @@ def send_op(plan: Plan, model: Model, job: Job) -> Op:
     return Op("send", "send", bytes=tokens / split * model.hidden * BF16, axis="pp")
 
 
-NORM_OP = Op("optimizer.norm", "all_reduce", bytes=4.0, axis="world")
+NORM_OP = Op("optimizer.norm", "all_reduce", bytes=4.0, axis="world", dtype="fp32")

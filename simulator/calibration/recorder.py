@@ -1,0 +1,79 @@
+"""Where a real step spends its time, by the simulator's own names of kernels and collectives."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+
+class Spent(NamedTuple):
+    """Seconds on the clock, and seconds that the thread computed: less where another process had the core, or it waited."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def plus(self, other: Spent) -> Spent:
+        """Return the sum."""
+        return Spent(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
+
+    def less(self, other: Spent) -> Spent:
+        """Return the difference."""
+        return Spent(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
+
+
+def now() -> Spent:
+    """Return the clocks."""
+    return Spent(time.perf_counter(), time.thread_time())
+
+
+class Recorder:
+    """Time per kind of kernel and collective, while it is on.
+
+    Notes
+    -----
+    On a CPU kernels run when they are called and the clocks are read around them. On CUDA events are recorded around them
+    and read by `take`, so that recording does not wait for the device.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.on = device, False
+        self._spent: dict[str, Spent] = defaultdict(Spent)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._inside: list[Spent] = []
+
+    @contextmanager
+    def region(self, name: str) -> Iterator[None]:
+        """Count what runs inside under `name`."""
+        if not self.on:
+            yield
+        elif self.device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            yield
+            last.record()
+            self._events.append((name, first, last))
+        else:
+            self._inside.append(Spent())
+            begin = now()
+            yield
+            took = now().less(begin)
+            self._spent[name] = self._spent[name].plus(took.less(self._inside.pop()))  # a collective inside a kernel is not the kernel's
+            if self._inside:
+                self._inside[-1] = self._inside[-1].plus(took)
+
+    def take(self) -> dict[str, Spent]:
+        """Return the time per name since the last call, and begin anew."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+        for name, first, last in self._events:
+            seconds = first.elapsed_time(last) / 1e3
+            self._spent[name] = self._spent[name].plus(Spent(seconds, seconds))
+        found = dict(self._spent)
+        self._spent.clear()
+        self._events.clear()
+        return found

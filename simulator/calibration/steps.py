@@ -1,0 +1,112 @@
+"""Run the held-out steps on the ranks: repeated, interleaved, with peak memory from the allocator's events."""
+
+from __future__ import annotations
+
+import gc
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from simulator.calibration.cases import Case
+from simulator.calibration.check import KERNELS, Measured, part_of
+from simulator.calibration.launch import Tell, device_of
+from simulator.calibration.measure import STILL, batch, wait
+from simulator.calibration.moe_model import Options
+from simulator.calibration.moe_step import MoEStep
+from simulator.calibration.recorder import now
+
+WARM = 1
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> float:
+    """Return the largest sum of live tensors that `run` reaches, from the allocator's own events.
+
+    Notes
+    -----
+    On CUDA the allocator keeps it. On a CPU the profiler records every allocation and release; their running sum is the memory of
+    tensors, which resident size is not: that keeps freed pages, and what was allocated before.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return float(torch.cuda.max_memory_allocated(device) - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    held = most = 0.0
+    assert recorded.profiler is not None
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def _gathered(value: object) -> list:
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _memory(case: Case, rank: int, device: torch.device) -> float:
+    def one() -> None:
+        MoEStep(case.model, case.plan, case.job, rank, Options(), device).run(tokens)
+
+    tokens = batch(case, device)
+    return peak_bytes(one, device)
+
+
+def _turn(case: Case, rank: int, device: torch.device, repeats: int) -> tuple[list[float], dict[str, float], list[list[int]]]:
+    """Return the repeats on the slowest rank, mean seconds by part, and the tokens of each expert of this rank's layers."""
+    step = MoEStep(case.model, case.plan, case.job, rank, Options(lr=STILL), device)
+    tokens, taken, parts = batch(case, device), [], defaultdict(float)
+    for _ in range(WARM):
+        step.run(tokens)
+    step.routed()
+    step.recorder.on = True
+    step.recorder.take()
+    for _ in range(repeats):
+        wait(device)
+        dist.barrier()
+        begin = now()
+        step.run(tokens)
+        wait(device)
+        taken.append(now().less(begin).wall_s)
+        for name, spent in step.recorder.take().items():
+            kernel = device.type == "cpu" and part_of(name) in KERNELS
+            parts[part_of(name)] += (spent.cpu_s if kernel else spent.wall_s) / repeats
+    counts = [(layer / repeats).long().tolist() for layer in step.routed()]
+    slowest = [max(times) for times in zip(*_gathered(taken), strict=True)]
+    everyone = _gathered(dict(parts))
+    mean = {part: sum(p.get(part, 0.0) for p in everyone) / len(everyone) for part in {k for p in everyone for k in p}}
+    return slowest, mean, counts
+
+
+def run(rank: int, world: int, tell: Tell, cases: list[Case], kind: str, turns: int, repeats: int) -> list[Measured]:
+    """Return every case as it ran: each once per turn, turn after turn."""
+    device = device_of(kind, rank)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    parts: dict[str, dict[str, float]] = {}
+    counts: dict[str, list] = {}
+    peaks = {}
+    for case in cases:
+        peaks[case.name] = tuple(_gathered(_memory(case, rank, device)))
+        tell("memory", len(peaks), len(cases))
+    for turn in range(turns):
+        for number, case in enumerate(cases):
+            taken, mean, mine = _turn(case, rank, device, repeats)
+            seconds[case.name] += taken
+            before = parts.get(case.name, {})
+            parts[case.name] = {k: before.get(k, 0.0) + mean.get(k, 0.0) / turns for k in before.keys() | mean.keys()}
+            stages = _gathered(mine)
+            step = world // case.plan.pp  # one rank of each stage tells its layers
+            counts[case.name] = [row for first in range(0, world, step) for row in stages[first]]
+            tell("steps", turn * len(cases) + number + 1, turns * len(cases))
+    return [
+        Measured(case, tuple(seconds[case.name]), parts[case.name], peaks[case.name], tuple(map(tuple, counts[case.name])))
+        for case in cases
+    ]
