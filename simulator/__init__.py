@@ -8,6 +8,9 @@
 from simulator.closed_forms import bound, estimate
 from simulator.errors import DeadlockError, PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
+from simulator.formats.deepspeed import plan_from_deepspeed
+from simulator.formats.megatron import plan_from_megatron
+from simulator.formats.torchtitan import plan_from_torchtitan
 from simulator.network.bill import bill_of_materials
 from simulator.network.build import topology
 from simulator.network.topology import Topology
@@ -20,13 +23,12 @@ from simulator.result import StepResult
 from simulator.scenario.catalogue import clusters, models
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.job import Job
-from simulator.scenario.megatron import plan_from_megatron
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
-from simulator.simulate import simulate_ranks, simulate_step
+from simulator.simulate import simulate_ranks, simulate_step, simulate_steps
 from simulator.validation.published import validate
 
 #: the command's word for `search`
@@ -44,6 +46,8 @@ __all__ = [
     "models",
     "clusters",
     "plan_from_megatron",
+    "plan_from_torchtitan",
+    "plan_from_deepspeed",
     "topology",
     "Topology",
     "bill_of_materials",
@@ -54,6 +58,7 @@ __all__ = [
     "simulate_step",
     "StepResult",
     "simulate_ranks",
+    "simulate_steps",
     "RanksResult",
     "Variation",
     "Routing",

@@ -5,13 +5,17 @@ Both take one plan or columns of plans.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
+
 import numpy as np
 
-from simulator.engine.replay import replay, replay_sharded
+from simulator.beside import Beside
+from simulator.engine.replay import Lap, Runs, replay, replay_streams
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.scenario.scenario import Scenario
-from simulator.schedules import Pair, Schedule, schedule
-from simulator.stage_times import BlockPrice, StageTimes, price_blocks, stage_times
+from simulator.schedules import Schedule, schedule
+from simulator.stage_times import PASSES, BlockPrice, StageTimes, price_blocks, stage_times
 from simulator.units import Number
 from simulator.workload.ops import HOST
 from simulator.workload.stages import blocks, stage_blocks
@@ -32,12 +36,12 @@ def _after(plan: Plan | PlanColumns, t: StageTimes, order: Schedule) -> Number:
     return t.optimizer_s + (_per_rank(t.gather_s, order) if plan.zero in (1, 2) and not plan.overlap.param_gather else 0.0)
 
 
-def _late(prices: tuple[BlockPrice, ...], weight_only: bool) -> Number:
+def _late(prices: tuple[BlockPrice, ...], passed_s: Callable[[BlockPrice], Number]) -> Number:
     """Return how long the reductions of one pass outlast it: each starts behind its block, one after the other."""
     passed: Number = 0.0
     reduced: Number = 0.0
     for p in reversed(prices):
-        passed = passed + (p.weight_s if weight_only else p.backward_s)
+        passed = passed + passed_s(p)
         reduced = np.maximum(reduced, passed) + p.reduce_s
     return np.maximum(reduced - passed, 0.0)
 
@@ -62,7 +66,7 @@ def _gathering(prices: tuple[BlockPrice, ...]) -> Number:
     gathered: Number = 0.0
     for p in prices:
         gathered = gathered + p.gather_s
-        passed = np.where(np.asarray(p.gather_s) > 0, np.maximum(passed, gathered), passed) + p.forward_s
+        passed = np.where(np.asarray(p.gather_s) > 0, np.maximum(passed, gathered), passed) + p.pass_s("F")
     return passed
 
 
@@ -101,7 +105,9 @@ def bound_s(plan: Plan | PlanColumns, t: StageTimes, micro_batches: Number, orde
         reduce = _per_rank(t.reduce_s, order)
     else:
         one_by_one = not split and not pairs
-        late = _by_composition(t, lambda stage: _late(stage, False) if one_by_one else stage[0].reduce_s if stage else 0.0)
+        late = _by_composition(
+            t, lambda stage: _late(stage, attrgetter("backward_s")) if one_by_one else stage[0].reduce_s if stage else 0.0
+        )
         reduce = late[..., held[:, 0]] if order.wiring == "loop" else late[..., held].min(axis=-1)
     first = reduce[..., order.paths[0][0][0]] if not split else 0.0
     reduced = np.maximum((ends + reduce).max(axis=-1), last + first)
@@ -111,41 +117,6 @@ def bound_s(plan: Plan | PlanColumns, t: StageTimes, micro_batches: Number, orde
         repeated = t.reduce_s + (2 * t.gather_s if plan.zero >= 3 else 0.0)
         reduced = np.maximum(reduced, (m * _per_rank(repeated, order)).max(axis=-1))
     return reduced + t.norm_s + _after(plan, t, order).max(axis=-1)
-
-
-def pair_s(t: StageTimes, forward: int, backward: int, share: float) -> tuple[Number, Number]:
-    """Return when a forward on one stage and a backward on another end that start together and interleave, seconds.
-
-    Parameters
-    ----------
-    share : float
-        Share of the multiprocessors that communication takes while it runs beside compute.
-
-    Notes
-    -----
-    The two take turns segment by segment on shared streams, as in the step program. Compute is slowed by
-    ``1 + share / (1 - share)`` for the part of the time in which communication runs.
-    """
-    threads = (
-        [run for block in t.stage_blocks[forward] for run in block.forward_runs],
-        [run for block in reversed(t.stage_blocks[backward]) for run in block.backward_runs],
-    )
-    parts = [part for thread in threads for run in thread for part in run]
-    compute, talk = (sum((seconds for stream, seconds in parts if stream == name), 0.0) for name in ("compute", "ep"))
-    slow = 1 + share / (1 - share) * np.minimum(1.0, talk / np.maximum(compute, 1e-12))
-    ends: list[Number] = [0.0, 0.0]
-    streams: dict[str, Number] = {}
-    for turn in range(max(map(len, threads))):
-        for which, thread in enumerate(threads):
-            if turn < len(thread):
-                begin, last = ends[which], ends[which]
-                for kind, seconds in thread[turn]:
-                    seconds, stream = seconds * slow if kind == "compute" else seconds, "compute" if kind == HOST else kind
-                    done = np.maximum(begin, streams.get(stream, 0.0)) + seconds
-                    streams[stream] = done
-                    last = np.maximum(last, done)
-                ends[which] = last
-    return ends[0], ends[1]
 
 
 def estimate_s(plan: Plan | PlanColumns, t: StageTimes, micro_batches: int, order_of) -> Number:
@@ -159,51 +130,58 @@ def estimate_s(plan: Plan | PlanColumns, t: StageTimes, micro_batches: int, orde
     Notes
     -----
     The schedule is replayed action by action with the same prices. Long steps are replayed for six and eight rounds of
-    pp micro-batches and continued at that pace. Where ZeRO-2 reduces and ZeRO-3 gathers for every micro-batch, the blocks of
-    an action and the data-parallel stream beside them are replayed too; pairs then count as forward and backward one after
-    the other, which is too long.
+    pp micro-batches and continued at that pace. Where ZeRO-2 reduces and ZeRO-3 gathers for every micro-batch, and in pairs,
+    the blocks of an action and the streams beside them are replayed, too.
     """
     pp = single(plan.pp)
     long, short = 8 * pp, 6 * pp
     if plan.schedule in ("gpipe", "table") or micro_batches <= long or (single(plan.vpp) > 1 and micro_batches % pp):
         order = order_of(micro_batches)
-        done = _ends(plan, t, order)
+        ends, done = _ends(plan, t, order)
     else:
         order = order_of(short)
-        early, late = _ends(plan, t, order), _ends(plan, t, order_of(long))
-        done = late + (late - early) * ((micro_batches - long) / (long - short))
-    reduced = done.max(axis=-1) if plan.zero >= 2 else _reduced(plan, t, done, order)
+        both = zip(_ends(plan, t, order), _ends(plan, t, order_of(long)), strict=True)
+        ends, done = (late + (late - early) * ((micro_batches - long) / (long - short)) for early, late in both)
+    reduced = done.max(axis=-1) if plan.zero >= 2 else _reduced(plan, t, ends, order)
     return reduced + t.norm_s + _after(plan, t, order).max(axis=-1)
 
 
-def _ends(plan: Plan | PlanColumns, t: StageTimes, order: Schedule) -> Number:
-    """Return when each chunk of each rank ends its last backward (..., pp, vpp); with ZeRO-2 and 3 each rank (..., pp)."""
+def _ends(plan: Plan | PlanColumns, t: StageTimes, order: Schedule) -> tuple[Number, Number]:
+    """Return when each chunk of each rank ends its last backward (..., pp, vpp), and each rank all that ZeRO-2 and 3 reduce (..., pp)."""
     held = np.array(order.held)
     ready, busy = None, 0.0
     if _ahead(plan):
         gathers, earlier = t.gather_s[..., held], held[:, None, :] < held[:, :, None]  # chunks gather in the order of their stages
         ready = np.einsum("...rd,rcd->...rc", gathers, earlier) + _by_composition(t, _gathering)[..., held]
         busy = gathers.sum(axis=-1)
-    pairs = {
-        (f, b): pair_s(t, f, b, plan.overlap.multiprocessors)
-        for rank, row in enumerate(order.table)
-        for f, b in {(held[rank, e.forward.chunk], held[rank, e.backward.chunk]) for e in row if isinstance(e, Pair)}
-    }
-    if plan.zero < 2:
-        seconds = {"F": t.forward_s, "B": t.backward_s, "I": t.input_s, "W": t.weight_s}
-        return replay(order, seconds, pairs, t.hop_s, ready)
-    every = 1.0 if plan.zero >= 3 else 0.0  # whether parameters are gathered for every pass
-    nothing = [(0.0, 0.0, 0.0)]  # a stage without blocks still waits for its message
-    stages = [
-        {
-            "F": [(p.forward_s, every * p.gather_s, 0.0) for p in stage] or nothing,
-            "B": [(p.backward_s, every * p.gather_s, p.reduce_s) for p in reversed(stage)] or nothing,
-            "I": [(p.input_s, every * p.gather_s, 0.0) for p in reversed(stage)] or nothing,
-            "W": [(p.weight_s, 0.0, p.reduce_s) for p in reversed(stage)] or nothing,
-        }
-        for stage in t.stage_blocks
-    ]
-    return replay_sharded(order, stages, t.hop_s, ready, busy)
+    if plan.zero < 2 and not order.pairs:
+        ends = replay(order, {kind: t.pass_s(kind) for kind in PASSES}, t.hop_s, ready)
+        return ends, ends.max(axis=-1)
+    return replay_streams(order, lambda what: _laps(plan, t, what), t.forward_s.shape[:-1], t.hop_s, ready, busy)
+
+
+def _laps(plan: Plan | PlanColumns, t: StageTimes, what: tuple[tuple[str, int], ...]) -> list[list[Lap]]:
+    """Return the blocks of an entry as the streams run them; those of a pair segment by segment, slowed by what all of it shares."""
+    slow: Number = 1.0
+    if len(what) == 2:
+        slow = sum((p.paired[kind] for kind, stage in what for p in t.stage_blocks[stage]), Beside()).slowdown(t.accelerator)
+    laps = []
+    for kind, stage in what:
+        row = []
+        for p in t.stage_blocks[stage] if kind == "F" else reversed(t.stage_blocks[stage]):
+            runs: Runs = ((("compute", p.pass_s(kind)),),)
+            if len(what) == 2:
+                of = p.forward_runs if kind == "F" else p.backward_runs
+                runs = tuple(tuple(_slowed(name, seconds, slow) for name, seconds in segment) for segment in of)
+            gather = p.gather_s if plan.zero >= 3 and kind != "W" else 0.0
+            row.append(Lap(runs, gather, p.reduce_s if plan.zero >= 2 and kind in "BW" else 0.0))
+        laps.append(row or [Lap(((("compute", 0.0),),))])  # a stage without blocks still waits for its message
+    return laps
+
+
+def _slowed(stream: str, seconds: Number, slow: Number) -> tuple[str, Number]:
+    """Return a run of a pair: kernels are slower beside communication; the wait for the host blocks them, and is not."""
+    return ("compute", seconds) if stream == HOST else (stream, seconds * (slow if stream == "compute" else 1.0))
 
 
 def _reduced(plan: Plan | PlanColumns, t: StageTimes, ends: Number, order: Schedule) -> Number:
@@ -211,14 +189,16 @@ def _reduced(plan: Plan | PlanColumns, t: StageTimes, ends: Number, order: Sched
     if plan.zero < 2 and not plan.overlap.grad_reduce:
         return (ends.max(axis=-1) + _per_rank(t.reduce_s, order)).max(axis=-1)
     held, done, ranks = np.array(order.held), 0.0, np.arange(order.pp)
-    late = _by_composition(t, lambda stage: _late(stage, order.splits))
-    for chunk in np.array(order.finishes).T:  # of each rank, the next chunk to be done
-        stage = held[ranks, chunk]
-        done = np.maximum(done + t.reduce_s[..., stage], ends[..., ranks, chunk] + late[..., stage])
+    late = {kind: _by_composition(t, lambda stage, kind=kind: _late(stage, lambda p: p.pass_s(kind))) for kind in "BW"}
+    for turn in zip(*order.finishes, strict=True):  # of each rank, the next chunk to be done
+        chunk = np.array([c for c, _ in turn])
+        stage, outlast = held[ranks, chunk], np.stack([late[kind][..., held[r, c]] for r, (c, kind) in enumerate(turn)], axis=-1)
+        done = np.maximum(done + t.reduce_s[..., stage], ends[..., ranks, chunk] + outlast)
     return done.max(axis=-1)
 
 
-def _one(scenario: Scenario) -> tuple[StageTimes, int]:
+def times_of(scenario: Scenario) -> tuple[StageTimes, int]:
+    """Return the parts of one step of `scenario`, and its micro-batches."""
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
     micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
     all_blocks = blocks(model, plan, job)
@@ -234,11 +214,11 @@ def orders(plan: Plan):
 
 def bound(scenario: Scenario) -> float:
     """Return seconds that the simulated step of `scenario` cannot be below."""
-    times, micro_batches = _one(scenario)
+    times, micro_batches = times_of(scenario)
     return float(bound_s(scenario.plan, times, micro_batches, orders(scenario.plan)(micro_batches)))
 
 
 def estimate(scenario: Scenario) -> float:
     """Return the estimated seconds of one step of `scenario`; balanced ranks, no slow hosts."""
-    times, micro_batches = _one(scenario)
+    times, micro_batches = times_of(scenario)
     return float(estimate_s(scenario.plan, times, micro_batches, orders(scenario.plan)))

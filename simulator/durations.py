@@ -74,6 +74,7 @@ def uneven(scenario: Scenario, variation: Variation, routing: Routing | None) ->
     for host, factor in cluster.slow_hosts.items():
         slow[host * per_host : (host + 1) * per_host] *= factor
     slow = slow[accelerator_of(plan, per_host)].reshape(plan.pp, ranks)
+    slow[-1] *= variation.last_stage_slowdown
     mean, unit = plan.micro_batch * job.sequence_length, plan.cp * (plan.tp if plan.sequence_parallel else 1)
     micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
     tokens = np.full((micro_batches, plan.dp), mean)

@@ -13,6 +13,7 @@ from simulator.compute import peak_flop_per_s
 from simulator.confidence import Interval, interval
 from simulator.feasibility import memory
 from simulator.scenario.cluster import Cluster
+from simulator.scenario.plan import RESERVE_SOURCES, Reserve
 from simulator.scenario.scenario import Scenario
 from simulator.workload.flop import count, hardware_flop
 from simulator.workload.memory import PARTS
@@ -149,14 +150,11 @@ def sources(of: Scenario | Cluster) -> pd.DataFrame:
         {"profile": model.name, "fact": k, "value": float(v), "grade": "published", "source": model.source, "date": None}
         for k, v in dimensions
     ]
-    reserve = scenario.plan.reserve
-    rows += [
-        {
-            "profile": "plan", "fact": f"reserve.{name}", "value": float(getattr(reserve, name)), "grade": "assumed",
-            "source": "memory that no tensor explains; measure it on your software stack", "date": None,
-        }
-        for name in ("context", "communicator", "workspace", "fragmentation")
-    ]  # fmt: skip
+    for name, (grade, source) in RESERVE_SOURCES.items():
+        value = float(getattr(scenario.plan.reserve, name))
+        own = value != float(getattr(Reserve(), name))
+        row = {"profile": "plan", "fact": f"reserve.{name}", "value": value, "grade": "assumed" if own else grade}
+        rows.append(row | {"source": "the scenario" if own else source, "date": None})
     if scenario.job.routing == "natural":
         text = "heaviest expert rank over the mean; published forced and natural routing differ by 8 to 20 % of the step"
         rows.append(

@@ -63,12 +63,37 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     if op.kind == "send":
         return collectives.send_s(op.bytes, members, cluster)
     if op.kind == "all_to_all":
-        assert model.experts is not None
-        out, fan = copies(model.experts, plan.dispatcher, members.size, *collectives.crossings(members, cluster))
+        out, fan = _copies(model, plan, cluster)
         seconds = collectives.expert_all_to_all_s(op.bytes, members, cluster, out, fan)
     else:
         seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster)
     return np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: no collective is called
+
+
+def _copies(model: Model, plan: Plan, cluster: Cluster) -> tuple[Number, Number]:
+    """Return the copies of a token that leave its scale-up domain, and that travel inside one."""
+    assert model.experts is not None
+    members = placed(plan, "ep", cluster.host.accelerators)
+    return copies(model.experts, plan.dispatcher, members.size, *collectives.crossings(members, cluster))
+
+
+#: bytes that a ring collective moves in device memory per byte of its buffer: the neighbour writes, the next step reads; a
+#: reduction also reads the rank's own part; an all-reduce is a reduce-scatter and an all-gather
+_PASSES = {"all_gather": 2.0, "reduce_scatter": 3.0, "all_reduce": 5.0}
+
+
+def device_bytes(op: Op, model: Model, plan: Plan, cluster: Cluster) -> Number:
+    """Return the bytes that a collective reads and writes in this rank's device memory.
+
+    Notes
+    -----
+    An expert all-to-all reads each copy that it sends and writes each that it gets; what ``deepep`` fans out inside the
+    scale-up domain has come there before.
+    """
+    if op.kind == "all_to_all":
+        out, fan = _copies(model, plan, cluster)
+        return 2.0 * op.bytes * (out + fan)
+    return _PASSES[op.kind] * op.bytes
 
 
 def loaded(op: Op, load: Number) -> Op:

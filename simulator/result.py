@@ -13,7 +13,6 @@ from simulator.outcome import Outcome
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, actions, schedule
 from simulator.timeline import Timeline
-from simulator.workload.stages import blocks, stage_blocks
 
 #: mechanisms that a real step has and this one does not
 NOT_MODELLED = (
@@ -96,38 +95,9 @@ class StepResult(Outcome):
         plan, job = self.scenario.plan, self.scenario.job
         return schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
 
-    def _action_times(self) -> tuple[dict, dict]:
-        """Return when each (class, action) begins and ends, messages and data-parallel collectives aside."""
-        spans = self.timeline.table()
-        spans = spans[(spans["action"] != "") & ~spans["stream"].isin(("pp", "dp"))].groupby(["rank_class", "action"])
-        return spans["start_s"].min().to_dict(), spans["end_s"].max().to_dict()
-
     def activations_over_time(self) -> pd.DataFrame:
-        """Return the activations that each class of ranks holds, from one change to the next.
-
-        Returns
-        -------
-        DataFrame
-            ``rank_class``, ``stage``, ``time_s``, ``activations_bytes`` from that time on. A forward takes what its blocks
-            save, a backward gives it back; an input gradient gives back what the weight gradient does not need. What is
-            computed again lives within one block and is not drawn; `memory` adds it.
-        """
-        s, order = self.scenario, self._order()
-        all_blocks, stages = blocks(s.model, s.plan, s.job), stage_blocks(s.model, s.plan, s.job)
-        saved, rest = ([sum(float(getattr(all_blocks[n], f)) for n in names) for names in stages] for f in ("saved_bytes", "weight_bytes"))
-        rest = [min(both) for both in zip(saved, rest, strict=True)]
-        begin, end = self._action_times()
-        stage, tables = dict(zip(self.timeline.rank_class.tolist(), self.timeline.stage.tolist(), strict=True)), []
-        for c in range(len(self.timeline.ranks)):
-            changes = [(0.0, 0.0)]
-            for action in actions(order.table[stage[c]]):
-                part, key = order.held[stage[c]][action.chunk], (c, str(action))
-                given = {"F": saved[part], "B": -saved[part], "I": rest[part] - saved[part], "W": -rest[part]}[action.kind]
-                changes.append(((begin if action.kind == "F" else end)[key], given))
-            time, given = np.array(sorted(changes)).T  # given back before taken at the same moment
-            table = pd.DataFrame({"rank_class": c, "stage": stage[c], "time_s": time, "activations_bytes": np.cumsum(given)})
-            tables.append(table.groupby("time_s", sort=True).last().reset_index()[table.columns])
-        return pd.concat(tables, ignore_index=True)
+        """Return the activations that each class of ranks holds, from one change to the next (`Timeline.memory`)."""
+        return self.timeline.memory()
 
     def phases(self) -> pd.DataFrame:
         """Return how each class of ranks spends the step, as profilers of pipelines divide it.
@@ -142,7 +112,7 @@ class StepResult(Outcome):
             backward is part of it.
         """
         order, stage = self._order(), dict(zip(self.timeline.rank_class.tolist(), self.timeline.stage.tolist(), strict=True))
-        begin, end = self._action_times()
+        begin, end = self.timeline.action_times()
         names = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s", "pair": "pair_s"}
         rows = []
         for c, ranks in enumerate(self.timeline.ranks.tolist()):
@@ -154,4 +124,53 @@ class StepResult(Outcome):
             row["optimizer_s"] = self.step_time_s - last
             row["bubble_s"] = max(self.step_time_s - sum(row.values()), 0.0)  # rounding can leave -1e-16
             rows.append({"rank_class": c, "stage": stage[c], "ranks": ranks} | row)
+        return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class StepsResult:
+    """Several optimizer steps of `scenario` in a row.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    post_validation : bool
+        Whether each stage began the next step after its own optimizer, instead of waiting for all ranks.
+    steps : int
+    timeline : Timeline
+        Every span of every class of ranks; micro-batches are counted on from step to step.
+    """
+
+    scenario: Scenario
+    post_validation: bool
+    steps: int
+    timeline: Timeline
+
+    @cached_property
+    def ends_s(self) -> np.ndarray:
+        """Seconds from the beginning until each step's last optimizer is done, shape (steps,)."""
+        t = self.timeline
+        updates = np.flatnonzero((t.action == "") & (t.stream == "compute"))
+        ends = np.zeros(self.steps)
+        for c in range(len(t.ranks)):  # each class updates equally often in every step, in order
+            mine = t.end_s[updates[t.rank_class[updates] == c]].reshape(self.steps, -1)
+            ends = np.maximum(ends, mine.max(axis=1))
+        return ends
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds from the end of the last step but one to the end of the last."""
+        return float(self.ends_s[-1] - self.ends_s[-2])
+
+    def bubble_s(self) -> pd.DataFrame:
+        """Return what each class of ranks does not compute or communicate of the pace: ``stage``, ``ranks``, ``bubble_s``."""
+        t, rows = self.timeline, []
+        for c, ranks in enumerate(t.ranks.tolist()):
+            mine = (t.rank_class == c) & ~np.isin(t.stream, ("pp", "dp"))
+            borders = np.unique(np.concatenate([t.start_s[mine], t.end_s[mine]]))
+            change = np.zeros(len(borders))
+            np.add.at(change, np.searchsorted(borders, t.start_s[mine]), 1)
+            np.add.at(change, np.searchsorted(borders, t.end_s[mine]), -1)
+            busy = np.diff(borders)[np.cumsum(change)[:-1] > 0].sum() / self.steps
+            rows.append({"stage": int(t.stage[t.rank_class == c][0]), "ranks": ranks, "bubble_s": self.pace_s - busy})
         return pd.DataFrame(rows)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal, overload
 
 import numpy as np
 
+from simulator.beside import Beside
 from simulator.contention import shares, stretched
 from simulator.durations import RankDurations, spans, uneven
 from simulator.engine.events import run
@@ -15,16 +17,19 @@ from simulator.errors import PlanError, Problem, ProfileError
 from simulator.feasibility import check
 from simulator.pricing import op_s
 from simulator.ranks import RanksResult
-from simulator.result import StepResult
+from simulator.result import StepResult, StepsResult
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.mesh import accelerator_of
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
+from simulator.schedules import schedule
+from simulator.stage_times import pass_beside
 from simulator.timeline import Timeline
 from simulator.workload.build import build_step
 from simulator.workload.classes import RankClasses, rank_classes, rank_loads
+from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import StepProgram
 
 
@@ -94,13 +99,43 @@ def simulate_events(scenario: Scenario, every_rank: bool = False, contention: bo
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
     classes = classify(plan, cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank)
     program = build_step(model, plan, job, classes)
-    seconds = node_seconds(program, scenario)
+    slow = slowdowns(program, scenario)
+    seconds = node_seconds(program, scenario, slow)
     found, queues = shares(program, scenario), program.streams()
     start, end = run(queues, program.needs, program.meet, seconds, lambda n: describe(program, n))
     if contention:
         seconds = stretched(program, scenario, seconds, start, end, found)
         start, end = run(queues, program.needs, program.meet, seconds, lambda n: describe(program, n))
-    return StepResult(scenario, _timeline(program, start, end), compute_parts(program, scenario), found)
+    return StepResult(scenario, _timeline(program, scenario, start, end), compute_parts(program, scenario, slow), found)
+
+
+def simulate_steps(scenario: Scenario, steps: int = 3, post_validation: bool = True) -> StepsResult:
+    """Return several optimizer steps of `scenario` in a row, event by event, one rank of each class.
+
+    Parameters
+    ----------
+    steps : int
+        At least 2; a steady pace takes a few.
+    post_validation : bool
+        Let each stage update its parameters and begin the next step at once, and validate the gradient norm later, so that the
+        slopes of consecutive steps overlap; False waits for all ranks between steps.
+
+    Raises
+    ------
+    PlanError
+        When the scenario cannot run; carries every problem.
+    """
+    problems = check(scenario)
+    if steps < 2:
+        problems.append(Problem("at least two steps", f"steps = {steps}", "use 2 or more, or simulate_step"))
+    if problems:
+        raise PlanError(problems)
+    plan, job = scenario.plan, scenario.job
+    classes = classify(plan, scenario.cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank=False)
+    program = build_step(scenario.model, plan, job, classes, steps, post_validation)
+    seconds = node_seconds(program, scenario)
+    start, end = run(program.streams(), program.needs, program.meet, seconds, lambda n: describe(program, n))
+    return StepsResult(scenario, post_validation, steps, _timeline(program, scenario, start, end))
 
 
 def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routing: Routing | None = None, seeds: int = 1) -> RanksResult:
@@ -160,38 +195,43 @@ def classify(plan: Plan, cluster: Cluster, heaviest: float, every_rank: bool) ->
     return rank_classes(plan, slowdown[host], load, every_rank)
 
 
-def node_seconds(program: StepProgram, scenario: Scenario) -> np.ndarray:
-    """Return the seconds of every node: the price of its task, times the slowdown of its class when it computes."""
+def node_seconds(program: StepProgram, scenario: Scenario, slow: np.ndarray | None = None) -> np.ndarray:
+    """Return the seconds of every node: the price of its task, times the slowdown of its class and of sharing when it computes."""
+    slow = slowdowns(program, scenario) if slow is None else slow
     args = scenario.model, scenario.plan, scenario.cluster
     loads, variant = np.unique(program.classes.load, return_inverse=True)
     price = np.array([[sum(float(op_s(op, *args, load=load, graph=True)) for op in task.ops) for load in loads] for task in program.tasks])
     computes = np.array([task.computes for task in program.tasks])
     task, rank = np.asarray(program.task), np.asarray(program.rank_class)
-    seconds = price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0)
-    even = np.array([sum(float(op_s(op, *args)) for op in task.ops) for task in program.tasks])[task]
-    return seconds * _crowding(program, even, computes[task], rank, scenario.plan.overlap.multiprocessors)
+    return price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0) * slow
 
 
-def _crowding(program: StepProgram, seconds: np.ndarray, computes: np.ndarray, rank: np.ndarray, share: float) -> np.ndarray:
-    """Return the factor by which communication slows the compute beside it in pairs, found beforehand for each class.
+def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
+    """Return the factor by which communication slows each node beside it: one for each pass of a block and each pair of stages.
 
-    Notes
-    -----
-    ``1 + share / (1 - share) * min(1, communication / compute)``: while both run, compute has the multiprocessors that are
-    left; the ratio of the two in all pairs of a class says how much of the time that is.
+    Found beforehand from even load and full speed (`simulator.beside`); 1 for what does not compute.
     """
-    factor = np.ones(len(seconds))
-    paired = np.asarray(program.paired)
-    streams = np.array([task.stream for task in program.tasks])[np.asarray(program.task)]
-    for c in range(len(program.classes.stage) if paired.any() else 0):
-        mine = paired & (rank == c)
-        compute, talk = float(seconds[mine & computes].sum()), float(seconds[mine & (streams == "ep")].sum())
-        if compute:
-            factor[mine & computes] = 1 + share / (1 - share) * min(1.0, talk / compute)
-    return factor
+    model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
+    all_blocks, stages = blocks(model, plan, job), stage_blocks(model, plan, job)
+
+    @cache
+    def of_block(name: str, kind: str, paired: bool) -> Beside:
+        return pass_beside(all_blocks[name], kind, model, plan, cluster, paired)
+
+    @cache
+    def factor(task: int, pair: tuple[int, int] | None) -> float:
+        name, kind = program.tasks[task].of
+        if not program.tasks[task].computes or not name:
+            return 1.0
+        if pair is None:
+            return float(of_block(name, kind, False).slowdown(cluster.accelerator))
+        parts = (of_block(name, kind, True) for kind, stage in zip("FB", pair, strict=True) for name in stages[stage])
+        return float(sum(parts, Beside()).slowdown(cluster.accelerator))
+
+    return np.array([factor(task, pair) for task, pair in zip(program.task, program.pair, strict=True)])
 
 
-def compute_parts(program: StepProgram, scenario: Scenario) -> dict[str, float]:
+def compute_parts(program: StepProgram, scenario: Scenario, slow: np.ndarray) -> dict[str, float]:
     """Return the mean seconds per rank that the compute stream spends on each kind of kernel."""
     args = scenario.model, scenario.plan, scenario.cluster
     classes, parts = program.classes, {}
@@ -201,7 +241,7 @@ def compute_parts(program: StepProgram, scenario: Scenario) -> dict[str, float]:
     rank = np.asarray(program.rank_class)
     task = np.asarray(program.task)
     slowed = np.array([task.computes for task in program.tasks])[task]
-    np.add.at(runs, (task, variant[rank]), share[rank] * np.where(slowed, classes.slowdown[rank], 1.0))
+    np.add.at(runs, (task, variant[rank]), share[rank] * np.where(slowed, classes.slowdown[rank], 1.0) * slow)
     for number, task in enumerate(program.tasks):
         if task.stream != "compute":
             continue
@@ -220,11 +260,28 @@ def describe(program: StepProgram, node: int) -> str:
     return f"{where}: {program.tasks[program.task[node]].name} {action or ''}".strip()
 
 
-def _timeline(program: StepProgram, start: np.ndarray, end: np.ndarray) -> Timeline:
+def _timeline(program: StepProgram, scenario: Scenario, start: np.ndarray, end: np.ndarray) -> Timeline:
     rank = np.asarray(program.rank_class)
     task = np.asarray(program.task)
     names = np.array([t.name for t in program.tasks], dtype=object)
     streams = np.array([t.stream for t in program.tasks], dtype=object)
     actions = {None: ""} | {a: str(a) for a in set(program.label) if a is not None}
     action = np.array([actions[a] for a in program.label], dtype=object)
-    return Timeline(rank, program.classes.stage[rank], streams[task], names[task], action, start, end, program.classes.count)
+    takes = taken_bytes(program, scenario)
+    return Timeline(rank, program.classes.stage[rank], streams[task], names[task], action, start, end, program.classes.count, takes)
+
+
+def taken_bytes(program: StepProgram, scenario: Scenario) -> dict[tuple[int, str], float]:
+    """Return the activations that each (class, action) takes, or gives back (negative)."""
+    model, plan, job = scenario.model, scenario.plan, scenario.job
+    order = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
+    all_blocks, stages = blocks(model, plan, job), stage_blocks(model, plan, job)
+    saved, rest = ([sum(float(getattr(all_blocks[n], f)) for n in names) for names in stages] for f in ("saved_bytes", "weight_bytes"))
+    rest = [min(both) for both in zip(saved, rest, strict=True)]
+    takes = {}
+    for c, action in dict.fromkeys(zip(program.rank_class, program.label, strict=True)):
+        if action is not None:
+            part = order.held[program.classes.stage[c]][action.chunk]
+            given = {"F": saved[part], "B": -saved[part], "I": rest[part] - saved[part], "W": -rest[part]}
+            takes[c, str(action)] = given[action.kind]
+    return takes

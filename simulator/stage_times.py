@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
+from simulator.beside import Beside
 from simulator.compute import host_wait_s
+from simulator.engine.replay import Runs
 from simulator.pricing import op_s, segments_s
-from simulator.scenario.cluster import Cluster
+from simulator.scenario.cluster import Accelerator, Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.schedules import Schedule
 from simulator.units import Number
-from simulator.workload.ops import COMPUTE, HOST, Block, Op, Segment, hides_launches, host_wait
+from simulator.workload.ops import COMPUTE, HOST, Block, Op, Segment, hides_launches, host_wait, passes
 from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parameter_ops, send_op
-
-#: segments of operations side by side, each a stream and its seconds
-Runs = tuple[tuple[tuple[str, Number], ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,10 @@ class BlockPrice:
         The data-parallel collectives.
     forward_runs, backward_runs : tuple
         F and B as segments of (stream, seconds), kernels in a row as one; what a pair interleaves.
+    extra_s : dict of str to Number
+        What F, B, I and W take longer by because collectives beside them take multiprocessors and memory bandwidth.
+    paired : dict of str to Beside
+        Kernels and communication of F and B, as a pair runs all of them beside each other.
     """
 
     forward_s: Number
@@ -49,6 +53,16 @@ class BlockPrice:
     reduce_s: Number
     forward_runs: Runs
     backward_runs: Runs
+    extra_s: Mapping[str, Number]
+    paired: Mapping[str, Beside]
+
+    def pass_s(self, kind: str) -> Number:
+        """Return the seconds of F, B, I or W with collectives beside it."""
+        return getattr(self, PASSES[kind]) + self.extra_s[kind]
+
+
+#: the field of each kind of pass
+PASSES = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s"}
 
 
 #: block prices that add up over a stage
@@ -71,8 +85,37 @@ def _longest(parts: list[Number]) -> Number:
     return parts[0] if len(parts) == 1 else np.maximum.reduce(np.broadcast_arrays(*parts))
 
 
-def price_blocks(all_blocks: Mapping[str, Block], model: Model, plan: Plan | PlanColumns, cluster: Cluster) -> dict[str, BlockPrice]:
-    """Return the price of every block."""
+def beside(block: Block, kind: str, plan: Plan | PlanColumns, paired: bool = False) -> tuple[Op, ...]:
+    """Return the kernels of a pass of `block` and the collectives that run beside them.
+
+    Parameters
+    ----------
+    paired : bool
+        In a pair all collectives do; else those that share a segment with a kernel, and what ZeRO-2 and ZeRO-3 gather and
+        reduce for every pass.
+    """
+    segments = passes(block, kind)
+    own = (op for segment in segments for op in segment if op.kind in COMPUTE or paired or len(segment) > 1)
+    gathers = parameter_ops(block, plan) if plan.zero >= 3 and kind != "W" else ()
+    reduces = gradient_ops(block, plan) if plan.zero >= 2 and kind in "BW" else ()
+    return (*own, *gathers, *reduces)
+
+
+def pass_beside(block: Block, kind: str, model: Model, plan: Plan | PlanColumns, cluster: Cluster, paired: bool = False) -> Beside:
+    """Return what runs beside what in a pass of `block`, priced."""
+    return Beside.of(((op, op_s(op, model, plan, cluster)) for op in beside(block, kind, plan, paired)), model, plan, cluster)
+
+
+def price_blocks(
+    all_blocks: Mapping[str, Block], model: Model, plan: Plan | PlanColumns, cluster: Cluster, sharing: bool = True
+) -> dict[str, BlockPrice]:
+    """Return the price of every block.
+
+    Parameters
+    ----------
+    sharing : bool
+        Whether to find what collectives slow; `bound_s` does without.
+    """
 
     def priced(segments: Iterable[Segment]) -> list[list[tuple[Op, Number]]]:
         return [[(op, op_s(op, model, plan, cluster)) for op in segment] for segment in segments]
@@ -89,22 +132,37 @@ def price_blocks(all_blocks: Mapping[str, Block], model: Model, plan: Plan | Pla
         beside = chain(segments, lambda op: keep(op) and hides_launches(op))
         return host_wait_s(host_wait(kept, plan.kernels).launches, beside, cluster.host.dispatch_s)
 
+    def extra(block: Block, kind: str, segments: list[list[tuple[Op, Number]]]) -> Number:
+        slow = pass_beside(block, kind, model, plan, cluster).slowdown(cluster.accelerator) if sharing else 1.0
+        if not np.any(np.asarray(slow) != 1.0):
+            return 0.0
+        slowed = [[(op, seconds * (slow if op.kind in COMPUTE else 1.0)) for op, seconds in segment] for segment in segments]
+        return chain(slowed, keeps[kind]) - chain(segments, keeps[kind])
+
+    keeps: dict[str, Callable[[Op], bool]] = {
+        "F": lambda op: True,
+        "B": lambda op: True,
+        "I": lambda op: op.grad != "weight",
+        "W": lambda op: op.grad == "weight",
+    }
+
     def one(block: Block) -> BlockPrice:
         forward, backward = priced(block.forward), priced(block.backward)
         computes = COMPUTE.__contains__
         waits = launched(forward), launched(backward)
-        halves = (lambda op: op.grad != "weight"), (lambda op: op.grad == "weight")
         return BlockPrice(
             forward_s=chain(forward) + waits[0],
             backward_s=chain(backward) + waits[1],
-            input_s=chain(backward, halves[0]) + launched(backward, halves[0]),
-            weight_s=chain(backward, halves[1]) + launched(backward, halves[1]),
+            input_s=chain(backward, keeps["I"]) + launched(backward, keeps["I"]),
+            weight_s=chain(backward, keeps["W"]) + launched(backward, keeps["W"]),
             forward_compute_s=chain(forward, lambda op: computes(op.kind)) + waits[0],
             backward_compute_s=chain(backward, lambda op: computes(op.kind)) + waits[1],
             gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),
             reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster),
             forward_runs=_runs(forward, waits[0]),
             backward_runs=_runs(backward, waits[1]),
+            extra_s={kind: extra(block, kind, forward if kind == "F" else backward) for kind in "FBIW"},
+            paired={kind: pass_beside(block, kind, model, plan, cluster, paired=True) for kind in "FB"} if sharing else {},
         )
 
     return {name: one(block) for name, block in all_blocks.items()}
@@ -122,8 +180,11 @@ class StageTimes:
         Optimizer kernels.
     hop_s, norm_s, first_gather_s : ndarray (...)
         A message between ranks, the all-reduce of the gradient norm, the gather of the first block, which nothing can hide.
+    extra_s : dict of str to ndarray (..., stages)
+        As in `BlockPrice`, summed over the blocks of a stage.
     stage_blocks : tuple
         Prices of the blocks of each stage, in order.
+    accelerator : Accelerator
     """
 
     forward_s: Number
@@ -138,7 +199,13 @@ class StageTimes:
     hop_s: Number
     norm_s: Number
     first_gather_s: Number
+    extra_s: Mapping[str, Number]
     stage_blocks: tuple[tuple[BlockPrice, ...], ...]
+    accelerator: Accelerator
+
+    def pass_s(self, kind: str) -> Number:
+        """Return the seconds of F, B, I or W on every stage, with collectives beside it."""
+        return getattr(self, PASSES[kind]) + self.extra_s[kind]
 
 
 def stage_times(
@@ -166,9 +233,8 @@ def stage_times(
     counts = np.array([[stage.count(kind) for stage in stages] for kind in kinds], dtype=float)  # (kinds, stages)
     plans = np.broadcast_shapes(np.shape(plan.tp), np.shape(plan.dp_shard))
 
-    def over_stages(field: str) -> Number:
-        values = np.stack([np.broadcast_to(getattr(prices[kind], field), plans) for kind in kinds], axis=-1)
-        return values @ counts
+    def over_stages(of: Callable[[BlockPrice], Number]) -> Number:
+        return np.stack([np.broadcast_to(of(prices[kind]), plans) for kind in kinds], axis=-1) @ counts
 
     def optimizer(names: tuple[str, ...]) -> Number:
         dense, expert = (
@@ -179,10 +245,12 @@ def stage_times(
     own = [tuple(name for stage in held for name in stages[stage]) for held in order.held]
     known = {names: np.broadcast_to(optimizer(names), plans) for names in dict.fromkeys(own)}
     return StageTimes(
-        **{field: over_stages(field) for field in SUMS},
+        **{field: over_stages(attrgetter(field)) for field in SUMS},
+        extra_s={kind: over_stages(lambda price, kind=kind: price.extra_s[kind]) for kind in PASSES},
         optimizer_s=np.stack([known[names] for names in own], axis=-1),
         hop_s=op_s(send_op(plan, model, job), model, plan, cluster) if single(plan.pp) > 1 else np.zeros(()),
         norm_s=op_s(NORM_OP, model, plan, cluster),
         first_gather_s=prices[stages[0][0]].gather_s if stages[0] else np.zeros(()),
         stage_blocks=tuple(tuple(prices[name] for name in stage) for stage in stages),
+        accelerator=cluster.accelerator,
     )

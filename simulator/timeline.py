@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ class Timeline:
         Seconds from the beginning of the step.
     ranks : ndarray of int
         How many ranks each class stands for.
+    takes_bytes : mapping of (int, str) to float
+        Activations that each (class, action) takes when it begins, or gives back when it ends (negative).
     """
 
     rank_class: np.ndarray
@@ -41,6 +43,7 @@ class Timeline:
     start_s: np.ndarray
     end_s: np.ndarray
     ranks: np.ndarray
+    takes_bytes: Mapping[tuple[int, str], float] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.start_s)
@@ -97,6 +100,33 @@ class Timeline:
             free &= ~busy
         spent["idle_s"] = float(length[free].sum())
         return spent
+
+    def action_times(self) -> tuple[dict[tuple[int, str], float], dict[tuple[int, str], float]]:
+        """Return when each (class, action) begins and ends, messages and data-parallel collectives aside."""
+        spans = self.table()
+        spans = spans[(spans["action"] != "") & ~spans["stream"].isin(("pp", "dp"))].groupby(["rank_class", "action"])
+        return spans["start_s"].min().to_dict(), spans["end_s"].max().to_dict()
+
+    def memory(self) -> pd.DataFrame:
+        """Return the activations that each class of ranks holds, from one change to the next.
+
+        Returns
+        -------
+        DataFrame
+            ``rank_class``, ``stage``, ``time_s``, ``activations_bytes`` from that time on. A forward takes what its blocks
+            save, a backward gives it back; an input gradient gives back what the weight gradient does not need. What is
+            computed again lives within one block and is not drawn; `StepResult.memory` adds it.
+        """
+        begin, end = self.action_times()
+        changes: dict[int, list[tuple[float, float]]] = {c: [(0.0, 0.0)] for c in range(len(self.ranks))}
+        for (c, action), given in self.takes_bytes.items():
+            changes[c].append(((begin if given > 0 else end)[c, action], given))
+        stage, tables = dict(zip(self.rank_class.tolist(), self.stage.tolist(), strict=True)), []
+        for c, moments in changes.items():
+            time, given = np.array(sorted(moments)).T  # given back before taken at the same moment
+            table = pd.DataFrame({"rank_class": c, "stage": stage[c], "time_s": time, "activations_bytes": np.cumsum(given)})
+            tables.append(table.groupby("time_s", sort=True).last().reset_index()[table.columns])
+        return pd.concat(tables, ignore_index=True)
 
     def save_trace(self, path: str | Path) -> Path:
         """Write the spans as a Chrome trace that ui.perfetto.dev opens: a process per class, a thread per stream.

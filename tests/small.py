@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from simulator.scenario.cluster import Cluster, Host
+from simulator.scenario.facts import Source
 from simulator.scenario.job import Job
 from simulator.scenario.kernels import Kernels
 from simulator.scenario.model import Experts, Model
@@ -29,7 +30,9 @@ H100 = CLUSTERS.load("h100-rail-10240")
 def cluster(accelerators: int, host: int = 4, slow_hosts: dict[int, float] | None = None, dispatch_s: float | None = None) -> Cluster:
     """Return `accelerators` H100 in hosts of `host`, whose launches take no time unless `dispatch_s` says so."""
     box = Host.model_validate(H100.host.model_dump(mode="json") | {"accelerators": host, "scale_up_domain": host})
-    box = box.model_copy(update={"dispatch_s": dispatch_s})
+    sources = tuple(s.model_copy(update={"facts": facts}) for s in box.sources if (facts := tuple(f for f in s.facts if f != "dispatch_s")))
+    known = Source(grade="assumed", source="a host that a test is about", facts=("dispatch_s",))
+    box = box.model_copy(update={"dispatch_s": dispatch_s, "sources": sources if dispatch_s is None else (*sources, known)})
     return H100.model_copy(update={"name": "small", "host": box, "accelerators": accelerators, "slow_hosts": slow_hosts or {}})
 
 
@@ -121,6 +124,12 @@ def scenarios(
         hosts = world // host
         changes["slow_hosts"] = draw(st.dictionaries(st.integers(0, hosts - 1), st.sampled_from((1.1, 1.5)), min_size=1, max_size=2))
     return scenario(model, world, plan, one(*legal), host, **changes)
+
+
+def roomy(s: Scenario) -> Scenario:
+    """Return `s` on accelerators with memory for anything: what is asked is how long the step takes."""
+    accelerator = s.cluster.accelerator.model_copy(update={"hbm_bytes": 1e15})
+    return s.model_copy(update={"cluster": s.cluster.model_copy(update={"accelerator": accelerator})})
 
 
 @st.composite

@@ -16,11 +16,12 @@ from pydantic import ValidationError
 
 from simulator.errors import PlanError, Problem, ProfileError, SimulatorError
 from simulator.feasibility import check
+from simulator.formats.launch import Launch
+from simulator.formats.megatron import plan_from_megatron
+from simulator.formats.megatron_flags import READ
 from simulator.planning.search import search
 from simulator.scenario.cluster import Cluster, Tier
 from simulator.scenario.job import Job
-from simulator.scenario.megatron import MegatronRun, plan_from_megatron
-from simulator.scenario.megatron_flags import READ
 from simulator.scenario.model import Experts, Model
 from simulator.scenario.plan import Plan, Precision
 from simulator.scenario.profiles import CLUSTERS, MODELS, read_yaml
@@ -203,7 +204,7 @@ def test_any_configuration_is_a_model_or_refused(tmp_path_factory, table):
 def test_any_megatron_line_is_a_plan_or_refused(flags):
     line = " ".join(f"--{flag} {value}" for flag, value in flags)
     try:
-        assert isinstance(plan_from_megatron(line), MegatronRun)
+        assert isinstance(plan_from_megatron(line), Launch)
     except PlanError as error:
         assert sound(error.problems)  # noqa: PT017
     except ProfileError as error:

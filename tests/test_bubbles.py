@@ -17,7 +17,7 @@ from small import H100, dense, job
 
 from simulator.closed_forms import bound, estimate
 from simulator.engine.events import run
-from simulator.engine.replay import replay, replay_sharded
+from simulator.engine.replay import Lap, replay, replay_streams
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.plan import Plan, Precision
 from simulator.scenario.scenario import Scenario
@@ -50,9 +50,9 @@ def test_replayed_actions(name, pp, vpp, m, forward, backward):
     order = schedule(name, pp, vpp, m)
     f, b = (np.full(pp * vpp, seconds / vpp) for seconds in (forward, backward))
     ideal = m * (forward + backward)
-    assert replay(order, {"F": f, "B": b}, {}, np.zeros(())).max() == pytest.approx(ideal * (1 + bubble(pp, vpp, m)), rel=EXACT)
-    blocks = [{"F": [(x, 0.0, 0.0)], "B": [(y, 0.0, 0.0)]} for x, y in zip(f, b, strict=True)]
-    assert replay_sharded(order, blocks, np.zeros(())).max() == pytest.approx(ideal * (1 + bubble(pp, vpp, m)), rel=EXACT)
+    assert replay(order, {"F": f, "B": b}, np.zeros(())).max() == pytest.approx(ideal * (1 + bubble(pp, vpp, m)), rel=EXACT)
+    _, done = replay_streams(order, lambda what: [[Lap(((("compute", {"F": f, "B": b}[k][s]),),))] for k, s in what], (), 0.0)
+    assert done.max() == pytest.approx(ideal * (1 + bubble(pp, vpp, m)), rel=EXACT)
 
 
 # --- a real program: what `build_step` makes of a model, run in SimPy with made-up seconds ---

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from simulator.errors import PlanError
-from simulator.scenario.megatron import plan_from_megatron
+from simulator.formats.megatron import plan_from_megatron
 from simulator.scenario.plan import Overlap, Plan, Precision
 
 #: flags that keep the importer quiet, so that a test sees only the warnings of its own flags
@@ -298,7 +298,7 @@ def test_the_last_of_repeated_flags_wins_as_in_argparse():
         ),
         (
             "--overlap-moe-expert-parallel-comm",
-            "--overlap-moe-expert-parallel-comm is not modelled: expert all-to-all is priced in line with the compute around it",
+            "--overlap-moe-expert-parallel-comm without virtual stages: expert all-to-all is priced in line with compute",
         ),
         ("--fp8-param-gather", "--fp8-param-gather is not modelled: parameters are kept and gathered in bf16"),
         ("--cuda-graph-impl local", "--cuda-graph-impl is not modelled: every kernel pays its launch"),

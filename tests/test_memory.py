@@ -16,7 +16,7 @@ from simulator.errors import ProfileError
 from simulator.feasibility import check, memory, minimum_accelerators
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
-from simulator.scenario.plan import Overlap, Plan, Precision, Reserve
+from simulator.scenario.plan import ELEMENT_BYTES, Overlap, Plan, Precision, Reserve
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import schedule
 from simulator.simulate import classify, node_seconds, simulate_step
@@ -280,6 +280,44 @@ def test_offloaded_layers_wait_on_the_host():
 def test_ulysses_keeps_the_output_of_both_exchanges():
     assert layer_token(cp=2, context_parallel="all_to_all") == (TOKEN + 8 * 2) / 2
     assert layer_token(context_parallel="all_to_all") == TOKEN
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp4"])
+def test_low_precision_products_read_copies_of_the_weights(dtype):
+    """Two layouts beside the bf16 weight, or one beside a weight that is kept in low precision; not of embedding and head."""
+    size = ELEMENT_BYTES[dtype]
+    bf16, low = (only(measured(DENSE, plan(precision={"gemm": dtype, "parameters": p})), "weights") for p in ("bf16", dtype))
+    assert bf16 == 2 * WHOLE + 2 * size * 4 * LAYER
+    assert low == pytest.approx(size * WHOLE + size * 4 * LAYER, rel=1e-12)
+
+
+def test_zero_3_casts_what_it_gathers():
+    p = plan(dp_shard=4, zero=3, precision={"gemm": "fp8"})
+    assert only(measured(DENSE, p), "weights") == 2 * WHOLE / 4
+
+
+def test_fp32_weights_are_gathered_in_16_bits():
+    p = plan(dp_shard=4, zero=3, precision={"parameters": "fp32", "master": None})
+    assert only(measured(DENSE, p), "weights") == 4 * WHOLE / 4
+    assert only(measured(DENSE, p), "buffers") == only(measured(DENSE, plan(dp_shard=4, zero=3)), "buffers")
+
+
+def test_a_pair_gives_back_what_it_takes():
+    """Layer by layer, a pair holds one micro-batch and a layer; one after the other, the table holds two."""
+    pairs = plan(schedule="table", table="0F0 0F1+0B0 0F2+0B1 0B2")
+    alone = measured(DENSE, plan(), 3)
+    together = measured(DENSE, pairs, 3)
+    assert only(together, "activations") == only(alone, "activations")
+    assert only(together, "buffers") - only(alone, "buffers") == 16 * TOKEN
+    order = schedule("table", 1, 1, 3, pairs.table)
+    assert (order.in_flight.max(), order.resident.max()) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3-2048-h800", "llama-3-405b-8192-h100"])
+def test_published_layouts_that_ran_are_predicted_to_fit(name):
+    s = Scenario.load(f"examples/{name}.yaml")
+    assert check(s) == []
+    assert memory(s)["total"].max() > 0.85 * s.cluster.accelerator.hbm_bytes  # and left little room
 
 
 def test_frameworks_have_names():

@@ -12,7 +12,7 @@ from small import moe, scenario
 
 from simulator.errors import PlanError, ProfileError
 from simulator.feasibility import check
-from simulator.scenario.megatron import plan_from_megatron
+from simulator.formats.megatron import plan_from_megatron
 from simulator.scenario.mesh import accelerator_of, members, placed
 from simulator.scenario.placement import Placement
 from simulator.scenario.plan import Plan

@@ -197,3 +197,23 @@ def test_table_and_its_name_go_together(changes):
 def test_more_stages_than_layers_is_one_problem():
     found = check(scenario(dense(layers=2), 4, Plan(pp=4, schedule="zb-h1", layout="balanced"), micro_batches=8))
     assert [p.rule for p in found] == ["layers fill pp * vpp"]
+
+
+@pytest.mark.parametrize(("name", "wiring"), [("zb-v", "v"), ("dualpipev", "v"), ("dualpipe", "two-way"), ("interleaved", "loop")])
+def test_a_users_table_in_any_wiring_is_the_schedule_it_was_copied_from(name, wiring):
+    built = schedule(name, 4, 2, 8)
+    text = f"wiring: {wiring}\n{built}"
+    assert schedule("table", 4, 2, 8, text).paths == built.paths
+    plan = Plan(pp=4, vpp=2, schedule=name)
+    s = scenario(dense(8, 1024), 8, plan, 8)
+    mine = s.with_plan(schedule="table", table=text)
+    assert mine.plan.stages == plan.stages
+    assert simulate_step(mine).step_time_s == simulate_step(s).step_time_s
+
+
+def test_a_wiring_that_is_none_is_refused():
+    s = scenario(dense(8, 1024), 8, Plan(pp=4), 8)
+    with pytest.raises(ProfileError, match="wiring 'w'; write wiring: loop, v or two-way"):
+        s.with_plan(vpp=2, schedule="table", table="wiring: w\n0F0 0B0")
+    with pytest.raises(ProfileError, match="wiring v with vpp = 1 model chunks per rank; write vpp: 2"):
+        s.with_plan(schedule="table", table="wiring: v\n0F0 0B0")

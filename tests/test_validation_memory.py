@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from simulator.scenario.plan import RESERVE_SOURCES, Reserve
 from simulator.validation.memory import GIB, memory_summary, published_memory, timed_runs, validate_memory
 from simulator.validation.row_memory import metric_of
 
@@ -55,8 +56,24 @@ def test_simumax_memory_within_three_percent_on_average(table):
     assert rows.loc[rows["metric"] == "allocated", "relative_error"].abs().max() <= 0.01
 
 
+def test_fragmentation_is_what_published_runs_lose():
+    """Peaks of one run as the allocator's own and as reserved: the share of the reserved ones that no tensor holds."""
+    rows = published_memory().set_index("id")
+    twice = [name for name in rows.index if f"{name}-resv" in rows.index]
+    allocated, reserved = (rows.loc[names, "value_GiB"].astype(float).to_numpy() for names in (twice, [f"{n}-resv" for n in twice]))
+    lost = 1 - allocated / reserved
+    assert len(lost) == 31
+    assert Reserve().fragmentation == pytest.approx(lost.mean(), abs=0.01)
+    assert lost.min() > 0.02
+    assert lost.max() < 0.09
+
+
+def test_reserve_has_sources():
+    assert set(RESERVE_SOURCES) == set(Reserve.model_fields)
+
+
 def test_fits_and_fails(summary):
-    everything = summary.loc["all sources"]
+    everything = summary.loc["all rows"]
     assert everything["median_absolute_error"] <= 0.05
     assert everything["fails"] == 539
     assert everything["balanced_accuracy"] >= 0.90
@@ -124,4 +141,4 @@ def test_a_bad_row_is_skipped_with_its_reason(change, reason):
 
 
 def test_summary_of_nothing():
-    assert memory_summary(validate_memory(user_row(value_GiB="", outcome=""))).set_index("source").loc["all sources", "peaks"] == 0
+    assert memory_summary(validate_memory(user_row(value_GiB="", outcome=""))).set_index("source").loc["all rows", "peaks"] == 0

@@ -152,3 +152,11 @@ def test_variation_needs_every_rank():
     assert summary["distribution"]["seeds"] == 2
     assert len(summary["slowest"]) == 8
     assert "jitter" in set(every.sources()["fact"])
+
+
+def test_a_slow_last_stage_is_slow_and_holds_up_the_others():
+    s = scenario(dense(8, 1024), 8, Plan(pp=4), 8)
+    even, slow = (simulate_ranks(s, Variation(jitter=0, last_stage_slowdown=factor)) for factor in (1.0, 1.5))
+    one, other = (r.table().groupby("stage")["compute_s"].sum() for r in (even, slow))
+    assert (other / one).tolist() == pytest.approx([1, 1, 1, 1.5])
+    assert slow.step_time_s > even.step_time_s

@@ -12,6 +12,7 @@ from rich.markup import escape
 from simulator.cli.accuracy import validate
 from simulator.cli.fabrics import fabrics
 from simulator.cli.facts import clusters, models, sources
+from simulator.cli.launches import export
 from simulator.cli.steps import plan, simulate
 from simulator.cli.sweeps import sweep
 from simulator.cli.terminal import err, print_json, say
@@ -24,7 +25,7 @@ app = typer.Typer(
     help="Plan a ten-thousand-GPU training cluster before it exists.",
 )
 #: in the order of the help
-VERBS = (plan, simulate, sweep, fabrics, validate, models, clusters, sources)
+VERBS = (plan, simulate, sweep, export, fabrics, validate, models, clusters, sources)
 for verb in VERBS:
     app.command()(verb)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 import yaml
@@ -13,6 +13,9 @@ from simulator.cli.terminal import note
 from simulator.errors import ProfileError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from simulator.formats.launch import Launch
     from simulator.scenario.routing import Routing
     from simulator.scenario.scenario import Scenario
     from simulator.scenario.variation import Variation
@@ -23,6 +26,10 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one entry, e.g. plan.pp=8 or cluster=gb200-nvl72-10368; repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+#: reads a configuration, knowing the table of the scenario that it belongs to
+Reader: TypeAlias = "Callable[[dict[str, Any]], Launch]"
 
 
 def _creatable(folder: Path | None) -> Path | None:
@@ -39,22 +46,20 @@ OutDir = Annotated[
 ]
 
 
-def load(path: Path | None, sets: list[str] | None, megatron: Path | None = None) -> Scenario:
-    """Return the scenario of a file, changed by a Megatron-LM launch line and then by ``--set``."""
-    from simulator.scenario.profiles import read_text, read_yaml, validated
+def load(path: Path | None, sets: list[str] | None, launch: Reader | None = None) -> Scenario:
+    """Return the scenario of a file, changed by what `launch` reads of a framework's configuration and then by ``--set``."""
+    from simulator.scenario.profiles import read_yaml, validated
     from simulator.scenario.scenario import Scenario
 
     data = read_yaml(path) if path else {}
     processes = None
-    if megatron:
-        from simulator.scenario.megatron import plan_from_megatron
-
-        run = plan_from_megatron(read_text(megatron))
+    if launch:
+        run = launch(data)
         for warning in run.warnings:
             note(warning)
         processes = run.accelerators
-        said = run.plan.model_dump(mode="json", exclude_unset=True) | {"dp_shard": None}
-        for key, table in {"plan": said, "job": run.job}.items():  # the line has the last word but for --set
+        said = run.plan.model_dump(mode="json", exclude_unset=True) | {"dp_shard": run.plan.dp_shard}
+        for key, table in {"plan": said, "job": run.job}.items():  # the configuration has the last word but for --set
             data[key] = (data[key] if isinstance(data.get(key), dict) else {}) | table
     _apply(data, sets)
     question = validated(Scenario, data, str(path or "scenario"))

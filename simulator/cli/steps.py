@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from simulator.cli.launches import Deepspeed, Megatron, Torchtitan, launch
 from simulator.cli.question import AsJson, OutDir, ScenarioFile, Sets, Varied, load, variation
 from simulator.cli.terminal import headline, print_json, progress, records, report_files, say, show, write
 
@@ -41,7 +41,9 @@ def plan(
 def simulate(
     scenario: ScenarioFile = None,
     sets: Sets = None,
-    megatron: Annotated[Path | None, typer.Option(help="File with a Megatron-LM launch line to take the plan and batch from.")] = None,
+    megatron: Megatron = None,
+    torchtitan: Torchtitan = None,
+    deepspeed: Deepspeed = None,
     ranks: Annotated[Literal["classes", "all"], typer.Option(help="Simulate one rank of each kind, or every rank.")] = "classes",
     vary: Varied = None,
     seeds: Annotated[int, typer.Option(min=1, help="With all ranks: how many seeds.")] = 1,
@@ -53,7 +55,7 @@ def simulate(
     from simulator.ranks import RanksResult
     from simulator.simulate import simulate_step
 
-    question = load(scenario, sets, megatron)
+    question = load(scenario, sets, launch(megatron, torchtitan, deepspeed))
     result = simulate_step(question, ranks, *variation(vary), seeds)
     files = write(result, folder, {}) if folder else []
     if as_json:

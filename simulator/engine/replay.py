@@ -1,35 +1,33 @@
 """Replay a pipeline schedule as a max-plus recurrence, for many plans at once.
 
-Coarser than `simulator.engine.events`: an action is one number of seconds, a message one latency. What a stream of
-communication does beside the actions is not seen here.
+Coarser than `simulator.engine.events`: an action of `replay` is one number of seconds, a message one latency; `replay_streams`
+also knows the streams of a rank, which pairs and collectives for every micro-batch need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
 from simulator.schedules import Action, Schedule, actions
 from simulator.units import Number
 
+#: segments of operations side by side, each a stream and its seconds
+Runs = tuple[tuple[tuple[str, Number], ...], ...]
 
-def replay(
-    order: Schedule,
-    seconds: Mapping[str, Number],
-    pairs: Mapping[tuple[int, int], tuple[Number, Number]],
-    hop: Number,
-    ready: Number | None = None,
-) -> np.ndarray:
+
+def replay(order: Schedule, seconds: Mapping[str, Number], hop: Number, ready: Number | None = None) -> np.ndarray:
     """Return when each chunk of each rank ends its last backward, seconds.
 
     Parameters
     ----------
     order : Schedule
+        Without pairs.
     seconds : mapping of str to ndarray (..., stages)
         One F, B, I or W on each stage.
-    pairs : mapping of (int, int) to (Number, Number)
-        When the forward and the backward of a pair end, by their stages; they start together.
     hop : Number (...)
         A message between ranks.
     ready : ndarray (..., pp, vpp), optional
@@ -41,42 +39,50 @@ def replay(
 
     Notes
     -----
-    An entry starts when its rank is free and its messages are there; a rank's messages leave one after the other:
-    ``end = max(end of the rank's previous entry, arrival) + duration``, ``arrival = max(previous arrival, end) + hop``.
+    An action starts when its rank is free and its message is there; a rank's messages leave one after the other:
+    ``end = max(end of the rank's previous action, arrival) + duration``, ``arrival = max(previous arrival, end) + hop``.
     """
     shape = next(iter(seconds.values())).shape[:-1]
     durations = {kind: [x[..., s].copy() for s in range(x.shape[-1])] for kind, x in seconds.items()}
     free: list[Number] = [np.zeros(shape)] * order.pp
-    line: list[Number] = [0.0] * order.pp
-    sent: dict[tuple[str, int, int, int], Number] = {}
+    mail = _Mail(order, hop)
     last: list[list[Number]] = [[np.zeros(shape)] * order.vpp for _ in range(order.pp)]
     started = set()
-    for rank, entry in order.order:
-        held, parts = order.held[rank], tuple(actions((entry,)))
-        begins = []
-        for action in parts:
-            arrives = sent.pop((_side(action), rank, action.chunk, action.micro_batch), None) if action.kind != "W" else None
-            begins.append(free[rank] if arrives is None else np.maximum(free[rank], arrives))
-        if len(parts) == 1:
-            ends = [begins[0] + durations[parts[0].kind][held[parts[0].chunk]]]
-        else:  # the backward stands behind the forward in the streams; one that comes late runs by itself
-            forward, backward = (held[action.chunk] for action in parts)
-            ends = [begins[0] + last for last in pairs[forward, backward]]
-            ends[1] = np.maximum(ends[1], begins[1] + durations["B"][backward])
-        for i, action in enumerate(parts):
-            if action.kind == "F" and (rank, action.chunk) not in started:
-                started.add((rank, action.chunk))
-                ends[i] = ends[i] if ready is None else np.maximum(ends[i], ready[..., rank, action.chunk])
-        free[rank] = ends[0] if len(ends) == 1 else np.maximum(*ends)
-        for action, end in sorted(zip(parts, ends, strict=True), key=lambda part: float(np.mean(part[1]))):
-            if action.kind in "BW":
-                last[rank][action.chunk] = end
-            target = order.target(rank, action)
-            if target is not None and target[0] == rank:
-                sent[_side(action), *target, action.micro_batch] = end
-            elif target is not None:
-                line[rank] = sent[_side(action), *target, action.micro_batch] = np.maximum(line[rank], end) + hop
+    for rank, action in order.order:
+        assert isinstance(action, Action)
+        arrives = mail.take(rank, action)
+        begin = free[rank] if arrives is None else np.maximum(free[rank], arrives)
+        end = begin + durations[action.kind][order.held[rank][action.chunk]]
+        if ready is not None and action.kind == "F" and (rank, action.chunk) not in started:
+            started.add((rank, action.chunk))
+            end = np.maximum(end, ready[..., rank, action.chunk])
+        free[rank] = end
+        if action.kind in "BW":
+            last[rank][action.chunk] = end
+        mail.send(rank, action, end)
     return np.stack([np.stack(row, axis=-1) for row in last], axis=-2)
+
+
+class _Mail:
+    """Messages under way; those of a rank leave one after the other, what stays on a rank takes no time."""
+
+    def __init__(self, order: Schedule, hop: Number):
+        self.order, self.hop = order, hop
+        self.line: list[Number] = [0.0] * order.pp
+        self.sent: dict[tuple[str, int, int, int], Number] = {}
+
+    def take(self, rank: int, action: Action) -> Number | None:
+        """Return when the input of `action` arrives; None where nothing sends it."""
+        return self.sent.pop((_side(action), rank, action.chunk, action.micro_batch), None) if action.kind != "W" else None
+
+    def send(self, rank: int, action: Action, end: Number) -> None:
+        """Hand the result of `action` on to whoever waits for it."""
+        target = self.order.target(rank, action)
+        if target is None:
+            return
+        if target[0] != rank:
+            end = self.line[rank] = np.maximum(self.line[rank], end) + self.hop
+        self.sent[_side(action), *target, action.micro_batch] = end
 
 
 def _side(action: Action) -> str:
@@ -84,94 +90,162 @@ def _side(action: Action) -> str:
     return "F" if action.kind == "F" else "G"
 
 
-def passage(blocks: Sequence[tuple[Number, Number, Number]], held: Number, shape: tuple[int, ...]) -> np.ndarray:
-    """Return what one action does to its rank's clocks, as a max-plus matrix.
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """One block of an action, seconds.
 
     Parameters
     ----------
-    blocks : sequence of (pass, gather, reduction)
-        Seconds of each block of the action in order: its pass, the gather that it waits for and the reduction that follows
-        it; 0 for none.
-    held : Number
-        Reduction of the block before the action, which lets the first gather go first.
-    shape : tuple of int
-        That of all these numbers, one entry per plan.
+    runs : tuple
+        Segments of (stream, seconds), one after the other; the operations of a segment run side by side.
+    gather, reduce : Number
+        The gather that it waits for, and the reduction that follows it, on the data-parallel stream; 0 for none.
+    """
 
-    Returns
-    -------
-    ndarray of shape (3, 4, ...)
-        ``new = max over j of (matrix[:, j] + old[j])``. Clocks: end of the last block, of the one before it, and of the
-        data-parallel stream; the fourth old one is the arrival of the message.
+    runs: Runs
+    gather: Number = 0.0
+    reduce: Number = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """What an entry does to the clocks of its rank, as a max-plus matrix.
+
+    Parameters
+    ----------
+    matrix : ndarray of shape (4 + n, 4 + n, ...)
+        ``new = max over j of (matrix[:, j] + old[j])`` for an entry of n actions. Clocks: end of the entry, end of the segment
+        before its last block (when the next gather may start), the data-parallel stream, the block whose reduction waits. The
+        other n: of the old ones the arrival of each action's message, of the new ones the end of each action.
+    held : Number
+        The reduction that waits until the next block has asked for its gather; 0 for none.
 
     Notes
     -----
     Baccelli, Cohen, Olsder, Quadrat, "Synchronization and Linearity", 1992, chapter 2.
     """
-    unit = np.full((4, 4, *shape), -np.inf)
-    unit[range(4), range(4)] = 0.0
-    last, earlier, stream, message = unit
-    begin = np.maximum(last, message)
-    for seconds, gather, reduce in blocks:
-        waits = np.asarray(gather) > 0
-        stream = np.where(waits, np.maximum(stream, earlier) + gather, stream)
-        begin = np.where(waits, np.maximum(begin, stream), begin)
-        stream = np.where(np.asarray(held) > 0, np.maximum(stream, last) + held, stream)
-        earlier, last, held = last, begin + seconds, reduce
-        begin = last
-    return np.stack([last, earlier, stream])
+
+    matrix: np.ndarray
+    held: Number
+
+    @classmethod
+    def of(cls, laps: Sequence[Sequence[Lap]], held: Number, shape: tuple[int, ...]) -> Passage:
+        """Return what an entry does: the laps of its action, or those of the two of a pair, which take turns by segments.
+
+        Parameters
+        ----------
+        held : Number
+            Reduction that the entry before left waiting.
+        shape : tuple of int
+            That of all seconds, one per plan.
+        """
+        count = 4 + len(laps)
+        unit = np.full((count, count, *shape), -np.inf)
+        unit[range(count), range(count)] = 0.0
+        walk = _Walk(unit[0], unit[2], [(unit[3], held)])
+        threads = [_Thread(unit[0], unit[1]) for _ in laps]
+        turns = [walk.steps(thread, row, message) for thread, row, message in zip(threads, laps, unit[4:], strict=True)]
+        while turns:
+            turns = [turn for turn in turns if next(turn, None) is not None]
+        last, earlier = (reduce(np.maximum, [getattr(thread, name) for thread in threads]) for name in ("last", "earlier"))
+        behind, left = walk.waiting[-1] if walk.waiting else (last, 0.0)
+        return cls(np.stack([last, earlier, walk.parallel, behind, *(thread.last for thread in threads)]), left)
 
 
-def replay_sharded(
+@dataclass(slots=True)
+class _Thread:
+    """The chain of one action: its end so far, and the end before the block that it is in."""
+
+    last: np.ndarray
+    earlier: np.ndarray
+
+
+class _Walk:
+    """The streams of one rank while an entry runs; times are vectors of distances from the clocks at its beginning."""
+
+    def __init__(self, free: np.ndarray, parallel: np.ndarray, waiting: list[tuple[np.ndarray, Number]]):
+        self.free, self.parallel, self.waiting = free, parallel, waiting
+        self.streams: dict[str, np.ndarray] = {}
+
+    def steps(self, thread: _Thread, laps: Sequence[Lap], message: np.ndarray) -> Iterator[bool]:
+        """Run the laps of one action; yields after each segment."""
+        waits: list[tuple[Number, np.ndarray]] = [(1.0, message)]
+        for lap in laps:
+            if np.any(np.asarray(lap.gather) > 0):
+                self._talk(thread.earlier, lap.gather)
+                waits.append((lap.gather, self.parallel))
+            for start, seconds in self.waiting:
+                self._talk(start, seconds)
+            self.waiting.clear()
+            thread.earlier = thread.last
+            for segment in lap.runs:
+                begin = thread.last
+                for there, end in waits:
+                    begin = np.where(np.asarray(there) > 0, np.maximum(begin, end), begin)
+                waits.clear()
+                ends = []
+                for stream, seconds in segment:
+                    self.streams[stream] = np.maximum(begin, self.streams.get(stream, self.free)) + seconds
+                    ends.append(self.streams[stream])
+                thread.last = reduce(np.maximum, ends)
+                yield True
+            if np.any(np.asarray(lap.reduce) > 0):
+                self.waiting.append((thread.last, lap.reduce))
+
+    def _talk(self, start: np.ndarray, seconds: Number) -> None:
+        done = np.maximum(self.parallel, start) + seconds
+        self.parallel = np.where(np.asarray(seconds) > 0, done, self.parallel)
+
+
+def replay_streams(
     order: Schedule,
-    stages: Sequence[Mapping[str, Sequence[tuple[Number, Number, Number]]]],
+    laps: Callable[[tuple[tuple[str, int], ...]], Sequence[Sequence[Lap]]],
+    shape: tuple[int, ...],
     hop: Number,
     ready: Number | None = None,
     busy: Number | float = 0.0,
-) -> np.ndarray:
-    """Return when each rank has done its passes and summed its gradients, when collectives run for every micro-batch, seconds.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return when each chunk of each rank ends its last backward, and when each rank has reduced what it reduces on the way.
 
     Parameters
     ----------
     order, hop, ready
-        As for `replay`; a pair runs as forward then backward.
-    stages : sequence of mapping of str to sequence of (pass, gather, reduction)
-        For each stage and kind of action, its blocks in order, as for `passage`.
+        As for `replay`; with pairs.
+    laps : callable
+        Returns the laps of an entry's actions from their (kind, stage).
+    shape : tuple of int
+        That of all seconds, one per plan.
     busy : ndarray (..., pp)
         When the data-parallel stream of each rank is free for the first time.
 
     Returns
     -------
-    ndarray (..., pp)
+    ndarray (..., pp, vpp), ndarray (..., pp)
     """
-    shape = np.broadcast_shapes(np.shape(hop), *(np.shape(x) for stage in stages for row in stage.values() for block in row for x in block))
-    nothing: Number = 0.0
-    clocks = [np.stack([np.zeros(shape), np.zeros(shape), np.broadcast_to(busy, (*shape, order.pp))[..., r]]) for r in range(order.pp)]
-    held: list[tuple[int, Number]] = [(-1, nothing)] * order.pp  # the stage whose last reduction waits, and its seconds
-    known: dict[tuple[str, int, int], np.ndarray] = {}
-    line: list[Number] = [0.0] * order.pp
-    sent: dict[tuple[str, int, int, int], Number] = {}
-    started = set()
+    busy = np.broadcast_to(busy, (*shape, order.pp))
+    clocks = [np.stack([np.zeros(shape), np.zeros(shape), busy[..., r], np.zeros(shape)]) for r in range(order.pp)]
+    held: list[tuple[tuple | None, Number]] = [(None, 0.0)] * order.pp  # whose reduction waits, and its seconds
+    known: dict[tuple, Passage] = {}
+    mail, started = _Mail(order, hop), set()
+    last: list[list[Number]] = [[np.zeros(shape)] * order.vpp for _ in range(order.pp)]
     for rank, entry in order.order:
-        for action in actions((entry,)):
-            stage, row = order.held[rank][action.chunk], stages[order.held[rank][action.chunk]][action.kind]
-            key = (action.kind, stage, held[rank][0])
-            if key not in known:
-                known[key] = passage(row, held[rank][1], shape)
-            arrives = sent.pop((_side(action), rank, action.chunk, action.micro_batch), None) if action.kind != "W" else None
-            arrives = np.zeros(shape) if arrives is None else arrives
-            clock = (known[key] + np.concatenate([clocks[rank], arrives[None]])).max(axis=1)
-            if ready is not None and action.kind == "F" and (rank, action.chunk) not in started:
-                started.add((rank, action.chunk))
-                clock[0] = np.maximum(clock[0], ready[..., rank, action.chunk])
-            clocks[rank] = clock
-            held[rank] = (stage, row[-1][2]) if action.kind in "BW" and row else (-1, nothing)
-            target = order.target(rank, action)
-            if target is not None and target[0] == rank:
-                sent[_side(action), *target, action.micro_batch] = clock[0]
-            elif target is not None:
-                line[rank] = sent[_side(action), *target, action.micro_batch] = np.maximum(line[rank], clock[0]) + hop
-    done = []
-    for (last, _, stream), (_, reduce) in zip(clocks, held, strict=True):
-        stream = np.where(np.asarray(reduce) > 0, np.maximum(stream, last) + reduce, stream)
-        done.append(np.maximum(stream, last))
-    return np.stack(done, axis=-1)
+        parts = tuple(actions((entry,)))
+        what = tuple((a.kind, order.held[rank][a.chunk]) for a in parts)
+        key = (what, held[rank][0])
+        if key not in known:
+            known[key] = Passage.of(laps(what), held[rank][1], shape)
+        arrives = [mail.take(rank, a) for a in parts]
+        old = [*clocks[rank], *(np.zeros(shape) if x is None else np.broadcast_to(x, shape) for x in arrives)]
+        new = (known[key].matrix + np.stack(old)).max(axis=1)
+        for i, a in enumerate(parts, start=4):
+            if ready is not None and a.kind == "F" and (rank, a.chunk) not in started:
+                started.add((rank, a.chunk))
+                new[i] = np.maximum(new[i], ready[..., rank, a.chunk])
+                new[0] = np.maximum(new[0], new[i])
+        clocks[rank], held[rank] = new[:4], (what, known[key].held)
+        for a, end in sorted(zip(parts, new[4:], strict=True), key=lambda part: float(np.mean(part[1]))):
+            if a.kind in "BW":
+                last[rank][a.chunk] = end
+            mail.send(rank, a, end)
+    done = [np.maximum(np.where(np.asarray(left) > 0, np.maximum(c[2], c[3]) + left, c[2]), c[0]) for c, (_, left) in zip(clocks, held)]
+    return np.stack([np.stack(row, axis=-1) for row in last], axis=-2), np.stack(done, axis=-1)

@@ -1,7 +1,7 @@
 """The event loop of `simulator.network.flows` flow by flow, compiled by numba (the extra ``fast``).
 
-The tests hold it against the numpy path. Shapes: F flows, E entries (one per flow and
-link on its path), L links.
+The tests hold it against the numpy path. Shapes: F flows, E entries (one per flow and link on its path), L links; J flows and K
+entries of the part that is filled again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from simulator.network.filling import TIE
 
 BLOCK = 256  # flows whose next completion is known as one number
 _FULL = 1 - 1e-9  # a link used beyond this share of its capacity may be a bottleneck
+_WIDE = 8  # when more than this fraction of the flows is touched, whoever is at or above the threshold is filled
 
 
 class State(NamedTuple):
     """What the event loop knows: paths both ways, rates, and scratch space.
 
-    ``held[lptr[m] : lptr[m] + count[m]]`` are the entries of the active flows on link m, ``place`` their positions.
+    ``held[lptr[m] : lptr[m] + count[m]]`` are the entries of the active flows on link m, ``place`` their positions. Flows that have
+    not begun, and those that have ended, have rate 0.
     """
 
     indptr: np.ndarray
@@ -34,25 +36,29 @@ class State(NamedTuple):
     place: np.ndarray
     count: np.ndarray
     rate: np.ndarray
-    fresh: np.ndarray  # rates of the filling in progress
-    part: np.ndarray  # flows that it fills
-    spare: np.ndarray  # bytes/s left on a link
-    crowd: np.ndarray  # flows on a link that wait for their rate
-    level: np.ndarray  # rate at which a link was exhausted
+    part: np.ndarray  # flows that are filled again
+    used: np.ndarray  # bytes/s that a link carries
     opened: np.ndarray
-    seen: np.ndarray
-    used: np.ndarray
+    level: np.ndarray  # rate at which a link was exhausted in this filling
+    spare: np.ndarray  # bytes/s left on a link
+    crowd: np.ndarray  # weight of the flows on a link that wait for their rate
+    begins: np.ndarray  # (L,) where a link's part begins in `local`
+    chosen: np.ndarray  # (J,) flows of the part
+    fresh: np.ndarray  # (J,) their new rates
+    touched: np.ndarray  # links of the part
+    local: np.ndarray  # (K,) the part's flows by link, as positions in `chosen`
 
 
 def lay_out(indptr: np.ndarray, links: np.ndarray, capacity: np.ndarray, weight: np.ndarray) -> State:
     """Return the state before the first flow begins."""
     flows, entries, total = len(indptr) - 1, len(links), len(capacity)
-    lptr = np.concatenate([[0], np.cumsum(np.bincount(links, minlength=total))]).astype(np.int64)
-    owner = np.repeat(np.arange(flows), np.diff(indptr))
-    whole, real, flag = (lambda n, kind=kind: np.zeros(n, dtype=kind) for kind in (np.int64, np.float64, np.bool_))
+    lptr = np.concatenate([[0], np.cumsum(np.bincount(links, minlength=total))]).astype(np.int32)
+    owner = np.repeat(np.arange(flows, dtype=np.int32), np.diff(indptr))
+    whole, real, flag = (lambda n, kind=kind: np.zeros(n, dtype=kind) for kind in (np.int32, np.float64, np.bool_))
     return State(
-        indptr, links, capacity, weight, owner, lptr, whole(entries), whole(entries), whole(total), real(flows), real(flows),
-        flag(flows), real(total), real(total), real(total), flag(total), flag(total), real(total),
+        indptr.astype(np.int32), links.astype(np.int32), capacity, weight, owner, lptr, whole(entries), whole(entries), whole(total),
+        real(flows), flag(flows), real(total), flag(total), np.full(total, np.inf), real(total), real(total), whole(total),
+        whole(flows), real(flows), whole(total), whole(entries),
     )  # fmt: skip
 
 
@@ -77,45 +83,72 @@ def release(flow: int, s: State) -> None:
         s.place[last] = s.place[e]
         s.count[m] -= 1
         s.used[m] = max(s.used[m] - s.weight[flow] * s.rate[flow], 0.0)
+    s.rate[flow] = 0.0
 
 
 @njit(cache=True)
-def fill_part(touched: list, chosen: list, s: State) -> None:
-    """Fill the flows `chosen` with what the others leave on the links `touched`, by rising rate."""
-    heap = [(0.0, np.int64(0))]
+def fill_part(size: int, s: State) -> int:
+    """Fill the `size` flows chosen with what the others leave, by rising rate; return how many links they touch."""
+    links = 0
+    for j in range(size):
+        f = s.chosen[j]
+        s.fresh[j] = -1.0
+        rate = s.rate[f] if s.rate[f] < np.inf else 0.0
+        for e in range(s.indptr[f], s.indptr[f + 1]):
+            m = s.links[e]
+            if s.crowd[m] == 0.0:
+                s.touched[links] = m
+                links += 1
+                s.spare[m], s.level[m], s.begins[m] = s.capacity[m] - s.used[m], np.inf, 0
+            s.crowd[m] += s.weight[f]
+            s.spare[m] += s.weight[f] * rate
+            s.begins[m] += 1
+    total = 0
+    for k in range(links):
+        m = s.touched[k]
+        total += s.begins[m]
+        s.begins[m] = total
+    for j in range(size - 1, -1, -1):
+        f = s.chosen[j]
+        for e in range(s.indptr[f], s.indptr[f + 1]):
+            m = s.links[e]
+            s.begins[m] -= 1
+            s.local[s.begins[m]] = j
+    heap = [(0.0, 0)]
     heap.pop()
-    for m in touched:
-        s.spare[m], s.crowd[m], s.level[m] = s.capacity[m], 0.0, np.inf
-        for k in range(s.lptr[m], s.lptr[m] + s.count[m]):
-            f = s.owner[s.held[k]]
-            if s.part[f]:
-                s.crowd[m] += s.weight[f]
-            else:
-                s.spare[m] -= s.weight[f] * s.rate[f]
-        heapq.heappush(heap, (max(s.spare[m], 0.0) / s.crowd[m], m))
-    for f in chosen:
-        s.fresh[f] = -1.0
+    for k in range(links):
+        m = s.touched[k]
+        heap.append((max(s.spare[m], 0.0) / s.crowd[m], k))
+    heapq.heapify(heap)
     while len(heap) > 0:
-        key, m = heapq.heappop(heap)
-        if s.crowd[m] <= 0:
+        key, k = heap[0]
+        m = s.touched[k]
+        if s.crowd[m] <= 0.5 * TIE:
+            heapq.heappop(heap)
             continue
         share = max(s.spare[m], 0.0) / s.crowd[m]
         if share > key:  # flows frozen elsewhere left more for the rest
-            heapq.heappush(heap, (share, m))
+            heapq.heapreplace(heap, (share, k))
             continue
+        heapq.heappop(heap)
         s.level[m] = key
-        for k in range(s.lptr[m], s.lptr[m] + s.count[m]):
-            f = s.owner[s.held[k]]
-            if s.part[f] and s.fresh[f] < 0:
-                s.fresh[f] = key
+        last = s.begins[s.touched[k + 1]] if k + 1 < links else total
+        for at in range(s.begins[m], last):
+            j = s.local[at]
+            if s.fresh[j] < 0:
+                s.fresh[j] = key
+                f = s.chosen[j]
                 for e in range(s.indptr[f], s.indptr[f + 1]):
                     s.spare[s.links[e]] -= s.weight[f] * key
                     s.crowd[s.links[e]] -= s.weight[f]
+    for k in range(links):
+        s.crowd[s.touched[k]] = 0.0
+    return links
 
 
 @njit(cache=True)
-def spread(open_links: list, at: int, threshold: float, chosen: list, touched: list, s: State) -> None:
-    """Choose the flows at or above `threshold` on open links, and open every bottleneck that they pass."""
+def spread(open_links: list, at: int, threshold: float, size: int, most: int, s: State) -> int:
+    """Choose the flows at or above `threshold` on open links, and open every bottleneck that they pass; stop beyond `most`."""
     while at < len(open_links):
         m = open_links[at]
         at += 1
@@ -124,50 +157,64 @@ def spread(open_links: list, at: int, threshold: float, chosen: list, touched: l
             if s.part[f] or s.rate[f] < threshold:
                 continue
             s.part[f] = True
-            chosen.append(f)
+            s.chosen[size] = f
+            size += 1
+            if size > most:
+                return size
             for e in range(s.indptr[f], s.indptr[f + 1]):
                 j = s.links[e]
-                if not s.seen[j]:
-                    s.seen[j] = True
-                    touched.append(j)
                 if not s.opened[j] and s.used[j] >= s.capacity[j] * _FULL:
                     s.opened[j] = True
                     open_links.append(j)
+    return size
 
 
 @njit(cache=True)
-def resolve(open_links: list, threshold: float, s: State) -> list:
-    """Return the flows whose rates may change, with the new rates in `State.fresh`.
+def exhausted(links: int, open_links: list, s: State) -> None:
+    """Open the links that have become a bottleneck below the rate of a flow left out."""
+    for k in range(links):
+        m = s.touched[k]
+        if s.opened[m] or s.level[m] == np.inf:
+            continue
+        for at in range(s.lptr[m], s.lptr[m] + s.count[m]):
+            f = s.owner[s.held[at]]
+            if not s.part[f] and s.rate[f] > s.level[m]:
+                s.opened[m] = True
+        if s.opened[m]:
+            open_links.append(m)
+
+
+@njit(cache=True)
+def resolve(open_links: list, threshold: float, alive: int, s: State) -> int:
+    """Return how many flows were filled again, `State.chosen`, with new rates `State.fresh`.
 
     Beginning at `open_links`, every bottleneck that flows at or above `threshold` pass is opened; these flows are filled beside
-    the others; a link that has become a bottleneck below the rate of a flow left out is opened, too, until there is none.
+    the others; a link that has become a bottleneck below the rate of a flow left out is opened, too, until there is none. Where
+    that reaches far, every flow at or above the threshold is filled, in order of memory.
     """
-    chosen = [np.int64(0)]
-    chosen.pop()
-    touched = [np.int64(0)]
-    touched.pop()
-    at = 0
+    size, at, links, most = 0, 0, 0, max(alive // _WIDE, 64)
     while at < len(open_links):
-        spread(open_links, at, threshold, chosen, touched, s)
+        size = spread(open_links, at, threshold, size, most, s)
         at = len(open_links)
-        fill_part(touched, chosen, s)
-        for m in touched:
-            if s.opened[m] or s.level[m] == np.inf:
-                continue
-            for k in range(s.lptr[m], s.lptr[m] + s.count[m]):
-                f = s.owner[s.held[k]]
-                if not s.part[f] and s.rate[f] > s.level[m]:
-                    s.opened[m] = True
-            if s.opened[m]:
-                open_links.append(m)
-    for m in touched:
-        s.seen[m] = False
-        s.used[m] = s.capacity[m] - s.spare[m]
+        if size > most:
+            break
+        links = fill_part(size, s)
+        exhausted(links, open_links, s)
+    for j in range(size):
+        s.part[s.chosen[j]] = False
     for m in open_links:
         s.opened[m] = False
-    for f in chosen:
-        s.part[f] = False
-    return chosen
+    if size > most:
+        size = 0
+        for f in range(len(s.rate)):
+            if s.rate[f] >= threshold:
+                s.chosen[size] = f
+                size += 1
+        links = fill_part(size, s)
+    for k in range(links):
+        m = s.touched[k]
+        s.used[m] = s.capacity[m] - s.spare[m]
+    return size
 
 
 @njit(cache=True)
@@ -190,7 +237,9 @@ def run(s: State, size: np.ndarray, ready: np.ndarray, order: np.ndarray, grain:
         ends = soonest.min()
         starts = ready[order[begun]] if begun < flows else np.inf
         now, threshold = min(ends, starts), np.inf
-        seeds = [np.int64(0)]
+        if now == np.inf:  # nobody moves: times stay infinite
+            break
+        seeds = [np.int32(0)]
         seeds.pop()
         if ends <= starts:
             for b in range(blocks):
@@ -224,11 +273,12 @@ def run(s: State, size: np.ndarray, ready: np.ndarray, order: np.ndarray, grain:
                     crowd += s.weight[s.owner[s.held[k]]]
                 threshold = min(threshold, s.capacity[m] / crowd)
         solves += 1
-        for f in resolve(seeds, threshold * (1 - TIE), s):
-            if s.fresh[f] != s.rate[f]:
+        for j in range(resolve(seeds, threshold * (1 - TIE), alive, s)):
+            f = s.chosen[j]
+            if s.fresh[j] != s.rate[f]:
                 before = 0.0 if s.rate[f] == np.inf else s.rate[f]
                 left[f] = max(left[f] - before * (now - since[f]), 0.0)
-                since[f], s.rate[f] = now, s.fresh[f]
+                since[f], s.rate[f] = now, s.fresh[j]
                 predicted[f] = now + left[f] / s.rate[f]
                 stale[f // BLOCK] = True
     return finish, solves

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from simulator.beside import Beside
 from simulator.closed_forms import bound_s, estimate_s
 from simulator.errors import PlanError, Problem, ProfileError
 from simulator.result import StepResult
@@ -119,6 +120,10 @@ def _take(item: Any, index: np.ndarray, length: int) -> Any:
     def cut(value: Any) -> Any:
         if isinstance(value, np.ndarray) and value.shape == (length,):
             return value[index]
+        if isinstance(value, dict):
+            return {key: cut(one) for key, one in value.items()}
+        if isinstance(value, Beside):
+            return replace(value, **{f.name: cut(getattr(value, f.name)) for f in fields(value)})
         return tuple(map(cut, value)) if isinstance(value, tuple) else value
 
     return replace(item, **{f.name: cut(getattr(item, f.name)) for f in fields(item) if f.name not in ("forward", "backward")})
@@ -134,10 +139,10 @@ class Priced:
     prices: dict[str, BlockPrice]
 
     @classmethod
-    def of(cls, scenario: Scenario, plans: PlanColumns) -> Priced:
-        """Price `plans`: blocks do not depend on pp, vpp or the number of micro-batches."""
+    def of(cls, scenario: Scenario, plans: PlanColumns, sharing: bool = False) -> Priced:
+        """Price `plans`: blocks do not depend on pp, vpp or the number of micro-batches; only estimates need `sharing`."""
         all_blocks = blocks(scenario.model, plans, scenario.job)
-        return cls(scenario, plans, all_blocks, price_blocks(all_blocks, scenario.model, plans, scenario.cluster))
+        return cls(scenario, plans, all_blocks, price_blocks(all_blocks, scenario.model, plans, scenario.cluster, sharing))
 
     @property
     def micro_batches(self) -> np.ndarray:
@@ -187,9 +192,9 @@ class Priced:
 
     def estimates(self) -> np.ndarray:
         """Return the estimate of every plan's step, seconds."""
-        found = np.empty(len(self.plans))
+        found, shared = np.empty(len(self.plans)), Priced.of(self.scenario, self.plans, sharing=True)
         for index in self.groups(self.micro_batches):
-            part = self.uniform(index)
+            part = shared.uniform(index)
             micro_batches = int(part.micro_batches[0])
             found[index] = estimate_s(part.plans, part.times(part.order(micro_batches)), micro_batches, part.order)
         return found

@@ -5,6 +5,7 @@ state; without it, a figure of a fitting size is made with pyplot, so that a not
 """
 
 from simulator.plots.accuracy import plot_accuracy, plot_residuals
+from simulator.plots.measured import plot_measured
 from simulator.plots.style import COLOURS, WORDS
 from simulator.plots.tables import plot_breakdown, plot_comparison, plot_memory, plot_plans
 from simulator.plots.timeline import ACTIONS, KINDS, bars, plot_schedule, plot_timeline
@@ -18,6 +19,7 @@ __all__ = [
     "plot_accuracy",
     "plot_breakdown",
     "plot_comparison",
+    "plot_measured",
     "plot_memory",
     "plot_plans",
     "plot_residuals",

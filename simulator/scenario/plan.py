@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -27,6 +28,17 @@ Module = Literal["core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj", 
 
 #: bytes of one element; fp8 and fp4 carry one scale per 128 and per 16 elements
 ELEMENT_BYTES: dict[str, float] = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4 / 128, "fp4": 0.5 + 1 / 16}
+
+
+#: how chunks follow one another: around the ranks again, back from the last rank, or two models in opposite directions
+WIRINGS = ("loop", "v", "two-way")
+_WIRING = re.compile(r"^[ \t]*wiring:[ \t]*(\S*)[ \t]*$", re.MULTILINE)
+
+
+def wiring(table: str | None) -> str:
+    """Return what the line ``wiring: ...`` of a user's table says; ``loop`` without one."""
+    line = _WIRING.search(table or "")
+    return line[1] if line else WIRINGS[0]
 
 
 class Precision(Frozen):
@@ -58,7 +70,7 @@ class Precision(Frozen):
 
 
 class Reserve(Frozen):
-    """Memory that no tensor of the model explains; every figure is assumed unless the user measured it.
+    """Memory that no tensor of the model explains: four figures for all software (`RESERVE_SOURCES`); better, measure your own.
 
     Parameters
     ----------
@@ -78,6 +90,15 @@ class Reserve(Frozen):
     fragmentation: float = Field(default=0.05, ge=0, lt=1)
 
 
+#: field of `Reserve` -> grade of its default, its bounds and where it comes from
+RESERVE_SOURCES: dict[str, tuple[str, str]] = {
+    "context": ("assumed", "0.5 to 1.5 GB: driver context, kernels and libraries that a PyTorch process loads on A100 and H100"),
+    "communicator": ("assumed", "0.2 to 0.6 GB: channels and buffers that NCCL keeps for a group of ranks"),
+    "workspace": ("assumed", "0.06 to 0.13 GB: 32 MiB each for cuBLAS, cuBLASLt and Transformer Engine"),
+    "fragmentation": ("published", "0.03 to 0.08: reserved over allocated bytes of 31 SimuMax B200 runs are 1.03 to 1.09, 1.05 on average"),
+}
+
+
 class Overlap(Frozen):
     """What runs beside compute instead of after it.
 
@@ -90,6 +111,9 @@ class Overlap(Frozen):
     multiprocessors : float
         Share of the multiprocessors that expert communication takes from the compute beside it in a pair; 0 for copy
         engines and RDMA alone. The default is DeepSeek-V3's 20 of 132 (technical report, 2024, section 3.2.2).
+    collective_multiprocessors : float
+        Share of the multiprocessors that any other collective takes from the compute beside it. The default is 16 of 132, what
+        Transformer Engine gives its communication kernels (``num_sm``, transformer_engine/pytorch/module/base.py).
     tp : bool
         Gather a linear layer's input again beside its input gradient, and reduce-scatter that beside its weight gradient:
         what Megatron and Transformer Engine always do, and PyTorch's own tensor parallelism does not.
@@ -98,6 +122,7 @@ class Overlap(Frozen):
     grad_reduce: bool = True
     param_gather: bool = True
     multiprocessors: float = Field(default=20 / 132, ge=0, lt=1)
+    collective_multiprocessors: float = Field(default=16 / 132, ge=0, lt=1)
     tp: bool = True
 
 
@@ -127,7 +152,12 @@ class _Degrees:
     @property
     def copies(self):
         """Copies of the model that one pipeline holds: DualPipe's two directions each have their own."""
-        return 2 if self.schedule == "dualpipe" else 1
+        return 2 if self.two_way else 1
+
+    @property
+    def two_way(self) -> bool:
+        """Whether micro-batches enter at both ends, through two copies of the model."""
+        return self.schedule == "dualpipe" or wiring(self.table) == "two-way"
 
     @property
     def expert_shard(self):
@@ -167,7 +197,9 @@ class Plan(Frozen, _Degrees):
         ``interleaved-zb``; zero-bubble ``zb-h1``, ``zb-h2``, ``zb-1p``, ``zb-2p``; with vpp = 2 ``zb-v``, ``dualpipe`` and
         ``dualpipev``; or ``table``.
     table : str or None
-        The user's own schedule: a line per rank, entries such as ``0F3``, ``1B2`` or the pair ``0F3+1B2``.
+        The user's own schedule: a line per rank, entries such as ``0F3``, ``1B2`` or the pair ``0F3+1B2``. A line ``wiring: v``
+        (chunk 1 runs back from the last rank) or ``wiring: two-way`` (chunk 1 is a second copy of the model, entered at the last
+        rank by the second half of the micro-batches) may stand before them.
     layout : str or None
         None divides the layers evenly; ``balanced`` evens out their FLOP; else stages in Megatron's letters, ``|``
         between: E embedding, t layer, m MTP layer, L head, e.g. ``Et*3|t*4|t*4|tmL`` or ``Et*3|(t*4|)*2tmL``.
@@ -228,12 +260,16 @@ class Plan(Frozen, _Degrees):
             raise ValueError(f"schedule = {self.schedule} with vpp = {self.vpp} model chunks per rank; write {needs}")
         if (self.schedule == "table") != (self.table is not None):
             raise ValueError("schedule: table and the table's text go together; give both or neither")
+        if wiring(self.table) not in WIRINGS:
+            raise ValueError(f"table: wiring {wiring(self.table)!r}; write wiring: {', '.join(WIRINGS[:-1])} or {WIRINGS[-1]}")
+        if wiring(self.table) != "loop" and self.vpp != 2:
+            raise ValueError(f"table: wiring {wiring(self.table)} with vpp = {self.vpp} model chunks per rank; write vpp: 2")
         return self
 
     @property
     def stages(self) -> int:
         """Stages that one copy of the model is divided into; DualPipe's two chunks are two copies."""
-        return self.pp if self.schedule == "dualpipe" else self.pp * self.vpp
+        return self.pp if self.two_way else self.pp * self.vpp
 
     def on(self, accelerators: int) -> Plan:
         """Return this plan with `dp_shard` filled so that it covers `accelerators`, if it was left out."""

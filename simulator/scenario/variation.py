@@ -57,6 +57,10 @@ class Variation(Frozen):
         behind 21.4 % of ByteDance's straggling jobs, slower by 1.34 on average (Lin et al., "Understanding Stragglers in Large
         Model Training Using What-if Analysis", OSDI 2025).
 
+    last_stage_slowdown : float
+        How many times as long the kernels of the last pipeline rank take. Default 1: the head and the loss are priced where they
+        stand; what a stack adds there (loss reporting, evaluation of metrics, a poor split of the layers) is for the user to say.
+
     Notes
     -----
     A log-normal factor with mean 1 is ``exp(sigma z - sigma^2 / 2)``, z standard normal.
@@ -69,8 +73,9 @@ class Variation(Frozen):
     throttled_share: float = 0.0
     throttled_slowdown: float = _SOURCES["throttled_slowdown"][0]
     sequence_spread: float = 0.0
+    last_stage_slowdown: float = 1.0
 
-    @field_validator("slow_host_slowdown", "throttled_slowdown")
+    @field_validator("slow_host_slowdown", "throttled_slowdown", "last_stage_slowdown")
     @classmethod
     def _slower_not_faster(cls, value: float) -> float:
         if value < 1:

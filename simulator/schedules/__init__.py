@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from simulator.errors import PlanError, Problem, nearest
+from simulator.scenario.plan import wiring
 from simulator.schedules.classic import gpipe, interleaved, interleaved_overlapped, one_f_one_b
 from simulator.schedules.dual import dualpipe, dualpipev
 from simulator.schedules.table import Action, Entry, Pair, Schedule, Table, actions, read_table
@@ -53,7 +54,7 @@ def schedule(name: str, pp: int, vpp: int, micro_batches: int, table: str | None
         When a table deadlocks.
     """
     if table is not None:
-        return Schedule(name, pp, vpp, micro_batches, read_table(table, name)).check()
+        return Schedule(name, pp, vpp, micro_batches, read_table(table, name), wiring(table)).check()
     if name not in SCHEDULES:
         raise PlanError([Problem("the schedule is known", f"schedule {name!r}", nearest(name, SCHEDULES))])
     return SCHEDULES[name](pp, vpp, micro_batches)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -114,10 +114,10 @@ class Schedule:
         return any(isinstance(entry, Pair) for row in self.table for entry in row)
 
     @cached_property
-    def finishes(self) -> tuple[tuple[int, ...], ...]:
-        """For each rank, its chunks in the order in which their last backward ends."""
-        last = [{a.chunk: n for n, a in enumerate(actions(row)) if a.kind in "BW"} for row in self.table]
-        return tuple(tuple(sorted(range(self.vpp), key=lambda chunk, at=at: at.get(chunk, -1))) for at in last)
+    def finishes(self) -> tuple[tuple[tuple[int, str], ...], ...]:
+        """For each rank, its chunks in the order in which their last backward ends, and whether that is a B or a W."""
+        last = [{a.chunk: (n, a.kind) for n, a in enumerate(actions(row)) if a.kind in "BW"} for row in self.table]
+        return tuple(tuple((chunk, kind) for chunk, (_, kind) in sorted(at.items(), key=lambda item: item[1])) for at in last)
 
     @cached_property
     def messages_before(self) -> tuple[int, ...]:
@@ -242,10 +242,18 @@ class Schedule:
         Shape (pp, moments, 2, vpp): with all their activations, and with only what the weight gradient still needs, chunk by
         chunk. F takes the activations, B gives them back, I gives back what W does not need. Short rows are padded with zeros.
         """
+        return self._moments(actions)
+
+    @cached_property
+    def resident(self) -> np.ndarray:
+        """As `in_flight`, but where the parts of a pair go layer by layer: what one gives back the other takes at once."""
+        return self._moments(lambda row: (a for entry in row for a in sorted(actions((entry,)), key=lambda a: a.kind == "F")))
+
+    def _moments(self, unpaired: Callable[[tuple[Entry, ...]], Iterator[Action]]) -> np.ndarray:
         moments = []
         for row in self.table:
             whole, rest, seen = [0] * self.vpp, [0] * self.vpp, {(0,) * 2 * self.vpp}
-            for kind, chunk, _ in actions(row):
+            for kind, chunk, _ in unpaired(row):
                 whole[chunk] += {"F": 1, "W": 0}.get(kind, -1)
                 rest[chunk] += {"I": 1, "W": -1}.get(kind, 0)
                 if kind in "FI":
@@ -287,13 +295,16 @@ class Schedule:
 def read_table(text: str, name: str = "user") -> Table:
     """Return the table in a text, one line per rank, entries such as ``0F3``, ``1B2`` or ``0F3+1B2`` between blanks or commas.
 
+    Comments (``#``) and the line that says the wiring are left out.
+
     Raises
     ------
     PlanError
         Names line and entry that are not understood.
     """
     rows = []
-    for number, line in enumerate((x for x in text.splitlines() if x.strip() and not x.lstrip().startswith("#")), start=1):
+    lines = (x for x in text.splitlines() if x.strip() and not x.lstrip().startswith(("#", "wiring:")))
+    for number, line in enumerate(lines, start=1):
         row: list[Entry] = []
         for word in re.split(r"[\s,;]+", line.strip().strip(",;")):
             parts = [_ENTRY.fullmatch(part) for part in word.split("+")]

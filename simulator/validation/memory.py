@@ -119,13 +119,13 @@ def _counted(parts: Mapping[str, np.ndarray], metric: str) -> float:
     """Return bytes as `metric` counts them: on the fullest rank; states on a middle one, activations on the first."""
     if metric == "activations":
         return float(parts["activations"][0])
-    if metric == "states":
-        return float(np.median(sum(parts[name] for name in STATES)))
+    if metric in ("states", "optimizer"):
+        return float(np.median(sum(parts[name] for name in (STATES if metric == "states" else ("optimizer",)))))
     return float(np.max(sum(parts[name] for name in METRICS[metric])))
 
 
 def memory_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the errors of a `validate_memory` table by source, for all of them and for MoE models alone.
+    """Return the errors of a `validate_memory` table by source, complete rows and others apart, MoE models alone, and all.
 
     Returns
     -------
@@ -135,7 +135,9 @@ def memory_summary(table: pd.DataFrame) -> pd.DataFrame:
         the other does not occur), the same ``outside`` of `NEAR` around capacity, and rows ``skipped``.
     """
     groups = [(source, group) for source, group in table.groupby("source", sort=True)]
-    groups += [("all sources", table), ("MoE models", table[table["arch"] == "moe"])]
+    complete = table["complete"] == "yes"
+    groups += [("complete rows", table[complete]), ("other rows", table[~complete]), ("MoE models", table[table["arch"] == "moe"])]
+    groups += [("all rows", table)]
     return pd.DataFrame([{"source": name} | _scores(group) for name, group in groups])
 
 

@@ -46,6 +46,10 @@ _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+#: sources whose public recipe of DeepSeek-V3 keeps Adam's moments in bf16
+_BF16_MOMENTS = "Megatron-Bridge|gpu-tpu-pedia"
+
+
 def memory_scenario(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> tuple[Scenario, tuple[str, ...]]:
     """Return the scenario of one memory row and what had to be assumed for it.
 
@@ -62,6 +66,8 @@ def memory_scenario(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, An
         When the row is out of reach, with a short reason that rows can be counted by.
     """
     row = _filled(cells, runs)
+    if row.has("with (?:activation )?offload", "notes"):
+        raise ProfileError("activations offloaded, not printed how many")
     cluster, model = cluster_of(row), model_of(row)
     plan = _with_software(row, plan_of(row, model))
     return Scenario(model=model, cluster=cluster, plan=plan, job=job_of(row)), tuple(row.assumptions)
@@ -107,7 +113,6 @@ def _assumed(cells: dict[str, Any], said: list[str]) -> Row:
         dp = row.need("gpus") // (row.need("tp") * pp * (row.whole("cp") or 1))
     assume("cp", 1, "no long sequence")
     assume("dense_layers", "0" if row.text("arch") == "moe" else None, "every layer is MoE")
-    assume("seq_len", 4096, "the usual length")
     assume("gbs", dp and dp * (row.whole("mbs") or 1) * 4 * pp, "enough micro-batches to fill the pipeline")
     found = Row(cells)
     for text in said:
@@ -158,6 +163,14 @@ def _habits(row: Row) -> dict[str, Any]:
 
 def _dtypes(row: Row, plan: Plan) -> dict[str, str | None]:
     """Return the datatypes of the states where the software is known to differ from what the time of a row needs."""
+    found: dict[str, str | None] = {}
+    if plan.precision.gemm in ("fp8", "fp4") and plan.zero < 3:
+        row.assume("weights kept in FP8 (fp8_param_gather): recipes of Megatron, NeMo and Megatron-Bridge")
+        found["parameters"] = "fp8"
+    return found | _states(row, plan)
+
+
+def _states(row: Row, plan: Plan) -> dict[str, str | None]:
     if row.has("Aleph-Alpha", "source"):
         return {"gradients": "bf16", "gradient_reduce": "bf16"}
     if row.text("precision").startswith("bf16/fp16"):
@@ -166,6 +179,9 @@ def _dtypes(row: Row, plan: Plan) -> dict[str, str | None]:
     if row.has("Korthikanti", "source"):
         row.assume("gradients in fp32: 18 bytes per parameter, as the paper counts them")
         return {"gradients": "fp32"}
+    if row.has(_BF16_MOMENTS, "source") and row.text("model").startswith("DeepSeek-V3"):
+        row.assume("Adam moments in bf16: the public recipe of DeepSeek-V3")
+        return {"moments": "bf16"}
     if plan.zero == 3 and row.has("FSDP", "overlap_notes", "source"):
         row.assume("FSDP shards fp32 weights, which are their own master")
         return {"parameters": "fp32", "master": None}
@@ -173,7 +189,7 @@ def _dtypes(row: Row, plan: Plan) -> dict[str, str | None]:
 
 
 def metric_of(text: str) -> str:
-    """Return what a row's metric counts: ``allocated``, ``reserved``, ``device``, ``states`` or ``activations``.
+    """Return what a row counts: ``allocated``, ``reserved``, ``device``, ``states``, ``optimizer`` or ``activations``.
 
     Raises
     ------
@@ -183,6 +199,7 @@ def metric_of(text: str) -> str:
     known = {
         r"nvidia-smi|device": "device",
         r"reserved": "reserved",
+        r"^optimizer": "optimizer",
         r"parameters\+optimizer|states": "states",
         r"activations": "activations",
         r"allocated|peak memory|max_memory|^total$": "allocated",

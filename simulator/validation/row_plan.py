@@ -32,7 +32,7 @@ _PAIRED = (
 #: sources from before sequence parallelism, or whose default is without it
 _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
 #: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
-_BF16_GRADIENTS = "Megatron-Bridge|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf"
+_BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama"
 
 
 def plan_of(row: Row, model: Model) -> Plan:

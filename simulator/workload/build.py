@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
-from simulator.schedules import Action, Entry, Schedule, schedule
+from simulator.schedules import Action, Entry, Pair, Schedule, schedule
 from simulator.workload.classes import RankClasses
-from simulator.workload.ops import Block, Op, Segment, host_wait
+from simulator.workload.ops import Block, Op, Segment, host_wait, passes
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import (
     NORM_OP,
@@ -43,27 +43,17 @@ class _Pieces:
     reduce: tuple[Task, ...]
 
     @classmethod
-    def of(cls, block: Block, plan: Plan) -> _Pieces:
-        inputs, weights = split_backward(block.backward)
-        bodies = {"F": block.forward, "B": block.backward, "I": inputs, "W": weights}
+    def of(cls, name: str, block: Block, plan: Plan) -> _Pieces:
         return cls(
-            {kind: fused((*segments, (host_wait(segments, plan.kernels),)), plan) for kind, segments in bodies.items()},
+            {kind: fused(_launched(passes(block, kind), plan), plan, (name, kind)) for kind in "FBIW"},
             _tasks(parameter_ops(block, plan), plan),
             _tasks(gradient_ops(block, plan), plan),
         )
 
 
-def split_backward(backward: Iterable[Segment]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-    """Return the segments of the input gradient (recompute included) and those of the weight gradient."""
-    inputs, weights = [], []
-    for segment in backward:
-        for part, chosen in (
-            (inputs, [op for op in segment if op.grad != "weight"]),
-            (weights, [op for op in segment if op.grad == "weight"]),
-        ):
-            if chosen:
-                part.append(tuple(chosen))
-    return tuple(inputs), tuple(weights)
+def _launched(segments: tuple[Segment, ...], plan: Plan) -> tuple[Segment, ...]:
+    """Return a pass that ends no sooner than the host has launched it."""
+    return (*segments, (host_wait(segments, plan.kernels),))
 
 
 def _tasks(ops: Iterable[Op], plan: Plan) -> tuple[Task, ...]:
@@ -92,14 +82,16 @@ class _Row:
 
 
 class _Builder:
-    def __init__(self, model: Model, plan: Plan, job: Job, classes: RankClasses):
+    def __init__(self, model: Model, plan: Plan, job: Job, classes: RankClasses, steps: int, post_validation: bool):
         self.model, self.plan, self.job = model, plan, job
+        self.steps, self.post_validation = steps, post_validation
         self.schedule: Schedule = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
         self.stages, self.blocks = stage_blocks(model, plan, job), blocks(model, plan, job)
-        self.pieces = {name: _Pieces.of(block, plan) for name, block in self.blocks.items()}
+        self.pieces = {name: _Pieces.of(name, block, plan) for name, block in self.blocks.items()}
         self.program = StepProgram(classes)
         self.send = Task("send", "pp", "pp", (send_op(plan, model, job),))
-        self.norm = fused([(NORM_OP,)], plan)
+        self.norm, self.stage_norm = (_tasks([op], plan) for op in (NORM_OP, replace(NORM_OP, axis="dp")))
+        self.state = Task("norm", "pp", "pp", (Op("norm", "send", bytes=NORM_OP.bytes, axis="pp"),))
         self.numbers: dict[int, int] = {}
         self.meetings: dict[tuple, int] = {}
         self.times: Counter = Counter()
@@ -110,10 +102,12 @@ class _Builder:
         classes = self.program.classes
         for c in range(len(classes.stage)):
             row = _Row(c, int(classes.stage[c]))
-            self.gather_ahead(row)
-            for entry in self.schedule.table[row.rank]:
-                self.run_entry(row, entry)
-            self.finish(row)
+            for step in range(self.steps):
+                self.gather_ahead(row)
+                for entry in self.schedule.table[row.rank]:
+                    self.run_entry(row, _later(entry, step * self.schedule.micro_batches))
+                self.finish(row, step)
+                row.done.clear()
         for node, key in self.waiting:
             self.program.needs[node] += (self.sent[key],)
         return self.program
@@ -136,7 +130,7 @@ class _Builder:
         p.needs.append(needs)
         p.meet.append(meet)
         p.label.append(label)
-        p.paired.append(False)
+        p.pair.append(None)
         return node
 
     def aside(self, row: _Row, tasks: Iterable[Task], needs: tuple[int, ...], label: Action | None) -> tuple[int, ...]:
@@ -172,8 +166,12 @@ class _Builder:
         turns = [self.action(row, thread, action) for thread, action in zip(threads, entry, strict=True)]
         while turns:
             turns = [turn for turn in turns if next(turn, None) is not None]
-        row.thread.last = tuple(dict.fromkeys(threads[0].last + threads[1].last))
-        self.program.paired[begin:] = [True] * (len(self.program) - begin)
+        row.thread.last, row.thread.earlier = (
+            tuple(dict.fromkeys(getattr(threads[0], name) + getattr(threads[1], name))) for name in ("last", "earlier")
+        )
+        held = self.schedule.held[row.rank]
+        pair = held[entry.forward.chunk], held[entry.backward.chunk]
+        self.program.pair[begin:] = [pair] * (len(self.program) - begin)
 
     def action(self, row: _Row, thread: _Thread, action: Action) -> Iterator[tuple[int, ...]]:
         """Append an action of one chunk: wait for its message, run its blocks, send the result on; yields after each segment."""
@@ -250,7 +248,7 @@ class _Builder:
             for chunk in sorted(range(len(held)), key=held.__getitem__):  # both copies of a stage gather it in the same turn
                 stage = held[chunk]
                 for i, name in enumerate(self.stages[stage]):
-                    row.gathered[chunk, i] = self.aside(row, self.pieces[name].gather, (), None)
+                    row.gathered[chunk, i] = self.aside(row, self.pieces[name].gather, row.thread.last, None)
 
     def own(self, row: _Row) -> list[str]:
         """Return the blocks of the rank, chunk by chunk."""
@@ -260,24 +258,42 @@ class _Builder:
         for task in tasks:
             row.thread.last = (self.emit(row, task, row.thread.last, None),)
 
-    def finish(self, row: _Row) -> None:
+    def finish(self, row: _Row, step: int) -> None:
         """Append what is left of the gradient reduction, the global norm, the optimizer, and the gather that does not run ahead."""
         own, plan = self.own(row), self.plan
         self.release(row)
         if plan.zero < 2 and not plan.overlap.grad_reduce:
             self.one_by_one(row, (task for name in reversed(own) for task in self.pieces[name].reduce))
         # the norm is on the dp stream, so it also waits for every reduction before it
+        self.partial_norm(row, step) if self.post_validation else self.one_by_one(row, self.norm)
         dense, expert = (sum(float(getattr(self.blocks[name], f)) for name in own) for f in ("dense_parameters", "expert_parameters"))
         optimizer = fused([(op,) for op in optimizer_ops(dense, expert, self.model, plan, self.job)], plan)
-        for body in (self.norm, optimizer):
-            for _ in self.segments(row, row.thread, body, None):
-                pass
+        for _ in self.segments(row, row.thread, optimizer, None):
+            pass
         if plan.zero in (1, 2) and not plan.overlap.param_gather:
             self.one_by_one(row, (task for name in own for task in self.pieces[name].gather))
+        row.thread.earlier = row.thread.last  # the next step gathers what the optimizer has written
+
+    def partial_norm(self, row: _Row, step: int) -> None:
+        """Sum the norm inside the stage, add what the stages before have, hand it on; nobody waits for the stages after."""
+        self.one_by_one(row, self.stage_norm)
+        if row.rank:
+            place = self.program.classes.before[row.rank_class]
+            (node,) = row.thread.last = (self.emit(row, _EMPTY[0][0], row.thread.last, None),)
+            self.waiting.append((node, (int(place), "norm", 0, step)))
+        if row.rank < self.plan.pp - 1:
+            self.sent[row.rank_class, "norm", 0, step] = self.emit(row, self.state, row.thread.last, None)
 
 
-def build_step(model: Model, plan: Plan, job: Job, classes: RankClasses) -> StepProgram:
-    """Return the program of one optimizer step.
+def _later(entry: Entry, micro_batches: int) -> Entry:
+    """Return an entry of a later step, whose micro-batches are counted on."""
+    if isinstance(entry, Pair):
+        return Pair(*(_later(action, micro_batches) for action in entry))
+    return entry._replace(micro_batch=entry.micro_batch + micro_batches)
+
+
+def build_step(model: Model, plan: Plan, job: Job, classes: RankClasses, steps: int = 1, post_validation: bool = False) -> StepProgram:
+    """Return the program of one optimizer step, or of several in a row.
 
     Parameters
     ----------
@@ -285,5 +301,19 @@ def build_step(model: Model, plan: Plan, job: Job, classes: RankClasses) -> Step
         What runs; `plan` must be legal (`simulator.feasibility`).
     classes : RankClasses
         For which ranks.
+    steps : int
+        Micro-batches are counted on from step to step.
+    post_validation : bool
+        Update the parameters with the gradient norm of the stages so far, and validate later, instead of waiting for all.
+
+    Notes
+    -----
+    With post-validation the norm goes from stage to stage, and a stage begins the next step after its own optimizer. The whole
+    norm comes back while the next forwards run, in messages of a few bytes that nothing waits for; a step that turns out to be
+    wrong (clipped, or not finite) is rolled back: rare, and not simulated.
+
+    References
+    ----------
+    Qi, Wan, Huang, Lin, "Zero Bubble Pipeline Parallelism", ICLR 2024, section 4 (optimizer post-validation).
     """
-    return _Builder(model, plan, job, classes).build()
+    return _Builder(model, plan, job, classes, steps, post_validation).build()

@@ -8,7 +8,7 @@ Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -26,6 +26,8 @@ MOMENTS = {"adam": 2, "muon": 1, "sgd": 0}
 PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "fragmentation", "communication", "context")
 #: how a framework counts its memory -> the parts that it counts
 METRICS = {"allocated": PARTS[:5], "reserved": PARTS[:6], "device": PARTS}
+#: blocks whose matrix products stay in 16 bits
+_ENDS = ("embedding", "head")
 #: bytes of the 16-bit gradients that autograd itself hands over
 AUTOGRAD = 2.0
 
@@ -56,21 +58,40 @@ def state_bytes(dense: Number, expert: Number, plan: Plan, job: Job) -> dict[str
     }
 
 
-def _per_stage(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], field: str) -> Number:
-    """Return the sum of a block's field over every virtual stage, as a trailing axis."""
-    values = [sum((getattr(blocks[name], field) for name in stage), 0.0) for stage in stages]
+def _per_stage(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], field: str, but: tuple[str, ...] = ()) -> Number:
+    """Return the sum of a block's field over every virtual stage, as a trailing axis, without the blocks named in `but`."""
+    values = [sum((getattr(blocks[name], field) for name in stage if name not in but), 0.0) for stage in stages]
     return np.stack(np.broadcast_arrays(*values), axis=-1)
+
+
+def low_precision_copies(plan: Plan) -> float:
+    """Return bytes per parameter of the layers for what matrix products in low precision read instead of the weight itself.
+
+    Notes
+    -----
+    Scaled along rows for one product and along columns for the other, two copies stay from micro-batch to micro-batch
+    (Transformer Engine's weight cache); weights that are kept in low precision are one of the two. ZeRO-3 casts what it
+    gathers anew.
+    """
+    p, low = plan.precision, ("fp8", "fp4")
+    if plan.zero >= 3:
+        return 0.0
+    if p.parameters in low:
+        return ELEMENT_BYTES[p.parameters]
+    return 2 * ELEMENT_BYTES[p.gemm] if p.gemm in low else 0.0
 
 
 def _gathered(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan) -> Number:
     """Whole weights (ZeRO-3) and whole gradients (ZeRO-2, ZeRO-3) of the two largest blocks in turn on each stage."""
     weights = min(ELEMENT_BYTES[plan.precision.parameters], AUTOGRAD)  # cast before they are gathered
     element = weights * (plan.zero >= 3) + ELEMENT_BYTES[plan.precision.gradients] * (plan.zero >= 2)
-    values = []
-    for stage in stages:
-        sizes = [blocks[name].dense_parameters + blocks[name].expert_parameters for name in dict.fromkeys(stage)]
-        values.append(2 * element * np.maximum.reduce(np.broadcast_arrays(*sizes)) if sizes else 0.0)
-    return np.stack(np.broadcast_arrays(*values), axis=-1)
+    return 2 * element * _largest(stages, blocks, lambda block: block.dense_parameters + block.expert_parameters)
+
+
+def _largest(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], size: Callable[[Block], Number]) -> Number:
+    """Return the size of the largest block of each stage, as a trailing axis."""
+    sizes = [[size(blocks[name]) for name in dict.fromkeys(stage)] or [0.0] for stage in stages]
+    return np.stack(np.broadcast_arrays(*(np.maximum.reduce(np.broadcast_arrays(*one)) for one in sizes)), axis=-1)
 
 
 def _placeholders(held: tuple[StageBlocks, ...], blocks: Mapping[str, Block]) -> Number:
@@ -106,10 +127,15 @@ def _working(stage: StageBlocks, blocks: Mapping[str, Block]) -> Number:
     return most
 
 
-def _buffers(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan, places: np.ndarray) -> Number:
-    """Return what a rank holds beside states and saved activations: temporaries, gathered state, placeholders, scratch."""
+def _buffers(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan, places: np.ndarray, layerwise: bool) -> Number:
+    """Return what a rank holds beside states and saved activations: temporaries, gathered state, placeholders, scratch.
+
+    In a pair that goes layer by layer, the forward has saved a block before the backward gives one back.
+    """
     working = np.stack(np.broadcast_arrays(*(_working(stage, blocks) for stage in stages)), axis=-1)
     found = working[..., places].max(axis=-2) + _gathered(stages, blocks, plan)[..., places].max(axis=-2)
+    if layerwise:
+        found = found + _largest(stages, blocks, lambda block: block.saved_bytes)[..., places].max(axis=-2)
     if plan.framework.weight_gradients == "placeholders" and plan.zero < 2:
         held = [_placeholders(tuple(stages[i] for i in places[:, rank]), blocks) for rank in range(places.shape[1])]
         found = found + np.stack(np.broadcast_arrays(*held), axis=-1)
@@ -149,7 +175,9 @@ def memory_per_stage(
     it reserves; communicators and context lie outside of it. ``total`` is what the device shows as used.
     """
     order = schedule(plan.schedule, single(plan.pp), single(plan.vpp), micro_batches_kept(plan, micro_batches), plan.table)
-    counts = order.in_flight
+    # the report of DualPipe counts both parts of a pair whole (DeepSeek-V3, table 2: pp + 1); Megatron goes layer by layer
+    layerwise = order.pairs and plan.schedule not in ("dualpipe", "dualpipev")
+    counts = order.resident if layerwise else order.in_flight
     if plan.schedule == "gpipe":  # holds every micro-batch; no need to write them all down
         counts = np.array([micro_batches, 0.0]).reshape(1, 1, 2, 1).repeat(single(plan.pp), axis=0)
     places = np.array(order.held).T  # (vpp, pp): the stage in each place
@@ -163,6 +191,8 @@ def memory_per_stage(
         dense = dense + (last & ~first) * np.asarray(model.vocab * model.hidden / plan.tp)[..., None]
     columns = _WithStageAxis(plan)
     parts = state_bytes(dense, expert, columns, job)
+    layers = sum(on_ranks(_per_stage(stages, blocks, f, _ENDS)).sum(axis=-2) for f in ("dense_parameters", "expert_parameters"))
+    parts["weights"] = parts["weights"] + low_precision_copies(plan) * layers
     kept = [on_ranks(_per_stage(stages, blocks, f)) for f in ("saved_bytes", "weight_bytes")]
     if plan.framework.keeps_outputs:
         sent = plan.micro_batch * job.sequence_length / plan.cp / (plan.tp if plan.sequence_parallel else 1) * model.hidden * AUTOGRAD
@@ -172,7 +202,7 @@ def memory_per_stage(
     saved = np.stack(np.broadcast_arrays(*kept), axis=-3)  # (..., 2, vpp, pp)
     peaks = np.einsum("rtkc,...kcr->...rt", counts, saved)
     parts["activations"] = peaks.max(axis=-1)
-    parts["buffers"] = _buffers(stages, blocks, plan, places)
+    parts["buffers"] = _buffers(stages, blocks, plan, places, layerwise)
     reserve = plan.reserve
     parts["fragmentation"] = sum(parts.values()) * (reserve.fragmentation / (1 - reserve.fragmentation))
     if plan.framework.weight_gradients == "copied":

@@ -321,3 +321,11 @@ def _again(segments: Iterable[Segment]) -> list[Segment]:
 def total(segments: Iterable[Segment], what: Callable[[Op], Number]) -> Number:
     """Return the sum of ``what(op)`` over the operations of `segments`."""
     return sum((what(op) for segment in segments for op in segment), 0.0)
+
+
+def passes(block: Block, kind: str) -> tuple[Segment, ...]:
+    """Return the segments of a pass: F, B, I (the input gradient, recompute included) or W (the weight gradient)."""
+    if kind in "FB":
+        return block.forward if kind == "F" else block.backward
+    parts = (tuple(op for op in segment if (op.grad == "weight") == (kind == "W")) for segment in block.backward)
+    return tuple(part for part in parts if part)

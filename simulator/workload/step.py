@@ -28,12 +28,15 @@ class Task:
         For people; the queue; the axis of the collective, empty for kernels.
     ops : tuple of Op
         Run one after the other.
+    of : (str, str)
+        The block and the pass (F, B, I or W) that it is part of; empty for the rest of the step.
     """
 
     name: str
     stream: str
     axis: str
     ops: tuple[Op, ...]
+    of: tuple[str, str] = ("", "")
 
     @property
     def computes(self) -> bool:
@@ -61,8 +64,8 @@ class StepProgram:
         Nodes of different classes with the same number start together and last as long as the longest; -1 for none.
     label : list of Action or None
         The forward or backward that it belongs to; None for the rest of the step.
-    paired : list of bool
-        Whether it runs in a pair of forward and backward, where communication hides beside compute.
+    pair : list of (int, int) or None
+        Stages of the forward and the backward in whose pair it runs, where communication hides beside compute.
     """
 
     classes: RankClasses
@@ -72,7 +75,7 @@ class StepProgram:
     needs: list[tuple[int, ...]] = field(default_factory=list)
     meet: list[int] = field(default_factory=list)
     label: list[Action | None] = field(default_factory=list)
-    paired: list[bool] = field(default_factory=list)
+    pair: list[tuple[int, int] | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.task)
@@ -85,7 +88,7 @@ class StepProgram:
         return queues
 
 
-def fused(segments: Iterable[Segment], plan: Plan) -> Body:
+def fused(segments: Iterable[Segment], plan: Plan, of: tuple[str, str] = ("", "")) -> Body:
     """Return segments as tasks: kernels in a row become one task, collectives of a single rank disappear."""
     body: list[tuple[Task, ...]] = []
     run: list[Op] = []
@@ -96,7 +99,7 @@ def fused(segments: Iterable[Segment], plan: Plan) -> Body:
             for op in run:
                 part = op.name.split(".")[0]
                 weight[part] = weight.get(part, 0.0) + float(op.bytes) + float(op.flop)
-            body.append((Task(max(weight, key=weight.__getitem__), "compute", "", tuple(run)),))
+            body.append((Task(max(weight, key=weight.__getitem__), "compute", "", tuple(run), of),))
             run.clear()
 
     for segment in segments:
@@ -106,7 +109,7 @@ def fused(segments: Iterable[Segment], plan: Plan) -> Body:
             run.append(ops[0])
         elif ops:
             flush()
-            body.append(tuple(Task(op.name, op.stream, op.axis, (op,)) for op in ops))
+            body.append(tuple(Task(op.name, op.stream, op.axis, (op,), of) for op in ops))
     flush()
     return tuple(body)
 

@@ -6,23 +6,25 @@ vocabulary is not printed, nor for 1F1B-I the chunks. Assumed: 32,000 words, as 
 script; as many chunks as make every layer one.
 
 All their zero-bubble runs skip the global barrier: each rank updates its parameters at once and validates afterwards, so that
-the next step begins in the slope of the last. That is not simulated. Two predictions bracket it: the simulated step, with the
-barrier, and the pace of the longest row, first action to last and its own optimizer, at which steps follow one another without.
+the next step begins in the slope of the last (`simulate_steps`). Their pace is that of the longest row, first action to last and
+its own optimizer, to rounding (`test_steps_follow_at_the_pace_of_the_longest_row`), which is what is compared. The tables are
+searched for the plan's own times, as their scheduler did with profiled ones.
 
 Target: ZB-1p and ZB-2p over 1F1B and over 1F1B-I within 3 points of the measured ratios. Found, in points over the 12 cases,
 predicted less measured, with nothing fitted to these rows:
 
-    ZB-1p over 1F1B    +1.1 ... +6.4, mean +3.8 (barrier)      3 of 12 within 3 points
-    ZB-2p over 1F1B    -1.4 ... +4.6, mean +1.6 (no barrier)  10 of 12
-    ZB-1p over 1F1B-I  -5.8 ... -0.6, mean -2.9 (barrier)      7 of 12
-    ZB-2p over 1F1B-I  -7.2 ... -3.4, mean -5.3 (no barrier)   0 of 12
+    ZB-1p over 1F1B    +1.3 ... +6.6, mean +4.1    3 of 12 within 3 points
+    ZB-2p over 1F1B    +0.3 ... +4.6, mean +2.6    8 of 12
+    ZB-1p over 1F1B-I  -5.6 ... -0.2, mean -2.6    8 of 12
+    ZB-2p over 1F1B-I  -7.2 ... -2.2, mean -4.4    4 of 12
 
-So the target is missed by 28 of the 48 ratios. Two reasons can be named. The runs used attention that is not fused (their
-activations grow with 5 a s^2), which takes time in F and I but none in W: W is 0.50 to 0.74 of F in the paper's profile and
-0.83 to 1.02 here, and the more of a step is W, the more zero bubble gains. And 1F1B-I gains more here than it did: its many
-messages run beside compute, which the Megatron-LM of the time did only in part.
+So 23 of the 48 ratios are met, none is off by more than 7.2 points. Two reasons can be named. The runs used attention that is not
+fused (their activations grow with 5 a s^2), which takes time in F and I but none in W: W is 0.50 to 0.74 of F in the paper's
+profile and 0.83 to 1.02 with fused attention, and the more of a step is W, the more zero bubble gains. And 1F1B-I gains more here
+than it did: its many messages run beside compute, which the Megatron-LM of the time did only in part.
 
-V-half, V-min and ZB-V are only in rows of another source without batch and sequence length (Primus): no ratio can be formed.
+V-half and V-min are not among the schedules, and are, with ZB-V, only in rows of another source without batch and sequence length
+(Primus): no ratio could be formed of them.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from simulator.planning.zero_bubble import zero_bubble
 from simulator.result import StepResult
-from simulator.simulate import simulate_step
+from simulator.simulate import simulate_step, simulate_steps
 from simulator.validation.published import measured_step_s, published_runs, scenario_from_row
 
 VOCABULARY = "32000"
@@ -60,41 +63,42 @@ def steps() -> dict[tuple[str, int, str], tuple[float, StepResult]]:
                 if name == "1f1b-i":
                     row["vpp"] = str((int(row["layers"]) + 2) // int(row["pp"]))
                 scenario, _ = scenario_from_row(row)
+                if name.startswith("zb"):
+                    scenario = zero_bubble(scenario, scenario.plan.pp * int(name[3]))
                 found[model, m, name] = measured_step_s(row), simulate_step(scenario)
     return found
 
 
-def points(steps, over: str, name: str, barrier: bool) -> np.ndarray:
+def points(steps, over: str, name: str) -> np.ndarray:
     """Return predicted less measured ratios of `over` to `name`, in points."""
     differ = []
     for model, counts in CASES:
         for m in counts:
             (base, slow), (measured, fast) = steps[model, m, over], steps[model, m, name]
-            predicted = slow.step_time_s / (fast.step_time_s if barrier else pace_s(fast))
-            differ.append(100 * (predicted - base / measured))
+            differ.append(100 * (slow.step_time_s / pace_s(fast) - base / measured))
     return np.array(differ)
 
 
 def test_rows_become_the_plans_they_print(steps):
     plans = {name: steps["6.2b", 24, name][1].scenario.plan for name in SCHEDULES}
-    assert [plans[name].schedule for name in SCHEDULES] == ["1f1b", "interleaved", "zb-1p", "zb-2p"]
+    assert [plans[name].schedule for name in SCHEDULES] == ["1f1b", "interleaved", "table", "table"]  # searched
     assert plans["zb-1p"].layout == "Et*3|t*4|t*4|t*4|t*4|t*4|t*4|t*3L"
     assert plans["1f1b-i"].vpp == 4
 
 
 @pytest.mark.parametrize(
-    ("over", "name", "barrier", "least", "mean", "most", "within"),
-    [
-        ("1f1b", "zb-1p", True, 1.1, 3.8, 6.4, 2),
-        ("1f1b", "zb-2p", False, -1.4, 1.6, 4.6, 9),
-        ("1f1b-i", "zb-1p", True, -5.8, -2.9, -0.6, 6),
-        ("1f1b-i", "zb-2p", False, -7.2, -5.3, -3.4, 0),
-    ],
+    ("over", "name", "within"), [("1f1b", "zb-1p", 3), ("1f1b", "zb-2p", 7), ("1f1b-i", "zb-1p", 7), ("1f1b-i", "zb-2p", 3)]
 )
-def test_gains(steps, over, name, barrier, least, mean, most, within):
-    found = points(steps, over, name, barrier)
-    assert (found.min(), found.mean(), found.max()) == pytest.approx((least, mean, most), abs=0.5)
+def test_gains(steps, over, name, within):
+    found = points(steps, over, name)
     assert (abs(found) <= 3).sum() >= within
+    assert abs(found).max() < 8
+
+
+def test_steps_follow_at_the_pace_of_the_longest_row(steps):
+    for name in ("zb-1p", "zb-2p"):
+        one = steps["1.5b", 24, name][1]
+        assert simulate_steps(one.scenario, 3).pace_s == pytest.approx(pace_s(one), rel=1e-3)
 
 
 def test_every_schedule_ranks_as_measured(steps):

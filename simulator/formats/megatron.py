@@ -10,40 +10,18 @@ import difflib
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from simulator.errors import PlanError, Problem, nearest
+from simulator.formats.launch import Launch
+from simulator.formats.megatron_flags import HARMLESS, HARMLESS_STARTS, MODEL, NOT_MODELLED, READ
 from simulator.scenario.facts import choices
-from simulator.scenario.megatron_flags import HARMLESS, HARMLESS_STARTS, MODEL, NOT_MODELLED, READ
 from simulator.scenario.placement import PIPELINE_INSIDE
 from simulator.scenario.plan import Module, Plan
 from simulator.scenario.profiles import validated
 
 _SHARDING = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
 _DEEPEP = ("deepep", "hybridep", "ncclep")
-
-
-@dataclass(frozen=True, slots=True)
-class MegatronRun:
-    """What a Megatron-LM launch line says.
-
-    Parameters
-    ----------
-    plan : Plan
-        With `dp_shard` left open: it fills the cluster, as Megatron fills its world.
-    job : dict
-        Those of ``global_batch``, ``sequence_length``, ``tokens``, ``optimizer`` and ``routing`` that the line gives.
-    accelerators : int or None
-        Processes of the torchrun prefix.
-    warnings : tuple of str
-        What was not read or is not modelled.
-    """
-
-    plan: Plan
-    job: dict[str, Any]
-    accelerators: int | None
-    warnings: tuple[str, ...]
 
 
 class _Flags:
@@ -134,7 +112,7 @@ def _from_mapping(table: Mapping[str, Any]) -> dict[str, list[str]]:
     return values
 
 
-def plan_from_megatron(source: str | Mapping[str, Any]) -> MegatronRun:
+def plan_from_megatron(source: str | Mapping[str, Any]) -> Launch:
     """Return the plan and the job fields of a Megatron-LM launch line.
 
     Parameters
@@ -169,7 +147,7 @@ def plan_from_megatron(source: str | Mapping[str, Any]) -> MegatronRun:
     accelerators = None
     if "nproc-per-node" in flags.values and all(v and v[0].isdecimal() for v in (hosts, each)):
         accelerators = int(hosts[0]) * int(each[0])
-    return MegatronRun(validated(Plan, fields, "Megatron line"), job, accelerators, tuple(flags.warnings))
+    return Launch(validated(Plan, fields, "Megatron line"), job, accelerators, tuple(flags.warnings))
 
 
 def _has_experts(flags: _Flags) -> bool:
@@ -299,7 +277,14 @@ def _pipeline(flags: _Flags, pp: int) -> dict[str, Any]:
         layout = _uneven(flags, pp, vpp)
     if vpp > 1 and pp == 1:
         flags.refuse(given[0], f"{vpp} virtual stages with --pipeline-model-parallel-size 1", "use 2 or more, or drop the virtual stages")
-    return {"vpp": vpp, "schedule": "interleaved" if vpp > 1 else "1f1b", "layout": layout}
+    return {"vpp": vpp, "schedule": _schedule(flags, vpp), "layout": layout}
+
+
+def _schedule(flags: _Flags, vpp: int) -> str:
+    overlapped = flags.on("overlap-moe-expert-parallel-comm")
+    if overlapped and vpp == 1:
+        flags.warn("--overlap-moe-expert-parallel-comm without virtual stages: expert all-to-all is priced in line with compute")
+    return "1f1b" if vpp == 1 else "interleaved-overlapped" if overlapped else "interleaved"
 
 
 def _layout(flags: _Flags, text: str, pp: int) -> tuple[str | None, int]:

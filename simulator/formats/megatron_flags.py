@@ -20,7 +20,7 @@ READ = _names(
     torch-fsdp2-no-reshard-after-forward overlap-grad-reduce overlap-param-gather bf16 fp16 fp8-format fp4-format
     grad-reduce-in-bf16 accumulate-allreduce-grads-in-fp32 main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     moe-token-dispatcher-type moe-flex-dispatcher-backend moe-enable-deepep moe-router-force-load-balancing
-    use-tp-pp-dp-mapping
+    overlap-moe-expert-parallel-comm use-tp-pp-dp-mapping
     """
 )
 #: dimensions of the model, which a name or a config.json gives instead; --num-layers is read for the pipeline only
@@ -35,7 +35,6 @@ MODEL = _names(
 )
 #: flags that change a step in a way that no field of Plan says, and what is priced instead
 NOT_MODELLED = {
-    "overlap-moe-expert-parallel-comm": "expert all-to-all is priced in line with the compute around it",
     "delay-wgrad-compute": "weight gradients are priced right after input gradients",
     "moe-shared-expert-overlap": "shared experts are priced in line with the all-to-all",
     "moe-expert-capacity-factor": "no token is dropped",
