@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulator.scenario.cluster import Accelerator
+from simulator.scenario.cluster import Accelerator, InTraining
 from simulator.scenario.measured import KernelCost
 from simulator.units import Number
 
@@ -60,8 +60,9 @@ def gemm_s(
     """
     run_as = _run_as(accelerator, dtype)
     rate = accelerator.peak_flop_per_s[run_as] * accelerator.gemm_efficiency[run_as]
+    rate = rate * _in_training(accelerator, "gemm_low" if run_as in ("fp8", "fp4") else "gemm")
     if grouped:
-        rate = rate * accelerator.grouped_gemm_efficiency
+        rate = rate * accelerator.grouped_gemm_efficiency * _in_training(accelerator, "grouped")
     share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator), 1e-9)
     return _launched(np.maximum(flop / (rate * share), _streamed(size, accelerator)), flop, accelerator)
 
@@ -82,9 +83,8 @@ def attention_s(flop: Number, size: Number, width: Number, backward: bool, accel
     """
     ramp = accelerator.head_ramp
     narrow = np.minimum(width / (width + ramp) * (128 + ramp) / 128, 1.0)
-    share = (
-        accelerator.attention_efficiency["backward" if backward else "forward"] * narrow * accelerator.older_attention.get(generation, 1.0)
-    )
+    share = accelerator.attention_efficiency["backward" if backward else "forward"] * accelerator.older_attention.get(generation, 1.0)
+    share = share * narrow * _in_training(accelerator, "attention")
     seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
     return _launched(seconds, flop, accelerator)
 
@@ -119,7 +119,11 @@ def measured_s(flop: Number, size: Number, calls: Number, cost: KernelCost, keys
 
 
 def _streamed(size: Number, accelerator: Accelerator) -> Number:
-    return size / (accelerator.hbm_bytes_per_s * accelerator.hbm_efficiency)
+    return size / (accelerator.hbm_bytes_per_s * accelerator.hbm_efficiency * _in_training(accelerator, "memory"))
+
+
+def _in_training(accelerator: Accelerator, part: InTraining) -> Number:
+    return accelerator.in_training.get(part, 1.0)
 
 
 def _launched(seconds: Number, work: Number, accelerator: Accelerator, launches: Number = 1.0) -> Number:

@@ -26,6 +26,7 @@ ROUND = ACCELERATORS.load("h100-sxm5-80").model_copy(
         "k_ramp": 100,
         "last_wave_recovered": 0.5,
         "head_ramp": 32,
+        "in_training": {},
     }
 )
 NO_RAMP = ROUND.model_copy(update={"k_ramp": 0})
@@ -119,7 +120,8 @@ def test_no_kernel_is_shorter_than_a_launch_and_no_work_takes_no_time():
 def test_a_published_gemm():
     """H100, bf16, 8192^3: 0.76 of 989 TFLOP/s less the losses of the shape, between the 717 and 786 TFLOP/s that were measured, or near."""
     n = 8192
-    seconds = gemm_s(2 * n**3, 6 * n**2, n, n, n, 1, "bf16", False, H100)
+    benchmarked = H100.model_copy(update={"in_training": {}})  # nothing else draws power or fills the caches
+    seconds = gemm_s(2 * n**3, 6 * n**2, n, n, n, 1, "bf16", False, benchmarked)
     assert 2 * n**3 / seconds / 1e12 == pytest.approx(717, rel=0.05)
 
 

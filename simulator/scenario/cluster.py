@@ -13,6 +13,7 @@ from simulator.scenario.wiring import SHAPES, Clos, Shape
 from simulator.units import Bytes, BytesPerS, Count, FlopPerS, Seconds, UsdPerHour, Watts, readable
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
+InTraining = Literal["gemm", "gemm_low", "grouped", "attention", "memory"]
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
@@ -52,6 +53,9 @@ class Accelerator(Facts):
         Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
     kernels : dict
         Measured cost by kind of kernel (`simulator.pricing.kernel_name`); what is here replaces the general model above.
+    in_training : dict
+        Speed in a training step over that of the benchmarks above, where power, clocks and caches are shared: ``gemm`` in 16 and
+        32 bits, ``gemm_low`` in 8 and 4 bits, ``grouped`` on top of either, ``attention``, ``memory``; 1 where left out.
     """
 
     vendor: str
@@ -70,6 +74,7 @@ class Accelerator(Facts):
     last_wave_recovered: float = Field(ge=0, le=1)
     head_ramp: int = Field(ge=0)
     older_attention: dict[Literal["flash2", "flash1"], Fraction] = {}
+    in_training: dict[InTraining, Annotated[float, Field(gt=0.3, lt=2.0)]] = {}
     tdp_w: Watts
     kernels: dict[str, KernelCost] = {}
 

@@ -17,6 +17,7 @@ from simulator.validation.choosing import choosing, sweeps
 from simulator.validation.collectives import summarise_collectives, validate_collectives
 from simulator.validation.intervals import judged, residual_table, write
 from simulator.validation.memory import memory_summary, published_memory, validate_memory
+from simulator.validation.parameters import cold, row_slopes
 from simulator.validation.peers import peers, plausible
 from simulator.validation.published import published_runs, roomy, scenario_from_row, step_s, validate
 from simulator.validation.regimes import GROUP, errors, floor, regimes, scored
@@ -201,6 +202,8 @@ def confront(
     runs, peaks = (published_runs(), None) if own is None else (own.get("data"), own.get("memory"))
     runs = published_runs().head(0) if runs is None else runs
     table = validate(predict, runs, complete_only=False, progress=partial(tell, "step times"), processes=processes)
+    if own is None and len(table):  # a user's own rows shaped nothing
+        table = cold(table, row_slopes(runs, processes))
     report = Report(table, residuals()[1], own=own is not None)
     if own is None or peaks is not None:
         report = replace(report, memory=validate_memory(peaks, partial(tell, "memory")))

@@ -1,0 +1,158 @@
+"""The few parameters that datasheets and benchmarks leave open, fitted to the published record: what, within which bounds, and how.
+
+A parameter belongs to a generation of silicon, not to a row, a model or a product: A100 of 40 and 80 GB share theirs, as do H100,
+H200 and H800. The cold score of a row comes from parameters fitted without its model on its accelerator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from simulator.closed_forms import estimate_s, orders
+from simulator.errors import SimulatorError
+from simulator.fitting import Fitted, Parameter, fit, leave_out
+from simulator.scenario.plan import COLUMNS, PlanColumns
+from simulator.scenario.scenario import Scenario
+from simulator.stage_times import price_blocks, stage_times
+from simulator.validation.published import scenario_from_row
+from simulator.workload.stages import blocks, stage_blocks
+
+#: beginning of an accelerator's name -> its generation of silicon
+SILICON = {"a100": "Ampere", "h100": "Hopper", "h200": "Hopper", "h800": "Hopper", "b200": "Blackwell", "gb200": "Blackwell"}
+SILICON |= {"b300": "Blackwell Ultra", "gb300": "Blackwell Ultra", "mi300x": "CDNA 3"}
+#: parts of ``Accelerator.in_training`` and their bounds: nothing beats its benchmark by more than a newer library could, nor loses
+#: more than power caps and cold caches have been seen to cost
+_PARTS = {
+    "gemm": (0.6, 1.2, 0.15),
+    "gemm_low": (0.6, 1.3, 0.2),
+    "grouped": (0.5, 1.7, 0.3),
+    "attention": (0.4, 1.5, 0.3),
+    "memory": (0.4, 1.2, 0.3),
+}
+#: seconds per launch: what a C++ loop needs at least, and what no eager framework exceeds
+_DISPATCH = (5e-6, 200e-6, 0.7)
+#: step of the finite differences, in the logarithm
+_STEP = 0.05
+
+
+def parameters_of(scenario: Scenario) -> tuple[Parameter, ...]:
+    """Return the parameters that the prediction of a scenario rests on, at their present values."""
+    present = scenario.cluster.accelerator.in_training
+    parts = [
+        Parameter(f"in_training.{name}", "1", present.get(name, 1.0), low, high, spread) for name, (low, high, spread) in _PARTS.items()
+    ]
+    dispatch = scenario.cluster.host.dispatch_s
+    return (*parts, *([Parameter("dispatch_s", "s", dispatch, *_DISPATCH)] if dispatch else []))
+
+
+NAMES = (*(f"in_training.{name}" for name in _PARTS), "dispatch_s")
+
+
+def slopes(scenario: Scenario) -> dict[str, float]:
+    """Return ``d ln(step) / d ln(parameter)`` of the estimate for every one of `NAMES`: one estimate for a column of values."""
+    model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
+    count = 1 + len(NAMES)
+    moved = {name: np.where(np.arange(count) == i, np.exp(_STEP), 1.0) for i, name in enumerate(NAMES, start=1)}
+    parts = {name: cluster.accelerator.in_training.get(name, 1.0) * moved[f"in_training.{name}"] for name in _PARTS}
+    dispatch = cluster.host.dispatch_s
+    host = cluster.host.model_copy(update={"dispatch_s": None if dispatch is None else dispatch * moved["dispatch_s"]})
+    accelerator = cluster.accelerator.model_copy(update={"in_training": parts})
+    cluster = cluster.model_copy(update={"accelerator": accelerator, "host": host})
+    columns = PlanColumns(**{name: np.full(count, getattr(plan, name)) for name in COLUMNS}, like=plan)
+    micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
+    found, stages = blocks(model, columns, job), stage_blocks(model, plan, job)
+    prices = price_blocks(found, model, columns, cluster)
+    times = stage_times(model, columns, job, cluster, stages, found, prices, orders(plan)(micro_batches))
+    seconds = np.broadcast_to(estimate_s(columns, times, micro_batches, orders(plan)), (count,))
+    return dict(zip(NAMES, np.log(seconds[1:] / seconds[0]) / _STEP, strict=True))
+
+
+def _row_slopes(row: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        scenario, _ = scenario_from_row(row)
+        starts = {f"start.{p.name}": p.start for p in parameters_of(scenario)}
+        return {"id": row["id"], "silicon": _silicon(scenario.cluster.accelerator.name)} | slopes(scenario) | starts
+    except SimulatorError:  # `validate` says why the row has no prediction
+        return {"id": row["id"], "silicon": ""}
+
+
+def _silicon(accelerator: str) -> str:
+    return next(silicon for start, silicon in SILICON.items() if accelerator.startswith(start))
+
+
+def row_slopes(rows: pd.DataFrame, processes: int = 1) -> pd.DataFrame:
+    """Return the slopes of published rows, one line per row that can be read.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        In the columns of `simulator.validation.published.published_runs`.
+    processes : int
+        How many processes share the rows.
+    """
+    records = rows.to_dict("records")
+    if processes > 1 and len(records) > 1:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            lines = list(pool.map(_row_slopes, records, chunksize=16))
+    else:
+        lines = list(map(_row_slopes, records))
+    table = pd.DataFrame(lines)
+    return table[table["silicon"] != ""].reset_index(drop=True)
+
+
+def _by_silicon(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame, list[Parameter]]]:
+    for silicon, group in table.groupby("silicon"):
+        known = [name for name in NAMES if group[f"start.{name}"].notna().all()]
+        ranges = {f"in_training.{name}": bounds for name, bounds in _PARTS.items()} | {"dispatch_s": _DISPATCH}
+        starts = [float(group[f"start.{name}"].median()) for name in known]
+        units = ["s" if name == "dispatch_s" else "1" for name in known]
+        yield silicon, group, [Parameter(n, u, s, *ranges[n]) for n, u, s in zip(known, units, starts, strict=True)]
+
+
+def _joined(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
+    kept = table[table["skipped"] == ""].merge(found, on="id")
+    kept["group"] = kept["family"] + " on " + kept["accelerator"]
+    kept["weight"] = 1 / kept.groupby("group")["id"].transform("size")
+    kept["miss"] = np.log(kept["measured_s"] / kept["predicted_s"])
+    return kept
+
+
+def fitted(table: pd.DataFrame, found: pd.DataFrame) -> dict[str, tuple[list[Parameter], Fitted]]:
+    """Return the parameters of every generation of silicon, fitted to the complete rows of a `validate` table.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `simulator.validation.published.validate` returns it.
+    found : DataFrame
+        The `row_slopes` of the same rows.
+    """
+    kept = _joined(table[table["complete"] == "yes"], found)
+    return {silicon: (parameters, fit(parameters, *_arrays(group, parameters))) for silicon, group, parameters in _by_silicon(kept)}
+
+
+def _arrays(group: pd.DataFrame, parameters: list[Parameter]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return group[[p.name for p in parameters]].to_numpy(), group["miss"].to_numpy(), group["weight"].to_numpy()
+
+
+def cold(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
+    """Return a `validate` table whose predictions rest on parameters fitted without the row's model on its accelerator.
+
+    Notes
+    -----
+    Complete rows of other groups decide; a row that is not complete decides nothing. To first order in the logarithms: the
+    shipped parameters are those fitted to all rows, and leaving one group out moves them little.
+    """
+    kept, result = _joined(table, found), table.set_index("id")
+    kept.loc[kept["complete"] != "yes", "weight"] = 1e-9
+    for _, group, parameters in _by_silicon(kept):
+        moved = np.exp(leave_out(parameters, *_arrays(group, parameters), group["group"].to_numpy()))
+        result.loc[group["id"], "predicted_s"] = group["predicted_s"].to_numpy() * moved
+    result["relative_error"] = result["predicted_s"] / result["measured_s"] - 1
+    return result.reset_index()[table.columns]

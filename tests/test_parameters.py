@@ -1,0 +1,60 @@
+"""The slopes of published rows against estimates with a parameter really moved, and what a cold table keeps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from simulator.closed_forms import estimate
+from simulator.validation.parameters import NAMES, cold, fitted, parameters_of, row_slopes, slopes
+from simulator.validation.published import published_runs, scenario_from_row, validate
+
+IDS = ("aa-131868", "vtrain-s-0000", "korth-22b-sel", "internevo-ck-8-8", "internevo-tp2-z4-8")
+
+
+@pytest.fixture(scope="module")
+def runs():
+    table = published_runs()
+    return table[table["id"].isin(IDS)]
+
+
+def moved(scenario, name: str, factor: float):
+    accelerator, host = scenario.cluster.accelerator, scenario.cluster.host
+    if name == "dispatch_s":
+        host = host.model_copy(update={"dispatch_s": host.dispatch_s * factor})
+    else:
+        part = name.split(".")[1]
+        speeds = accelerator.in_training | {part: accelerator.in_training.get(part, 1.0) * factor}
+        accelerator = accelerator.model_copy(update={"in_training": speeds})
+    return scenario.model_copy(update={"cluster": scenario.cluster.model_copy(update={"accelerator": accelerator, "host": host})})
+
+
+def test_slopes_are_those_of_estimates_with_a_parameter_moved(runs):
+    for row in runs.to_dict("records"):
+        scenario = scenario_from_row(row)[0]
+        found = slopes(scenario)
+        for name in NAMES:
+            really = np.log(estimate(moved(scenario, name, np.exp(0.05))) / estimate(scenario)) / 0.05
+            assert found[name] == pytest.approx(really, abs=1e-9)
+
+
+def test_faster_parts_never_slow_a_step(runs):
+    table = row_slopes(runs)
+    assert (table[[n for n in NAMES if n != "dispatch_s"]] <= 1e-9).all(axis=None)
+    assert (table["dispatch_s"] >= -1e-9).all()
+
+
+def test_parameters_have_bounds_around_their_values(runs):
+    for p in parameters_of(scenario_from_row(runs.iloc[0])[0]):
+        assert p.lower <= p.start <= p.upper
+
+
+def test_a_cold_table_changes_predictions_only(runs):
+    table, found = validate(rows=runs), row_slopes(runs)
+    cooled = cold(table, found)
+    assert list(cooled.columns) == list(table.columns)
+    assert cooled["id"].tolist() == table["id"].tolist()
+    assert (cooled["predicted_s"] != table["predicted_s"]).any()
+    assert cooled["relative_error"].to_numpy() == pytest.approx((cooled["predicted_s"] / table["measured_s"] - 1).to_numpy())
+    for parameters, result in fitted(table, found).values():
+        assert len(result.values) == len(parameters) <= 10
