@@ -61,7 +61,7 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     if op.kind == HOST:
         return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph), cluster.host.dispatch_s)
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
-    if graph:
+    if graph and members.size > 1:
         kept = share(plan, cluster, op.axis, op.kind)
         members = replace(members, share=kept.rate if kept else 1.0)
     if op.kind == "send":

@@ -65,8 +65,12 @@ PASSES = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s"}
 SUMS = ("forward_s", "backward_s", "input_s", "weight_s", "gather_s", "reduce_s")
 
 
-def _runs(segments: list[list[tuple[Op, Number]]], wait: Number) -> Runs:
-    """Join kernels in a row and leave out what takes no time for any plan, as the step program does; `wait` for the host is last."""
+def _runs(segments: list[list[tuple[Op, Number]]], wait: Number | None) -> Runs:
+    """Join kernels in a row and leave out what takes no time for any plan, as the step program does.
+
+    `wait` for the host is last, None where it launches nothing; it is a segment of its own also where it takes no time, and has
+    its turn in a pair.
+    """
     runs: list[tuple[tuple[str, Number], ...]] = []
     for segment in segments:
         parts = tuple((op.stream, seconds) for op, seconds in segment if np.any(seconds))
@@ -74,7 +78,7 @@ def _runs(segments: list[list[tuple[Op, Number]]], wait: Number) -> Runs:
             runs[-1] = (("compute", runs[-1][0][1] + parts[0][1]),)
         elif parts:
             runs.append(parts)
-    return (*runs, ((HOST, wait),)) if np.any(wait) else tuple(runs)
+    return tuple(runs) if wait is None else (*runs, ((HOST, wait),))
 
 
 def _longest(parts: list[Number]) -> Number:
@@ -128,6 +132,9 @@ def price_blocks(
         beside = chain(segments, lambda op: keep(op) and hides_launches(op))
         return host_wait_s(host_wait(kept, plan.kernels).launches, beside, cluster.host.dispatch_s)
 
+    def launches(segments: tuple[Segment, ...]) -> bool:
+        return bool(np.any(host_wait(segments, plan.kernels).launches))
+
     def extra(block: Block, kind: str, segments: list[list[tuple[Op, Number]]]) -> Number:
         slow = pass_beside(block, kind, model, plan, cluster).slowdown(cluster.accelerator) if sharing else 1.0
         if not np.any(np.asarray(slow) != 1.0):
@@ -152,8 +159,8 @@ def price_blocks(
             weight_s=chain(backward, keeps["W"]) + launched(backward, keeps["W"]),
             gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),
             reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster),
-            forward_runs=_runs(forward, waits[0]),
-            backward_runs=_runs(backward, waits[1]),
+            forward_runs=_runs(forward, waits[0] if launches(block.forward) else None),
+            backward_runs=_runs(backward, waits[1] if launches(block.backward) else None),
             extra_s={kind: extra(block, kind, forward if kind == "F" else backward) for kind in "FBIW"},
             paired={kind: pass_beside(block, kind, model, plan, cluster, paired=True) for kind in "FB"} if sharing else {},
         )

@@ -443,7 +443,7 @@ BAD = {
     "too big": (["simulate", "FILE", "--set", "plan.tp=1", "--set", "plan.zero=0", "--set", "plan.pp=1"], "fits in memory: stage 0 needs "),
     "no plan is legal": (
         ["plan", "FILE", "--set", "cluster=superpod-1024-h100", "--set", "job.global_batch=7"],
-        "some plan is legal: no degrees divide 1024 accelerators, 32 heads, 32 layers and global_batch 7",
+        "some plan is legal: 'batch divides by dp * micro-batch' fails for 1024 accelerators, 32 heads, 32 layers and global_batch 7",
     ),
     "no plan fits": (["plan", "FILE", "--set", "model=llama-3-405b"], "some plan fits in memory: the smallest plan needs "),
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from simulator.closed_forms import bound, estimate
+from simulator.closed_forms import estimate
 from simulator.compute import host_wait_s
+from simulator.lower_bound import bound
 from simulator.pricing import op_s, segments_s
 from simulator.scenario.kernels import Kernels
 from simulator.scenario.plan import Plan

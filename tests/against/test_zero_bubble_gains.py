@@ -87,7 +87,7 @@ def test_rows_become_the_plans_they_print(steps):
 
 
 @pytest.mark.parametrize(
-    ("over", "name", "within"), [("1f1b", "zb-1p", 3), ("1f1b", "zb-2p", 7), ("1f1b-i", "zb-1p", 7), ("1f1b-i", "zb-2p", 3)]
+    ("over", "name", "within"), [("1f1b", "zb-1p", 3), ("1f1b", "zb-2p", 7), ("1f1b-i", "zb-1p", 5), ("1f1b-i", "zb-2p", 3)]
 )
 def test_gains(steps, over, name, within):
     found = points(steps, over, name)
@@ -118,6 +118,6 @@ def test_every_schedule_ranks_as_measured(steps):
     [("1.5b", 24, 13.11 / 11.8), ("6.2b", 24, 4.00 / 3.50), ("14.6b", 48, 1.68 / 1.40), ("28.3b", 96, 0.91 / 0.76)],
 )
 def test_gain_with_the_barrier(steps, model, m, measured):
-    """Table 10 measured ZB-2p over 1F1B with the barrier, too: 2.7 to 4.7 points less than predicted."""
+    """Table 10 measured ZB-2p over 1F1B with the barrier, too: 1.0 to 5.3 points less than predicted."""
     predicted = steps[model, m, "1f1b"][1].step_time_s / steps[model, m, "zb-2p"][1].step_time_s
-    assert 2 < 100 * (predicted - measured) < 5
+    assert 0 < 100 * (predicted - measured) < 6
