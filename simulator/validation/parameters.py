@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from simulator.closed_forms import estimate_s, orders
-from simulator.errors import SimulatorError
+from simulator.errors import ProfileError, SimulatorError
 from simulator.fitting import Fitted, Parameter, fit, leave_out
 from simulator.scenario.plan import COLUMNS, PlanColumns
 from simulator.scenario.scenario import Scenario
@@ -66,6 +66,8 @@ def slopes(scenario: Scenario) -> dict[str, float]:
     cluster = cluster.model_copy(update={"accelerator": accelerator, "host": host})
     columns = PlanColumns(**{name: np.full(count, getattr(plan, name)) for name in COLUMNS}, like=plan)
     micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
+    if not micro_batches:
+        raise ProfileError(f"global_batch = {job.global_batch} is less than one micro-batch on each of {plan.dp} ranks")
     found, stages = blocks(model, columns, job), stage_blocks(model, plan, job)
     prices = price_blocks(found, model, columns, cluster)
     times = stage_times(model, columns, job, cluster, stages, found, prices, orders(plan)(micro_batches))
