@@ -63,3 +63,7 @@ def gradients_names(step: MoEStep) -> list[str]:
 
 def alone_step(model: Model, plan: Plan, job: Job, options: Options) -> MoEStep:
     return MoEStep(model, plan, job, 0, options, CPU)
+
+
+def fail(rank: int, world: int, tell: Tell) -> float:
+    return 1 / rank

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from calibration_ranks import CPU, compare, sequences  # noqa: E402
+from calibration_ranks import CPU, compare, fail, sequences  # noqa: E402
 from small import dense  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
@@ -192,7 +192,3 @@ def test_what_the_step_does_not_have_is_refused():
 def test_a_failing_rank_is_told():
     with pytest.raises(RankError, match="rank 0 failed(.|\n)*zero_division|ZeroDivisionError"):
         run_ranks(fail, 1)
-
-
-def fail(rank: int, world: int, tell) -> float:
-    return 1 / rank

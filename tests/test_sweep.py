@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sqlite3
 import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -12,6 +10,7 @@ from multiprocessing import get_context
 import pandas as pd
 import pytest
 from small import job, moe, scenario
+from workers import die
 
 from simulator.closed_forms import estimate
 from simulator.errors import ProfileError, SimulatorError
@@ -194,12 +193,6 @@ def test_made_by_does_not_change_by_itself():
 
 
 # --- workers that die ---
-
-
-def die(task: str) -> str:
-    if task == "poison":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return task.upper()
 
 
 def test_a_task_that_kills_its_worker_is_told_and_the_others_are_done():
