@@ -11,9 +11,8 @@ from simulator.engine.replay import Lap, Runs, replay, replay_streams
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, schedule
-from simulator.stage_times import PASSES, BlockPrice, StageTimes, price_blocks, stage_times
+from simulator.stage_times import PASSES, BlockPrice, StageTimes, price_blocks, slowed, stage_times
 from simulator.units import Number
-from simulator.workload.ops import HOST
 from simulator.workload.stages import blocks, stage_blocks
 
 
@@ -119,16 +118,11 @@ def _laps(plan: Plan | PlanColumns, t: StageTimes, what: tuple[tuple[str, int], 
             runs: Runs = ((("compute", p.pass_s(kind)),),)
             if len(what) == 2:
                 of = p.forward_runs if kind == "F" else p.backward_runs
-                runs = tuple(tuple(_slowed(name, seconds, slow) for name, seconds in segment) for segment in of)
+                runs = slowed(of, slow)
             gather = p.gather_s if plan.zero >= 3 and kind != "W" else 0.0
             row.append(Lap(runs, gather, p.reduce_s if plan.zero >= 2 and kind in "BW" else 0.0))
         laps.append(row or [Lap(((("compute", 0.0),),))])  # a stage without blocks still waits for its message
     return laps
-
-
-def _slowed(stream: str, seconds: Number, slow: Number) -> tuple[str, Number]:
-    """Return a run of a pair: kernels are slower beside communication; the wait for the host blocks them, and is not."""
-    return ("compute", seconds) if stream == HOST else (stream, seconds * (slow if stream == "compute" else 1.0))
 
 
 def _reduced(plan: Plan | PlanColumns, t: StageTimes, ends: Number, order: Schedule) -> Number:

@@ -23,7 +23,7 @@ from simulator.workload.classes import rank_loads
 from simulator.workload.ops import HOST
 from simulator.workload.routing import RoutedTokens, moe_layer_count, route
 from simulator.workload.stages import blocks, stage_blocks
-from simulator.workload.step import StepProgram
+from simulator.workload.step import StepProgram, Task
 
 #: collectives that carry state, not tokens
 _STATE = ("dp", "edp", "dp_replicate", "world")
@@ -123,6 +123,14 @@ def moe_layers(program: StepProgram, scenario: Scenario) -> np.ndarray:
     return layer
 
 
+def variants(program: StepProgram, slow: np.ndarray) -> tuple[list[tuple[int, float]], np.ndarray]:
+    """Return the distinct pairs of a task and how much slower its kernels are, and the pair of each node."""
+    place, known = np.empty(len(program), dtype=np.int64), {}
+    for node, pair in enumerate(zip(program.task, slow.tolist(), strict=True)):
+        place[node] = known.setdefault(pair, len(known))
+    return list(known), place
+
+
 class RankDurations:
     """Seconds of each node on every rank of its stage; call it with a node.
 
@@ -131,15 +139,16 @@ class RankDurations:
     program : StepProgram
         With one class of ranks per pipeline stage.
     scenario : Scenario
-    seconds : ndarray of shape (nodes,)
-        What a node takes on a rank of even load and full speed, overlap and sharing included.
+    slow : ndarray of shape (nodes,)
+        How many times as long the kernels of a node take beside communication (`simulator.simulate.slowdowns`).
     uneven : Uneven
     variation : Variation
         For its jitter and seed.
 
     Notes
     -----
-    ``d(n, r) = slow(r) jitter(n, r) (s(n) + change(n, r))``; ``slow`` and ``jitter`` for kernels only. The change is priced:
+    ``d(n, r) = slow(r) jitter(n, r) (s(n) + change(n, r))`` with s at even load and full speed, overlap and sharing included;
+    ``slow`` of hosts and ``jitter`` for kernels only. The change is priced:
 
     - routed operations at the load of their rank, exactly (`simulator.pricing.op_s`);
     - the rest at ``t`` times the tokens: attention grows with t^2, everything else linearly as between t = 1 and t = 2;
@@ -155,31 +164,35 @@ class RankDurations:
     Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (Philox).
     """
 
-    def __init__(self, program: StepProgram, scenario: Scenario, seconds: np.ndarray, uneven: Uneven, variation: Variation):
+    def __init__(self, program: StepProgram, scenario: Scenario, slow: np.ndarray, uneven: Uneven, variation: Variation):
         self.ranks = scenario.plan.world // scenario.plan.pp
         self.uneven = uneven
-        self.task, self.stage, self.seconds = program.task, program.rank_class, seconds.tolist()
-        computes = [task.computes for task in program.tasks]
-        self.computes = [computes[t] for t in program.task]
-        slow = uneven.slowdown
-        self.slow = [row if (row != 1.0).any() else None for row in slow]
+        kinds, place = variants(program, slow)
+        self.stage, self.kind = program.rank_class, place.tolist()
+        tasks = [program.tasks[task] for task, _ in kinds]
+        self.computes = [task.computes for task in tasks]
+        self.slow = [row if (row != 1.0).any() else None for row in uneven.slowdown]
         args = scenario.model, scenario.plan, scenario.cluster
-        self.prices = [np.array([float(op_s(op, *args, graph=True)) for op in task.ops]) for task in program.tasks]
-        self._set_jitter(variation, computes)
-        self._set_changes(program, scenario)
+        self.prices = [
+            np.array([float(op_s(op, *args, graph=True, slow=factor)) for op in task.ops])
+            for task, (_, factor) in zip(tasks, kinds, strict=True)
+        ]
+        self.seconds = [float(prices.sum()) for prices in self.prices]
+        self._set_jitter(variation)
+        self._set_changes(program, scenario, [(task, factor) for task, (_, factor) in zip(tasks, kinds, strict=True)])
 
-    def _set_jitter(self, variation: Variation, computes: Sequence[bool]) -> None:
+    def _set_jitter(self, variation: Variation) -> None:
         spread = np.expm1(variation.jitter**2)
         self.sigma = [
             float(np.sqrt(np.log1p(spread * (p**2).sum() / p.sum() ** 2))) if on and p.sum() > 0 else 0.0
-            for p, on in zip(self.prices, computes, strict=True)
+            for p, on in zip(self.prices, self.computes, strict=True)
         ]
         self._bits = np.random.Philox(key=variation.random("jitter").integers(0, 2**63, size=2, dtype=np.uint64))
         self._random, self._at = np.random.Generator(self._bits), self._bits.state
         self._draw = np.empty(self.ranks, dtype=np.float32)
 
-    def _set_changes(self, program: StepProgram, scenario: Scenario) -> None:
-        """Price what the load and the tokens of a rank change, per task."""
+    def _set_changes(self, program: StepProgram, scenario: Scenario, kinds: Sequence[tuple[Task, float]]) -> None:
+        """Price what the load and the tokens of a rank change, per kind of task and how slow it is."""
         self.micro_batch = [-1 if a is None else a.micro_batch for a in program.label]
         self.layer = [-1] * len(program)
         args = scenario.model, scenario.plan, scenario.cluster
@@ -191,43 +204,43 @@ class RankDurations:
         if self.uneven.tokens is not None:
             self.more, self.more_squared = self.uneven.tokens - 1.0, self.uneven.tokens**2 - 1.0
         self.routed, self.linear, self.square = [], [], []
-        for task, prices in zip(program.tasks, self.prices, strict=True):
+        for (task, slow), prices in zip(kinds, self.prices, strict=True):
             linear = square = 0.0
             routed = np.zeros(len(loads))
             for op, price in zip(task.ops, prices, strict=True):
                 if op.routed:
-                    routed += op_s(op, *args, load=loads, graph=True) - price
+                    routed += op_s(op, *args, loads, True, slow) - price
                 elif op.name.startswith("attn.core"):
                     square += price
                 elif op.kind == HOST:  # what it waits for is left as it is at the mean
                     continue
                 elif op.axis not in _STATE:
-                    linear += float(op_s(loaded(op, 2.0), *args, graph=True)) - price
+                    linear += float(op_s(loaded(op, 2.0), *args, graph=True, slow=slow)) - price
             self.routed.append(routed if routed.any() else None)
             self.linear.append(linear)
             self.square.append(square)
 
     def __call__(self, node: int) -> float | np.ndarray:
         """Return the seconds of `node`: one number, or one per rank of its stage, shape (W,)."""
-        task, length = self.task[node], self.seconds[node]
+        kind = self.kind[node]
+        length = self.seconds[kind]
         if self.micro_batch[node] >= 0 and (self.uneven.load is not None or self.uneven.tokens is not None):
-            change = self._change(node, task)
+            change = self._change(node, kind)
             if change is not None:
-                price = self.prices[task].sum()
-                length = length + (change if length == price else change * (length / price))
-        if not self.computes[node]:
+                length = length + change
+        if not self.computes[kind]:
             return length
-        slow, sigma = self.slow[self.stage[node]], self.sigma[task]
+        slow, sigma = self.slow[self.stage[node]], self.sigma[kind]
         if slow is not None:
             length = length * slow
         return length * self._jitter(node, sigma) if sigma > 0.0 else length
 
-    def _change(self, node: int, task: int) -> np.ndarray | None:
+    def _change(self, node: int, kind: int) -> np.ndarray | None:
         change, batch = None, self.micro_batch[node]
-        if self.layer[node] >= 0 and self.routed[task] is not None:
-            change = self.routed[task].take(self.load_index[self.layer[node], batch])
-        if self.uneven.tokens is not None and (self.linear[task] or self.square[task]):
-            more = self.linear[task] * self.more[batch] + self.square[task] * self.more_squared[batch]
+        if self.layer[node] >= 0 and self.routed[kind] is not None:
+            change = self.routed[kind].take(self.load_index[self.layer[node], batch])
+        if self.uneven.tokens is not None and (self.linear[kind] or self.square[kind]):
+            more = self.linear[kind] * self.more[batch] + self.square[kind] * self.more_squared[batch]
             change = more if change is None else change + more
         return change
 

@@ -17,7 +17,7 @@ from simulator.scenario.plan import Plan
 from simulator.units import Number
 from simulator.workload.experts import copies
 from simulator.workload.layers import ATTENTION_BACKWARD_FLOP
-from simulator.workload.ops import HOST, Op, Segment
+from simulator.workload.ops import COMPUTE, HOST, Op, Segment
 
 _COLLECTIVES = {
     "all_gather": collectives.all_gather_s,
@@ -26,7 +26,7 @@ _COLLECTIVES = {
 }
 
 
-def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0, graph: bool = False) -> Number:
+def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0, graph: bool = False, slow: float = 1.0) -> Number:
     """Return the seconds of one operation.
 
     Parameters
@@ -39,6 +39,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     graph : bool
         Ask the cluster's graph what concurrent groups leave each other (`simulator.network.sharing`; a single plan only), not
         the oversubscription of its tiers.
+    slow : float
+        How many times as long kernels take beside communication (`simulator.beside`); the host launches more meanwhile.
 
     Returns
     -------
@@ -47,19 +49,10 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     """
     if op.routed and (np.ndim(load) > 0 or load != 1.0):
         op = loaded(op, load)
-    kernels = cluster.accelerator.kernels
-    if kernels and op.stream == "compute" and (cost := kernels.get(kernel_name(op))):
-        return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op))
-    if op.kind in ("gemm", "grouped_gemm"):
-        grouped = op.kind == "grouped_gemm"
-        return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)
-    if op.kind == "attention":
-        width, backward = (op.k + op.n) / 2, op.grad == "input"
-        return compute.attention_s(op.flop, op.bytes, width, backward, cluster.accelerator, plan.kernels.attention)
-    if op.kind == "memory":
-        return compute.memory_s(op.bytes, cluster.accelerator, op.launches)
+    if op.kind in COMPUTE:
+        return slow * _kernel_s(op, plan, cluster)
     if op.kind == HOST:
-        return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph), cluster.host.dispatch_s)
+        return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph, slow), cluster.host.dispatch_s)
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
     if graph and members.size > 1:
         kept = share(plan, cluster, op.axis, op.kind)
@@ -76,6 +69,20 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         size = np.minimum(members.size, 2) if op.kind == "send" else np.asarray(members.size)  # a message has two ends
         seconds = np.where(size == ranks, collectives.measured_s(op.bytes * (out + fan), talk), seconds)
     return seconds if op.kind == "send" else np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: none is called
+
+
+def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
+    """Return the seconds of a kernel at full speed: as measured on this machine, or by the model of its kind."""
+    kernels = cluster.accelerator.kernels
+    if kernels and (cost := kernels.get(kernel_name(op))):
+        return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op))
+    if op.kind in ("gemm", "grouped_gemm"):
+        grouped = op.kind == "grouped_gemm"
+        return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)
+    if op.kind == "attention":
+        width, backward = (op.k + op.n) / 2, op.grad == "input"
+        return compute.attention_s(op.flop, op.bytes, width, backward, cluster.accelerator, plan.kernels.attention)
+    return compute.memory_s(op.bytes, cluster.accelerator, op.launches)
 
 
 def kernel_name(op: Op) -> str:
@@ -136,10 +143,10 @@ def loaded(op: Op, load: Number) -> Op:
     return replace(op, flop=op.flop * load, bytes=op.bytes * load, m=op.m * (1.0 if deeper else load), k=op.k * (load if deeper else 1.0))
 
 
-def segments_s(segments: Iterable[Segment], model: Model, plan: Plan, cluster: Cluster, graph: bool = False) -> Number:
+def segments_s(segments: Iterable[Segment], model: Model, plan: Plan, cluster: Cluster, graph: bool = False, slow: float = 1.0) -> Number:
     """Return the seconds of segments run one after the other; operations of a segment run side by side."""
     seconds: Number = 0.0
     for segment in segments:
-        parallel = [op_s(op, model, plan, cluster, graph=graph) for op in segment]
+        parallel = [op_s(op, model, plan, cluster, graph=graph, slow=slow) for op in segment]
         seconds = seconds + (parallel[0] if len(parallel) == 1 else np.maximum.reduce(np.broadcast_arrays(*parallel)))
     return seconds

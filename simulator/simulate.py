@@ -9,7 +9,7 @@ import numpy as np
 
 from simulator.beside import Beside
 from simulator.contention import shares, stretched
-from simulator.durations import RankDurations, spans, uneven
+from simulator.durations import RankDurations, spans, uneven, variants
 from simulator.engine.events import run
 from simulator.engine.order import prepare
 from simulator.engine.ranks import replay_ranks
@@ -172,12 +172,12 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
     order = prepare(
         program.streams(), program.needs, program.meet, spans(program, scenario), plan.world // plan.pp, lambda n: describe(program, n)
     )
-    seconds = node_seconds(program, scenario)
+    slow = slowdowns(program, scenario)
     times, first = np.empty(seeds), None
     for i in range(seeds):
         now = variation.model_copy(update={"seed": variation.seed + i})
         what, dropped = uneven(scenario, now, routing)
-        durations = RankDurations(program, scenario, seconds, what, now)
+        durations = RankDurations(program, scenario, slow, what, now)
         replay = replay_ranks(order, durations)
         times[i] = replay.end_s.max()
         first = first or (dropped, program, order, durations, replay)
@@ -199,17 +199,19 @@ def node_seconds(program: StepProgram, scenario: Scenario, slow: np.ndarray | No
     """Return the seconds of every node: the price of its task, times the slowdown of its class and of sharing when it computes."""
     slow = slowdowns(program, scenario) if slow is None else slow
     args = scenario.model, scenario.plan, scenario.cluster
-    loads, variant = np.unique(program.classes.load, return_inverse=True)
-    price = np.array([[sum(float(op_s(op, *args, load=load, graph=True)) for op in task.ops) for load in loads] for task in program.tasks])
-    computes = np.array([task.computes for task in program.tasks])
-    task, rank = np.asarray(program.task), np.asarray(program.rank_class)
-    return price[task, variant[rank]] * np.where(computes[task], program.classes.slowdown[rank], 1.0) * slow
+    loads, place = np.unique(program.classes.load, return_inverse=True)
+    kinds, variant = variants(program, slow)
+    price = np.array([[sum(float(op_s(op, *args, load, True, s)) for op in program.tasks[t].ops) for load in loads] for t, s in kinds])
+    computes = np.array([program.tasks[t].computes for t, _ in kinds])[variant]
+    rank = np.asarray(program.rank_class)
+    return price[variant, place[rank]] * np.where(computes, program.classes.slowdown[rank], 1.0)
 
 
 def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
     """Return the factor by which communication slows each node beside it: one for each pass of a block and each pair of stages.
 
-    Found beforehand from even load and full speed (`simulator.beside`); 1 for what does not compute.
+    Found beforehand from even load and full speed (`simulator.beside`); 1 for what belongs to no pass. The wait for the host is
+    that of the kernels as slow as they are there.
     """
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
     all_blocks, stages = blocks(model, plan, job), stage_blocks(model, plan, job)
@@ -221,7 +223,7 @@ def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
     @cache
     def factor(task: int, pair: tuple[int, int] | None) -> float:
         name, kind = program.tasks[task].of
-        if not program.tasks[task].computes or not name:
+        if program.tasks[task].stream != "compute" or not name:
             return 1.0
         if pair is None:
             return float(of_block(name, kind, False).slowdown(cluster.accelerator))
@@ -236,18 +238,17 @@ def compute_parts(program: StepProgram, scenario: Scenario, slow: np.ndarray) ->
     args = scenario.model, scenario.plan, scenario.cluster
     classes, parts = program.classes, {}
     share = classes.count / classes.count.sum()
-    loads, variant = np.unique(classes.load, return_inverse=True)
-    runs = np.zeros((len(program.tasks), len(loads)))
-    rank = np.asarray(program.rank_class)
-    task = np.asarray(program.task)
-    slowed = np.array([task.computes for task in program.tasks])[task]
-    np.add.at(runs, (task, variant[rank]), share[rank] * np.where(slowed, classes.slowdown[rank], 1.0) * slow)
-    for number, task in enumerate(program.tasks):
-        if task.stream != "compute":
+    loads, place = np.unique(classes.load, return_inverse=True)
+    kinds, variant = variants(program, slow)
+    rank, computes = np.asarray(program.rank_class), np.array([program.tasks[t].computes for t, _ in kinds])[variant]
+    runs = np.zeros((len(kinds), len(loads)))
+    np.add.at(runs, (variant, place[rank]), share[rank] * np.where(computes, classes.slowdown[rank], 1.0))
+    for times, (task, factor) in zip(runs, kinds, strict=True):
+        if program.tasks[task].stream != "compute":
             continue
-        for op in task.ops:
+        for op in program.tasks[task].ops:
             part = "optimizer" if op.name.startswith("optimizer") else "recompute" if op.grad == "again" else op.kind
-            seconds = sum(times * float(op_s(op, *args, load=load)) for times, load in zip(runs[number], loads, strict=True))
+            seconds = sum(n * float(op_s(op, *args, load=load, slow=factor)) for n, load in zip(times, loads, strict=True))
             parts[part] = parts.get(part, 0.0) + seconds
     return parts
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
 
 from simulator.beside import Beside
-from simulator.compute import host_wait_s
 from simulator.engine.replay import Runs
 from simulator.pricing import op_s, segments_s
 from simulator.scenario.cluster import Accelerator, Cluster
@@ -18,7 +17,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.schedules import Schedule
 from simulator.units import Number
-from simulator.workload.ops import COMPUTE, HOST, Block, Op, Segment, hides_launches, host_wait, passes
+from simulator.workload.ops import COMPUTE, HOST, STREAMS, Block, Op, Segment, host_wait, passes
 from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parameter_ops, send_op
 
@@ -34,9 +33,11 @@ class BlockPrice:
     gather_s, reduce_s : Number
         The data-parallel collectives.
     forward_runs, backward_runs : tuple
-        F and B as segments of (stream, seconds), kernels in a row as one; what a pair interleaves.
+        F and B as segments of (stream, seconds) at full speed, kernels in a row as one, at last how long the host launches;
+        what a pair interleaves.
     extra_s : dict of str to Number
-        What F, B, I and W take longer by because collectives beside them take multiprocessors and memory bandwidth.
+        What F, B, I and W take longer by because collectives beside them take multiprocessors and memory bandwidth; slower
+        kernels hide more of the launches.
     paired : dict of str to Beside
         Kernels and communication of F and B, as a pair runs all of them beside each other.
     """
@@ -65,11 +66,11 @@ PASSES = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s"}
 SUMS = ("forward_s", "backward_s", "input_s", "weight_s", "gather_s", "reduce_s")
 
 
-def _runs(segments: list[list[tuple[Op, Number]]], wait: Number | None) -> Runs:
+def _runs(segments: list[list[tuple[Op, Number]]], launched_s: Number | None) -> Runs:
     """Join kernels in a row and leave out what takes no time for any plan, as the step program does.
 
-    `wait` for the host is last, None where it launches nothing; it is a segment of its own also where it takes no time, and has
-    its turn in a pair.
+    What the host launches is last, `launched_s` long, None where it launches nothing; it is a segment of its own also where it
+    holds up nothing, and has its turn in a pair.
     """
     runs: list[tuple[tuple[str, Number], ...]] = []
     for segment in segments:
@@ -78,7 +79,30 @@ def _runs(segments: list[list[tuple[Op, Number]]], wait: Number | None) -> Runs:
             runs[-1] = (("compute", runs[-1][0][1] + parts[0][1]),)
         elif parts:
             runs.append(parts)
-    return tuple(runs) if wait is None else (*runs, ((HOST, wait),))
+    return tuple(runs) if launched_s is None else (*runs, ((HOST, launched_s),))
+
+
+def slowed(runs: Runs, slow: Number = 1.0) -> Runs:
+    """Return runs as they take their time beside communication: kernels `slow` times as long, at last the wait for the host.
+
+    The host launches while all goes on but an expert all-to-all, the only kind on the ``ep`` stream (`hides_launches`).
+    """
+    found: list[tuple[tuple[str, Number], ...]] = []
+    meanwhile: Number = 0.0
+    for segment in runs:
+        if segment[0][0] == HOST:
+            found.append((("compute", np.maximum(segment[0][1] - meanwhile, 0.0)),))
+            continue
+        parts = tuple((stream, seconds * slow if stream == "compute" else seconds) for stream, seconds in segment)
+        hiding = [seconds for stream, seconds in parts if stream != STREAMS["ep"]]
+        meanwhile = meanwhile + (_longest(hiding) if hiding else 0.0)
+        found.append(parts)
+    return tuple(found)
+
+
+def runs_s(runs: Runs, slow: Number = 1.0) -> Number:
+    """Return the seconds of runs one after the other, the wait for the host included."""
+    return sum((_longest([seconds for _, seconds in segment]) for segment in slowed(runs, slow)), 0.0)
 
 
 def _longest(parts: list[Number]) -> Number:
@@ -117,51 +141,23 @@ def price_blocks(
         Whether to find what collectives slow; `simulator.lower_bound` does without.
     """
 
-    def priced(segments: Iterable[Segment]) -> list[list[tuple[Op, Number]]]:
-        return [[(op, op_s(op, model, plan, cluster)) for op in segment] for segment in segments]
-
-    def chain(segments: list[list[tuple[Op, Number]]], keep: Callable[[Op], bool] = lambda op: True) -> Number:
-        kept = [[seconds for op, seconds in segment if keep(op)] for segment in segments]
-        return sum((_longest(parts) for parts in kept if parts), 0.0)
-
-    def launched(segments: list[list[tuple[Op, Number]]], keep: Callable[[Op], bool] = lambda op: True) -> Number:
-        """Return how long the host still launches when the kernels of a pass are through."""
-        if cluster.host.dispatch_s is None:
-            return 0.0
-        kept = tuple(tuple(op for op, _ in segment if keep(op)) for segment in segments)
-        beside = chain(segments, lambda op: keep(op) and hides_launches(op))
-        return host_wait_s(host_wait(kept, plan.kernels).launches, beside, cluster.host.dispatch_s)
-
-    def launches(segments: tuple[Segment, ...]) -> bool:
-        return bool(np.any(host_wait(segments, plan.kernels).launches))
-
-    def extra(block: Block, kind: str, segments: list[list[tuple[Op, Number]]]) -> Number:
-        slow = pass_beside(block, kind, model, plan, cluster).slowdown(cluster.accelerator) if sharing else 1.0
-        if not np.any(np.asarray(slow) != 1.0):
-            return 0.0
-        slowed = [[(op, seconds * (slow if op.kind in COMPUTE else 1.0)) for op, seconds in segment] for segment in segments]
-        return chain(slowed, keeps[kind]) - chain(segments, keeps[kind])
-
-    keeps: dict[str, Callable[[Op], bool]] = {
-        "F": lambda op: True,
-        "B": lambda op: True,
-        "I": lambda op: op.grad != "weight",
-        "W": lambda op: op.grad == "weight",
-    }
+    def runs(segments: tuple[Segment, ...], priced: Mapping[int, Number]) -> Runs:
+        launches = host_wait(segments, plan.kernels).launches
+        launched_s = launches * (cluster.host.dispatch_s or 0.0) if np.any(launches) else None
+        return _runs([[(op, priced[id(op)]) for op in segment] for segment in segments], launched_s)
 
     def one(block: Block) -> BlockPrice:
-        forward, backward = priced(block.forward), priced(block.backward)
-        waits = launched(forward), launched(backward)
+        priced = {id(op): op_s(op, model, plan, cluster) for segment in (*block.forward, *block.backward) for op in segment}
+        own = {kind: runs(passes(block, kind), priced) for kind in PASSES}
+        alone = {kind: runs_s(own[kind]) for kind in PASSES}
+        slow = {kind: pass_beside(block, kind, model, plan, cluster).slowdown(cluster.accelerator) if sharing else 1.0 for kind in PASSES}
         return BlockPrice(
-            forward_s=chain(forward) + waits[0],
-            backward_s=chain(backward) + waits[1],
-            input_s=chain(backward, keeps["I"]) + launched(backward, keeps["I"]),
-            weight_s=chain(backward, keeps["W"]) + launched(backward, keeps["W"]),
+            **{field: alone[kind] for kind, field in PASSES.items()},
             gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),
             reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster),
-            forward_runs=_runs(forward, waits[0] if launches(block.forward) else None),
-            backward_runs=_runs(backward, waits[1] if launches(block.backward) else None),
-            extra_s={kind: extra(block, kind, forward if kind == "F" else backward) for kind in "FBIW"},
+            forward_runs=own["F"],
+            backward_runs=own["B"],
+            extra_s={kind: runs_s(own[kind], slow[kind]) - alone[kind] if np.any(slow[kind] != 1.0) else 0.0 for kind in PASSES},
             paired={kind: pass_beside(block, kind, model, plan, cluster, paired=True) for kind in "FB"} if sharing else {},
         )
 

@@ -181,9 +181,6 @@ def faster(cluster: Cluster, what: str) -> Cluster:
     st.sampled_from(("nic", "scale-up", "host latency", "network latency", "hbm", "peak", "launch")),
 )
 def test_faster_hardware_never_slows_the_step(s, what):
-    """On hosts whose launches never limit: kernels that communication slows hide no more of them, so a faster one may cost 1e-4."""
-    host = s.cluster.host.model_copy(update={"dispatch_s": None})
-    s = s.model_copy(update={"cluster": s.cluster.model_copy(update={"host": host})})
     better = s.model_copy(update={"cluster": faster(s.cluster, what)})
     assert simulate_step(better).step_time_s <= simulate_step(s).step_time_s * (1 + EXACT)
 

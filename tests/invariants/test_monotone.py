@@ -15,7 +15,7 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
-from simulator.simulate import node_seconds, simulate_ranks, simulate_step
+from simulator.simulate import simulate_ranks, simulate_step, slowdowns
 from simulator.workload.routing import RoutedTokens, moe_layer_count
 from simulator.workload.stages import blocks
 
@@ -57,12 +57,12 @@ def test_more_imbalance_never_helps(s, seed):
     shape = moe_layer_count(s.model), micro_batches, result.order.ranks // (plan.ep * plan.etp), plan.ep
     away = np.random.default_rng(seed).uniform(-1, 1, shape)
     away -= away.mean(axis=-1, keepdims=True)
-    seconds = node_seconds(result.program, s)
+    slow = slowdowns(result.program, s)
     times = []
     for strength in (0.0, 0.1, 0.3, 0.49):
         routed = RoutedTokens(1.0 + strength * away, np.zeros(shape[:-1]), 1.0)
         what = Uneven(np.ones((plan.pp, result.order.ranks)), None, rank_load(routed, plan))
-        times.append(replay_ranks(result.order, RankDurations(result.program, s, seconds, what, CALM)).end_s.max())
+        times.append(replay_ranks(result.order, RankDurations(result.program, s, slow, what, CALM)).end_s.max())
     assert all(later >= earlier * (1 - ROUNDING) for earlier, later in zip(times[:-1], times[1:], strict=True))
 
 
