@@ -101,9 +101,10 @@ def _ends(plan: Plan | PlanColumns, t: StageTimes, order: Schedule) -> tuple[Num
         ready = np.einsum("...rd,rcd->...rc", gathers, earlier) + _by_composition(t, _gathering)[..., held]
         busy = gathers.sum(axis=-1)
     if plan.zero < 2 and not order.pairs:
-        ends = replay(order, {kind: t.pass_s(kind) for kind in PASSES}, t.hop_s, ready)
+        ends = replay(order, {kind: t.pass_s(kind) for kind in PASSES}, t.hop_s, ready, not plan.overlap.pp)
         return ends, ends.max(axis=-1)
-    return replay_streams(order, lambda what: _laps(plan, t, what), t.forward_s.shape[:-1], t.hop_s, ready, busy)
+    args = order, lambda what: _laps(plan, t, what), t.forward_s.shape[:-1], t.hop_s
+    return replay_streams(*args, ready, busy, not plan.overlap.pp)
 
 
 def _laps(plan: Plan | PlanColumns, t: StageTimes, what: tuple[tuple[str, int], ...]) -> list[list[Lap]]:

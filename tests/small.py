@@ -111,7 +111,8 @@ def scenarios(
         tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp_replicate=replicas, zero=one(0, 1, 2, 3), micro_batch=one(1, 2),
         schedule=schedule, layout=layout, recompute=one("none", "selective", "full"), recompute_modules=SELECTIVE,
         sequence_parallel=sparse or one(True, False), dispatcher=one("alltoall", "deepep"),
-        overlap=Overlap(grad_reduce=one(True, False), param_gather=one(True, False), tp=one(True, False)), kernels=one(*STACKS),
+        overlap=Overlap(grad_reduce=one(True, False), param_gather=one(True, False), tp=one(True, False), pp=one(True, False)),
+        kernels=one(*STACKS),
     )  # fmt: skip
     size = one(*hidden)
     extra = {"mtp_layers": one(0, 1) if uneven else 0}
@@ -146,6 +147,7 @@ def any_schedule(draw: st.DrawFn, experts: bool) -> Scenario:
     plan = Plan(
         tp=tp, pp=pp, vpp=vpp, ep=ep, schedule=name, dp_shard=8 // tp, zero=draw(st.sampled_from([0, 1, 2, 3])), dispatcher="deepep",
         layout=draw(st.sampled_from([None, "balanced"])), recompute=draw(st.sampled_from(["none", "selective"])),
+        overlap=Overlap(pp=draw(st.booleans())),
     )  # fmt: skip
     step = Job(tokens=512 * m * plan.dp * 10, global_batch=m * plan.dp, sequence_length=512)
     return Small(model=model, cluster=H100.model_copy(update={"accelerators": 8 * pp}), plan=plan, job=step)

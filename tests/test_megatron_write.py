@@ -44,7 +44,7 @@ def sayable(draw: st.DrawFn) -> Plan:
         zero=one(0, 1, 2, 3), micro_batch=one(1, 2, 4), schedule=one("interleaved", "interleaved-overlapped") if vpp > 1 else "1f1b",
         layout=one(None, "balanced", letters(pp * vpp)), recompute=recompute, recompute_modules=modules, precision=precision,
         sequence_parallel=one(True, False), dispatcher=one("alltoall", "deepep"),
-        overlap=Overlap(grad_reduce=one(True, False), param_gather=one(True, False)),
+        overlap=Overlap(grad_reduce=one(True, False), param_gather=one(True, False), pp=one(True, False)),
         placement=Placement(order=one(ORDER, PIPELINE_INSIDE)),
     )  # fmt: skip
 

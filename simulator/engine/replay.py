@@ -19,7 +19,7 @@ from simulator.units import Number
 Runs = tuple[tuple[tuple[str, Number], ...], ...]
 
 
-def replay(order: Schedule, seconds: Mapping[str, Number], hop: Number, ready: Number | None = None) -> np.ndarray:
+def replay(order: Schedule, seconds: Mapping[str, Number], hop: Number, ready: Number | None = None, blocking: bool = False) -> np.ndarray:
     """Return when each chunk of each rank ends its last backward, seconds.
 
     Parameters
@@ -32,6 +32,8 @@ def replay(order: Schedule, seconds: Mapping[str, Number], hop: Number, ready: N
         A message between ranks.
     ready : ndarray (..., pp, vpp), optional
         Earliest end of the first forward of a chunk, when its parameters have to arrive first.
+    blocking : bool
+        Whether a rank starts its next action only when its message has left, as with synchronous sends.
 
     Returns
     -------
@@ -59,7 +61,9 @@ def replay(order: Schedule, seconds: Mapping[str, Number], hop: Number, ready: N
         free[rank] = end
         if action.kind in "BW":
             last[rank][action.chunk] = end
-        mail.send(rank, action, end)
+        left = mail.send(rank, action, end)
+        if blocking:
+            free[rank] = left
     return np.stack([np.stack(row, axis=-1) for row in last], axis=-2)
 
 
@@ -75,14 +79,15 @@ class _Mail:
         """Return when the input of `action` arrives; None where nothing sends it."""
         return self.sent.pop((_side(action), rank, action.chunk, action.micro_batch), None) if action.kind != "W" else None
 
-    def send(self, rank: int, action: Action, end: Number) -> None:
-        """Hand the result of `action` on to whoever waits for it."""
+    def send(self, rank: int, action: Action, end: Number) -> Number:
+        """Hand the result of `action` on to whoever waits for it; return when it has left the rank, `end` where nothing leaves."""
         target = self.order.target(rank, action)
         if target is None:
-            return
+            return end
         if target[0] != rank:
             end = self.line[rank] = np.maximum(self.line[rank], end) + self.hop
         self.sent[_side(action), *target, action.micro_batch] = end
+        return end
 
 
 def _side(action: Action) -> str:
@@ -204,12 +209,13 @@ def replay_streams(
     hop: Number,
     ready: Number | None = None,
     busy: Number | float = 0.0,
+    blocking: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return when each chunk of each rank ends its last backward, and when each rank has reduced what it reduces on the way.
 
     Parameters
     ----------
-    order, hop, ready
+    order, hop, ready, blocking
         As for `replay`; with pairs.
     laps : callable
         Returns the laps of an entry's actions from their (kind, stage).
@@ -246,6 +252,8 @@ def replay_streams(
         for a, end in sorted(zip(parts, new[4:], strict=True), key=lambda part: float(np.mean(part[1]))):
             if a.kind in "BW":
                 last[rank][a.chunk] = end
-            mail.send(rank, a, end)
+            left = mail.send(rank, a, end)
+            if blocking:
+                new[0] = np.maximum(new[0], left)
     done = [np.maximum(np.where(np.asarray(left) > 0, np.maximum(c[2], c[3]) + left, c[2]), c[0]) for c, (_, left) in zip(clocks, held)]
     return np.stack([np.stack(row, axis=-1) for row in last], axis=-2), np.stack(done, axis=-1)

@@ -20,7 +20,7 @@ READ = _names(
     torch-fsdp2-no-reshard-after-forward overlap-grad-reduce overlap-param-gather bf16 fp16 fp8-format fp4-format
     grad-reduce-in-bf16 accumulate-allreduce-grads-in-fp32 main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     moe-token-dispatcher-type moe-flex-dispatcher-backend moe-enable-deepep moe-router-force-load-balancing
-    overlap-moe-expert-parallel-comm use-tp-pp-dp-mapping
+    overlap-moe-expert-parallel-comm no-overlap-p2p-communication use-tp-pp-dp-mapping
     """
 )
 #: dimensions of the model, which a name or a config.json gives instead; --num-layers is read for the pipeline only
@@ -40,7 +40,6 @@ NOT_MODELLED = {
     "moe-expert-capacity-factor": "no token is dropped",
     "moe-pad-expert-input-to-capacity": "experts are not padded",
     "tp-comm-overlap": "tensor-parallel collectives are priced in line with the GEMMs",
-    "no-overlap-p2p-communication": "the schedule decides what pipeline sends hide behind",
     "overlap-param-gather-with-optimizer-step": "the first gather is priced after the optimizer",
     "microbatch-group-size-per-virtual-pipeline-stage": "micro-batches are interleaved in groups of pp",
     "cp-comm-type": "context parallelism is priced as Plan describes it",

@@ -93,6 +93,7 @@ def _pipeline(plan: Plan) -> list[str]:
         flags.append(f"--pipeline-model-parallel-layout '{plan.layout}'")
     elif plan.vpp > 1:
         flags.append(f"--num-virtual-stages-per-pipeline-rank {plan.vpp}")
+    flags += ["--no-overlap-p2p-communication"] * (not plan.overlap.pp)
     return flags + ["--overlap-moe-expert-parallel-comm"] * (plan.schedule == "interleaved-overlapped")
 
 

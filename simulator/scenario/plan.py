@@ -117,6 +117,9 @@ class Overlap(Frozen):
     tp : bool
         Gather a linear layer's input again beside its input gradient, and reduce-scatter that beside its weight gradient:
         what Megatron and Transformer Engine always do, and PyTorch's own tensor parallelism does not.
+    pp : bool
+        Send to other stages beside the next action. False starts it only when the message has left, as Megatron does without
+        interleaving or with ``--no-overlap-p2p-communication``.
     """
 
     grad_reduce: bool = True
@@ -124,6 +127,7 @@ class Overlap(Frozen):
     multiprocessors: float = Field(default=20 / 132, ge=0, lt=1)
     collective_multiprocessors: float = Field(default=16 / 132, ge=0, lt=1)
     tp: bool = True
+    pp: bool = True
 
 
 class _Degrees:

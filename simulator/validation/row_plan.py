@@ -303,8 +303,11 @@ def _precision(row: Row) -> Precision:
 def _overlap(row: Row, degrees: dict[str, int]) -> Overlap:
     notes = row.text("overlap_notes")
     tp = not row.has("torchtitan", "source")  # PyTorch's own tensor parallelism gathers nothing again beside a gradient
+    pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")
+    if not pp:
+        row.assume("messages between stages not printed: none beside compute, as in the authors' script; their own schedules send aside")
     if degrees["dp_shard"] * degrees["dp_replicate"] == 1:
-        return Overlap(tp=tp)
+        return Overlap(tp=tp, pp=pp)
     if re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):
         return Overlap(grad_reduce=False, param_gather=False, tp=tp)
     if row.has(_NO_GRADIENT_OVERLAP, "source"):

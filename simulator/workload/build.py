@@ -79,6 +79,7 @@ class _Row:
     held: list[tuple[tuple[Task, ...], tuple[int, ...], Action | None]] = field(default_factory=list)
     done: Counter = field(default_factory=Counter)
     ended: dict[tuple[str, int, int], tuple[int, ...]] = field(default_factory=dict)
+    leaving: tuple[int, ...] = ()
 
 
 class _Builder:
@@ -157,13 +158,14 @@ class _Builder:
     # --- the schedule ---
 
     def run_entry(self, row: _Row, entry: Entry) -> None:
+        left, row.leaving = row.leaving, ()  # messages that hold up this entry
         if isinstance(entry, Action):
-            for _ in self.action(row, row.thread, entry):
+            for _ in self.action(row, row.thread, entry, left):
                 pass
             return
         begin = len(self.program)
         threads = [_Thread(row.thread.last, row.thread.earlier) for _ in entry]
-        turns = [self.action(row, thread, action) for thread, action in zip(threads, entry, strict=True)]
+        turns = [self.action(row, thread, action, left) for thread, action in zip(threads, entry, strict=True)]
         while turns:
             turns = [turn for turn in turns if next(turn, None) is not None]
         row.thread.last, row.thread.earlier = (
@@ -173,11 +175,15 @@ class _Builder:
         pair = held[entry.forward.chunk], held[entry.backward.chunk]
         self.program.pair[begin:] = [pair] * (len(self.program) - begin)
 
-    def action(self, row: _Row, thread: _Thread, action: Action) -> Iterator[tuple[int, ...]]:
-        """Append an action of one chunk: wait for its message, run its blocks, send the result on; yields after each segment."""
+    def action(self, row: _Row, thread: _Thread, action: Action, left: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """Append an action of one chunk: wait for its message, run its blocks, send the result on; yields after each segment.
+
+        It also waits for the nodes in `left`.
+        """
         stage = self.schedule.held[row.rank][action.chunk]
         names, forward = list(enumerate(self.stages[stage])), action.kind == "F"
         first, also = True, self.local_input(row, action)
+        thread.last += left
         for i, name in names if forward else reversed(names):
             piece = self.pieces[name]
             also += self.parameters(row, thread, piece, action, i)
@@ -237,7 +243,9 @@ class _Builder:
         if target[0] == row.rank:
             row.ended[kind, action.chunk, action.micro_batch] = thread.last
         else:
-            self.sent[row.rank_class, kind, action.chunk, action.micro_batch] = self.emit(row, self.send, thread.last, action)
+            node = self.sent[row.rank_class, kind, action.chunk, action.micro_batch] = self.emit(row, self.send, thread.last, action)
+            if not self.plan.overlap.pp:
+                row.leaving += (node,)
 
     # --- the ends of the step ---
 
