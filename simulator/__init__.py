@@ -17,6 +17,7 @@ from simulator.network.build import topology
 from simulator.network.topology import Topology
 from simulator.outcome import sources
 from simulator.planning.fabrics import fabrics
+from simulator.planning.remedies import remedies
 from simulator.planning.search import Search, search
 from simulator.planning.space import Space
 from simulator.planning.sweep import grid, stored_scenario, stored_sweep, sweep
@@ -64,6 +65,7 @@ __all__ = [
     "RanksResult",
     "Variation",
     "Routing",
+    "remedies",
     "search",
     "plan",
     "Search",

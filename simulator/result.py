@@ -44,7 +44,11 @@ class StepResult(Outcome):
     timeline: Timeline
     compute_parts_s: dict[str, float] = field(repr=False)
     shares: dict[tuple[str, str], Share] = field(default_factory=dict, repr=False)
-    not_modelled = NOT_MODELLED
+
+    @property
+    def not_modelled(self) -> tuple[str, ...]:
+        """What a real step has and this one has not; the routing of a scenario is for a simulation of every rank."""
+        return (*NOT_MODELLED, *(("the scenario's routing (simulate every rank for it)",) if self.scenario.routing else ()))
 
     @cached_property
     def step_time_s(self) -> float:

@@ -147,7 +147,7 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
     variation : Variation, optional
         Jitter, slow hosts, throttling, uneven sequences, and the first seed; nothing varies by default.
     routing : Routing, optional
-        How tokens spread over experts; what the job says by default.
+        How tokens spread over experts; what the scenario or else its job says by default.
     seeds : int
         How many seeds to simulate, counted up from that of `variation`.
 
@@ -166,7 +166,7 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
         problems.append(Problem("at least one seed", f"seeds = {seeds}", "use 1 or more"))
     if problems:
         raise PlanError(problems)
-    plan, variation = scenario.plan, variation or Variation(jitter=0)
+    plan, variation, routing = scenario.plan, variation or Variation(jitter=0), routing or scenario.routing
     same = np.ones(plan.world)
     program = build_step(scenario.model, plan, scenario.job, rank_classes(plan, same, same))
     order = prepare(

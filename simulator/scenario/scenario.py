@@ -14,6 +14,7 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.scenario.profiles import CLUSTERS, MODELS, described, read_yaml, save_yaml, validated
+from simulator.scenario.routing import Routing
 
 
 class Scenario(Frozen):
@@ -28,12 +29,15 @@ class Scenario(Frozen):
     plan : Plan
         `dp_shard` may be left out: it then fills the cluster.
     job : Job
+    routing : Routing, optional
+        How unevenly tokens fall on experts, and the remedies in force; for a simulation of every rank.
     """
 
     model: Model
     cluster: Cluster
     plan: Plan = Plan()
     job: Job
+    routing: Routing | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -75,6 +79,8 @@ class Scenario(Frozen):
         data = self.model_dump(mode="json")
         data["model"] = described(MODELS, self.model)
         data["cluster"] = described(CLUSTERS, self.cluster)
+        if self.routing is None:
+            del data["routing"]
         return data
 
     def save(self, path: str | Path) -> None:

@@ -10,6 +10,8 @@ from small import moe, scenario, scenarios
 
 from simulator.durations import RankDurations, Uneven, rank_load, uneven
 from simulator.engine.ranks import replay_ranks
+from simulator.errors import ProfileError
+from simulator.planning.remedies import remedies
 from simulator.pricing import loaded, op_s
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
@@ -81,6 +83,26 @@ def test_remedies_help():
     by_capacity = [step_s(capacity_factor=c) for c in (8.0, 1.5, 1.0)]
     assert by_capacity == sorted(by_capacity, reverse=True)
     assert by_capacity[0] == by_bias[0]
+
+
+def test_remedies_of_a_scenario_side_by_side(tmp_path):
+    """A scenario's file says how uneven its experts are and what is done about it; every remedy helps, all of them most."""
+    skewed = Routing(distribution="zipf", exponent=1.0, sampled=False, bias_balance=0.5, capacity_factor=1.5, redundant_experts=8)
+    s = scenario(moe(4, 1024), 16, Plan(ep=8), 8, sequence_length=1024)
+    s.model_copy(update={"routing": skewed}).save(tmp_path / "skewed.yaml")
+    loaded = Scenario.load(tmp_path / "skewed.yaml")
+    assert loaded.routing == skewed
+    table = remedies(loaded, CALM).set_index("remedy")
+    assert table.index.tolist() == ["none", "bias_balance", "capacity_factor", "redundant_experts", "all"]
+    step, load = table["step_time_s"], table["heaviest_load"]
+    assert step.idxmax() == load.idxmax() == "none"
+    assert step["all"] <= step.min() * (1 + ROUNDING)
+    assert (table["over_balanced"] >= 1 - ROUNDING).all()
+    assert table["dropped_share"][["none", "bias_balance", "redundant_experts"]].max() == 0 < table["dropped_share"]["capacity_factor"]
+    assert step["all"] == simulate_ranks(loaded, CALM).step_time_s
+    assert any("routing" in said for said in simulate_step(loaded).not_modelled)
+    with pytest.raises(ProfileError, match="uneven"):
+        remedies(s)
 
 
 @settings(max_examples=40, deadline=None)
