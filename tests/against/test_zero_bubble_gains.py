@@ -10,18 +10,22 @@ the next step begins in the slope of the last (`simulate_steps`). Their pace is 
 its own optimizer, to rounding (`test_steps_follow_at_the_pace_of_the_longest_row`), which is what is compared. The tables are
 searched for the plan's own times, as their scheduler did with profiled ones.
 
+Their Megatron-LM sends between stages in line with compute (``--no-overlap-p2p-communication`` in the authors' script,
+sail-sg/zero-bubble-pipeline-parallelism, examples/pretrain_zero_bubble.sh; 1F1B never overlaps), which costs 1F1B-I, with a
+message for every layer, 0.6 to 7 % of its step; their own schedules send aside.
+
 Target: ZB-1p and ZB-2p over 1F1B and over 1F1B-I within 3 points of the measured ratios. Found, in points over the 12 cases,
-predicted less measured, with nothing fitted to these rows:
+predicted less measured, with nothing fitted to these ratios:
 
-    ZB-1p over 1F1B    +1.3 ... +6.4, mean +3.9    3 of 12 within 3 points
-    ZB-2p over 1F1B    +0.3 ... +4.1, mean +2.5    8 of 12
-    ZB-1p over 1F1B-I  -5.7 ... -0.2, mean -2.6    8 of 12
-    ZB-2p over 1F1B-I  -7.0 ... -2.2, mean -4.5    4 of 12
+    ZB-1p over 1F1B    +0.9 ... +5.0, mean +2.9    5 of 12 within 3 points
+    ZB-2p over 1F1B    +0.5 ... +4.0, mean +2.1    8 of 12
+    ZB-1p over 1F1B-I  -3.0 ... +2.4, mean -0.3   12 of 12
+    ZB-2p over 1F1B-I  -3.8 ... +1.2, mean -1.2   10 of 12
 
-So 23 of the 48 ratios are met, none is off by more than 7 points. Two reasons can be named. The runs used attention that is not
+So 35 of the 48 ratios are met, none is off by more than 5 points. What remains can be named. The runs used attention that is not
 fused (their activations grow with 5 a s^2), which takes time in F and I but none in W: W is 0.50 to 0.74 of F in the paper's
-profile and 0.83 to 1.02 with fused attention, and the more of a step is W, the more zero bubble gains. And 1F1B-I gains more here
-than it did: its many messages run beside compute, which the Megatron-LM of the time did only in part.
+profile and 0.68 to 0.95 here, because the A100's matrix products are priced slower, and its kernels that memory bounds faster,
+than theirs. The more of a step is W, the more zero bubble gains.
 
 V-half and V-min are not among the schedules, and are, with ZB-V, only in rows of another source without batch and sequence length
 (Primus): no ratio could be formed of them.
@@ -84,15 +88,16 @@ def test_rows_become_the_plans_they_print(steps):
     assert [plans[name].schedule for name in SCHEDULES] == ["1f1b", "interleaved", "table", "table"]  # searched
     assert plans["zb-1p"].layout == "Et*3|t*4|t*4|t*4|t*4|t*4|t*4|t*3L"
     assert plans["1f1b-i"].vpp == 4
+    assert [plans[name].overlap.pp for name in SCHEDULES] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
-    ("over", "name", "within"), [("1f1b", "zb-1p", 3), ("1f1b", "zb-2p", 7), ("1f1b-i", "zb-1p", 5), ("1f1b-i", "zb-2p", 3)]
+    ("over", "name", "within"), [("1f1b", "zb-1p", 4), ("1f1b", "zb-2p", 8), ("1f1b-i", "zb-1p", 11), ("1f1b-i", "zb-2p", 9)]
 )
 def test_gains(steps, over, name, within):
     found = points(steps, over, name)
     assert (abs(found) <= 3).sum() >= within
-    assert abs(found).max() < 8
+    assert abs(found).max() < 6
 
 
 def test_steps_follow_at_the_pace_of_the_longest_row(steps):
@@ -102,7 +107,7 @@ def test_steps_follow_at_the_pace_of_the_longest_row(steps):
 
 
 def test_every_schedule_ranks_as_measured(steps):
-    """ZB-2p is first, 1F1B last in every case, measured and predicted, and no ratio is off by more than 7 points."""
+    """ZB-2p is first, 1F1B last in every case, measured and predicted."""
     for model, counts in CASES:
         for m in counts:
             measured = {name: steps[model, m, name][0] for name in SCHEDULES}
