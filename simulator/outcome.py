@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,8 @@ from simulator.feasibility import memory
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.plan import RESERVE_SOURCES, Reserve
 from simulator.scenario.scenario import Scenario
+from simulator.schedules import actions, schedule
+from simulator.units import Number
 from simulator.workload.flop import count, hardware_flop
 from simulator.workload.memory import PARTS
 from simulator.workload.stages import stage_blocks
@@ -137,6 +140,28 @@ class Outcome(ABC):
             "not_modelled": list(self.not_modelled),
             "problems": [],
         }
+
+
+def divided(scenario: Scenario, rank: int, begin: Mapping[str, Number], end: Mapping[str, Number], step_time_s: float) -> dict[str, Number]:
+    """Return how long the row of a pipeline rank spends in each phase, and waits; from when its actions begin and end.
+
+    Parameters
+    ----------
+    begin, end : mapping of str to Number
+        By action, seconds; of one rank, or of many that hold the same stages.
+    """
+    names = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s", "pair": "pair_s"}
+    plan = scenario.plan
+    found: dict[str, Number] = dict.fromkeys(names.values(), 0.0)
+    last: Number = 0.0
+    for entry in schedule(plan.schedule, plan.pp, plan.vpp, scenario.micro_batches, plan.table).table[rank]:
+        parts = [str(action) for action in actions((entry,))]
+        last = reduce(np.maximum, [end[part] for part in parts])
+        name = names["pair" if len(parts) > 1 else parts[0].strip("0123456789")]
+        found[name] = found[name] + last - reduce(np.minimum, [begin[part] for part in parts])
+    found["optimizer_s"] = step_time_s - last
+    found["bubble_s"] = np.maximum(step_time_s - sum(found.values()), 0.0)  # rounding can leave -1e-16
+    return found
 
 
 def sources(of: Scenario | Cluster) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import pandas as pd
 from simulator.durations import RankDurations
 from simulator.engine.order import RankProgram
 from simulator.engine.ranks import Replay, critical_path, replay_ranks
-from simulator.outcome import Outcome
+from simulator.outcome import Outcome, divided
 from simulator.scenario.mesh import accelerator_of
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
@@ -126,6 +126,31 @@ class RanksResult(Outcome):
             Compute, exposed and wait add up to the step.
         """
         return self._table.copy()
+
+    def phases(self) -> pd.DataFrame:
+        """Return how each rank spends the step, as profilers of pipelines divide it; replays the step to find it.
+
+        Returns
+        -------
+        DataFrame
+            One row per rank: ``rank``, ``stage``, and the seconds of `StepResult.phases`. What a rank waits for inside an action,
+            as for slower members of its groups, is part of the action.
+        """
+        kept, tables = replay_ranks(self.order, self.durations, keep=True), []
+        assert kept.ends is not None
+        begin, end = ([{} for _ in range(self.order.stages)] for _ in range(2))
+        for node, action in enumerate(self.program.label):
+            if action is None or self.program.tasks[self.program.task[node]].stream in ("pp", "dp"):
+                continue
+            stage, name, done = self.program.rank_class[node], str(action), kept.ends[node]
+            if name not in begin[stage]:  # kernels come first
+                begin[stage][name] = done - self.durations(node)
+            end[stage][name] = np.maximum(end[stage].get(name, done), done)
+        for stage in range(self.order.stages):
+            row = divided(self.scenario, stage, begin[stage], end[stage], self.step_time_s)
+            ranks = np.arange(self.order.ranks) + stage * self.order.ranks
+            tables.append(pd.DataFrame({"rank": ranks, "stage": stage} | row))
+        return pd.concat(tables, ignore_index=True)
 
     def slowest(self, count: int = 10) -> pd.DataFrame:
         """Return the `count` ranks that compute longest beside the median of their stage, slowest first."""

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 
 from simulator.network.sharing import Share
-from simulator.outcome import Outcome
+from simulator.outcome import Outcome, divided
 from simulator.scenario.scenario import Scenario
-from simulator.schedules import Schedule, actions, schedule
 from simulator.timeline import Timeline
 
 #: mechanisms that a real step has and this one does not
@@ -95,10 +94,6 @@ class StepResult(Outcome):
         ]
         return pd.DataFrame(rows, columns=["axis", "kind", "flows", "tier", "nic_share", "slowdown", "hottest", "load"])
 
-    def _order(self) -> Schedule:
-        plan, job = self.scenario.plan, self.scenario.job
-        return schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
-
     def activations_over_time(self) -> pd.DataFrame:
         """Return the activations that each class of ranks holds, from one change to the next (`Timeline.memory`)."""
         return self.timeline.memory()
@@ -115,19 +110,15 @@ class StepResult(Outcome):
             of waiting before and between them (``bubble_s``). They add up to the step; communication of a forward or
             backward is part of it.
         """
-        order, stage = self._order(), dict(zip(self.timeline.rank_class.tolist(), self.timeline.stage.tolist(), strict=True))
-        begin, end = self.timeline.action_times()
-        names = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s", "pair": "pair_s"}
+        stage = dict(zip(self.timeline.rank_class.tolist(), self.timeline.stage.tolist(), strict=True))
+        begin, end = ({c: {} for c in stage} for _ in range(2))
+        for times, found in zip(self.timeline.action_times(), (begin, end), strict=True):
+            for (c, action), seconds in times.items():
+                found[c][action] = seconds
         rows = []
         for c, ranks in enumerate(self.timeline.ranks.tolist()):
-            row, last = dict.fromkeys(names.values(), 0.0), 0.0
-            for entry in order.table[stage[c]]:
-                parts = [(c, str(action)) for action in actions((entry,))]
-                last = max(end[part] for part in parts)
-                row[names["pair" if len(parts) > 1 else parts[0][1].strip("0123456789")]] += last - min(begin[part] for part in parts)
-            row["optimizer_s"] = self.step_time_s - last
-            row["bubble_s"] = max(self.step_time_s - sum(row.values()), 0.0)  # rounding can leave -1e-16
-            rows.append({"rank_class": c, "stage": stage[c], "ranks": ranks} | row)
+            row = divided(self.scenario, stage[c], begin[c], end[c], self.step_time_s)
+            rows.append({"rank_class": c, "stage": stage[c], "ranks": ranks} | {name: float(value) for name, value in row.items()})
         return pd.DataFrame(rows)
 
 

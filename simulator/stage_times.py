@@ -143,7 +143,8 @@ def price_blocks(
 
     def runs(segments: tuple[Segment, ...], priced: Mapping[int, Number]) -> Runs:
         launches = host_wait(segments, plan.kernels).launches
-        launched_s = launches * (cluster.host.dispatch_s or 0.0) if np.any(launches) else None
+        dispatch_s = 0.0 if cluster.host.dispatch_s is None else cluster.host.dispatch_s
+        launched_s = launches * dispatch_s if np.any(launches) else None
         return _runs([[(op, priced[id(op)]) for op in segment] for segment in segments], launched_s)
 
     def one(block: Block) -> BlockPrice:

@@ -107,6 +107,11 @@ def test_without_variation_it_is_the_step_of_the_classes(s):
     assert ranks.step_time_s == pytest.approx(classes.step_time_s, rel=TOLERANCE)
     mean = classes.timeline.exposed().eval("(compute_s * ranks).sum() / ranks.sum()")
     assert ranks.table()["compute_s"].mean() == pytest.approx(mean, rel=TOLERANCE)
+    every, few = ranks.phases(), classes.phases()
+    names = [name for name in few if name.endswith("_s")]
+    weighted = few[names].mul(few["ranks"], axis=0).sum() / few["ranks"].sum()
+    assert every[names].mean().to_numpy() == pytest.approx(weighted.to_numpy(), rel=TOLERANCE, abs=TOLERANCE * ranks.step_time_s)
+    assert every[names].sum(axis=1).to_numpy() == pytest.approx(ranks.step_time_s, rel=TOLERANCE)
 
 
 @settings(max_examples=40, deadline=None)
