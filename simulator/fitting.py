@@ -79,8 +79,8 @@ def fit(parameters: Sequence[Parameter], slopes: np.ndarray, misses: np.ndarray,
     Notes
     -----
     Minimises ``sum w rho((slopes x - misses) / tolerance) + sum ((x - ln(known / start)) / spread)^2`` over
-    ``x = ln(value / start)`` within the bounds, ``rho(z) = 2 (sqrt(1 + z^2) - 1)``. The interval is that of the quadratic approximation at the minimum. Linear in
-    the logarithms: start again from the result where it is far from the starts.
+    ``x = ln(value / start)`` within the bounds, ``rho(z) = 2 (sqrt(1 + z^2) - 1)``. The interval is that of the quadratic
+    approximation at the minimum. Linear in the logarithms: start again from the result where it is far from the starts.
     """
     low, high = (np.array([np.log(getattr(p, end) / p.start) for p in parameters]) for end in ("lower", "upper"))
     spread = np.array([p.spread for p in parameters])

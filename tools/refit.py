@@ -57,7 +57,8 @@ def write(silicon: str, parameters: list[Parameter], result: Fitted) -> None:
         if not parts:
             continue
         said = "; ".join(
-            f"{part} {result.low[index[part]]:.3g} to {result.high[index[part]]:.3g}, {result.sensitivity[index[part]]:.2f}" for part in parts
+            f"{part} {result.low[index[part]]:.3g} to {result.high[index[part]]:.3g}, {result.sensitivity[index[part]]:.2f}"
+            for part in parts
         )
         source = (
             f"{of}, each model on each accelerator counting once (tools/refit.py); 80 % intervals and sensitivities, percent of step "

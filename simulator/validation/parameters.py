@@ -1,7 +1,8 @@
 """The few parameters that datasheets and benchmarks leave open, fitted to the published record: what, within which bounds, and how.
 
 A parameter belongs to a generation of silicon and the power it gets, not to a row, a model or a product: A100 of 40 and 80 GB share
-theirs, as do H100, H200 and H800, B200 and B300 in air-cooled hosts, GB200 and GB300 beside Grace. The cold score of a row comes from parameters fitted without its model on its accelerator.
+theirs, as do H100, H200 and H800, B200 and B300 in air-cooled hosts, GB200 and GB300 beside Grace. The cold score of a row comes
+from parameters fitted without its model on its accelerator.
 """
 
 from __future__ import annotations
@@ -118,9 +119,11 @@ def _by_silicon(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame, list[P
         ranges = {f"in_training.{name}": bounds for name, bounds in _PARTS.items()} | {"dispatch_s": _DISPATCH}
         starts = [float(group[f"start.{name}"].median()) for name in known]
         units = ["s" if name == "dispatch_s" else "1" for name in known]
-        yield silicon, group, [
-            Parameter(n, u, s, *ranges[n], known=_KNOWN.get(n, 1.0)) for n, u, s in zip(known, units, starts, strict=True)
-        ]
+        yield (
+            silicon,
+            group,
+            [Parameter(n, u, s, *ranges[n], known=_KNOWN.get(n, 1.0)) for n, u, s in zip(known, units, starts, strict=True)],
+        )
 
 
 def _joined(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:

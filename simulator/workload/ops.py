@@ -275,11 +275,12 @@ class BlockBuilder:
             ops = (grad, other) if other else (grad,)
             backward += [ops] if self.overlap else [(op,) for op in ops]
         if e < BF16:
+            host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
             there, back = (0.0 if known else BF16 + e for known in arrives)
-            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * k * there, routed=routed),))
+            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * k * there, **host),))
             back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
-            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * n * back, grad="input", routed=routed),))
-            again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", routed=routed)
+            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * n * back, grad="input", **host),))
+            again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", **host)
             backward.insert(next(i for i, ops in enumerate(backward) if any(op is wgrad for op in ops)), (again,))
         self.add(forward, backward, saved, modules)
 
