@@ -26,9 +26,10 @@ def candidates(cluster: Cluster) -> list[str]:
     found = []
     for name in FABRICS.names():
         fabric = FABRICS.load(name)
-        port = cluster.host.nic_bytes_per_s / getattr(fabric.shape, "planes", 1)
+        shape = fabric.shape
+        port = cluster.host.nic_bytes_per_s / (shape.planes * shape.cables if isinstance(shape, Clos) else 1)
         plug = PARTS.load(fabric.host_optic).port_bytes_per_s if fabric.host_optic else None
-        if isinstance(fabric.shape, Clos) and plug == port and fabric.tiers[-1].accelerators >= cluster.accelerators:
+        if isinstance(shape, Clos) and plug == port and fabric.tiers[-1].accelerators >= cluster.accelerators:
             found.append(name)
     return found
 
