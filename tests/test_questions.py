@@ -8,7 +8,7 @@ from small import Small, cluster, dense, job, moe
 from simulator.errors import PlanError, ProfileError
 from simulator.planning.compare import compare
 from simulator.planning.power import carbon_kg, energy_kwh
-from simulator.planning.questions import answer, cheapest, fewest_accelerators, on_cluster, scaling, sizes, split, tokens_for
+from simulator.planning.questions import answer, between, cheapest, fewest_accelerators, on_cluster, scaling, sizes, split, tokens_for
 from simulator.planning.search import search
 from simulator.planning.sensitivity import INPUTS, Input, tornado
 from simulator.planning.space import Space
@@ -43,6 +43,21 @@ def test_fewest_accelerators_stops_at_the_first_that_is_fast_enough():
     found = fewest_accelerators(s, (days[8] + days[16]) / 2, (4, 8, 16), TINY)
     assert found["accelerators"].tolist() == [4, 8, 16]
     assert fewest_accelerators(s, days[4], (4, 8, 16), TINY)["accelerators"].tolist() == [4]
+
+
+def test_fewest_accelerators_looks_between_a_size_that_is_too_slow_and_its_double():
+    s = question(16, batch=48)
+    days = {n: answer(on_cluster(s, s.cluster, n), TINY)["training_days"] for n in (8, 12, 16)}
+    assert days[8] > days[12] > days[16]
+    tried = fewest_accelerators(s, days[12], space=TINY)["accelerators"].tolist()
+    assert tried[-2:] == [8, 12]
+    assert fewest_accelerators(s, days[16], space=TINY)["accelerators"].tolist()[-2:] == [12, 16]
+
+
+def test_sizes_between_two_are_whole_hosts():
+    c = question(16).cluster
+    assert between(c, 8, 16) == [12]
+    assert between(c, 8, 8) == []
 
 
 def test_a_deadline_that_nothing_meets_names_the_nearest_miss():

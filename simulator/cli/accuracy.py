@@ -36,8 +36,9 @@ def validate(
 ) -> None:
     """Compare predictions with published measurements, or with your own: cold, anchored, relative, with intervals."""
     from simulator.files import write_atomically
-    from simulator.validation.page import HEAD, markdown, sections
+    from simulator.validation.page import HEAD, sections
     from simulator.validation.report import confront, refreshed
+    from simulator.validation.section import markdown
 
     own, problems = _own({"data": data, "memory": memory, "collectives": collectives})
     with progress() as tell:

@@ -21,6 +21,8 @@ COMMON = Space(
     zero=(1,), schedule=("1f1b", "interleaved"), recompute=("none", "layernorm+mlp_act+moe_act+mla_up_proj", "full"),
     layout=("balanced",), micro_batch=(1, 2), vpp=(1, 2, 4),
 )  # fmt: skip
+#: steps from the last size that is too slow to the doubled one
+STEPS = 8
 Tell = Callable[[str, int, int], None]
 
 
@@ -81,6 +83,12 @@ def sizes(cluster: Cluster, at_most: int | None = None) -> list[int]:
     return [least * 2**n for n in range(int(np.log2(max(most // least, 1))) + 1)]
 
 
+def between(cluster: Cluster, less: int, more: int) -> list[int]:
+    """Return accelerator counts between two sizes: whole hosts, by `STEPS` to the larger one."""
+    hosts = {round(less + (more - less) * step / STEPS) // cluster.host.accelerators for step in range(1, STEPS)}
+    return sorted(n * cluster.host.accelerators for n in hosts if less < n * cluster.host.accelerators < more)
+
+
 def fewest_accelerators(
     scenario: Scenario, days: float, counts: Iterable[int] | None = None, space: Space = COMMON, progress: Tell | None = None
 ) -> pd.DataFrame:
@@ -92,12 +100,12 @@ def fewest_accelerators(
         Model, job, and the cluster whose size is asked.
     days : float
     counts : iterable of int, optional
-        Sizes to try, ascending; `sizes` when left out.
+        Sizes to try, ascending. When left out: `sizes`, then those `between` the last that is too slow and the first that is not.
 
     Returns
     -------
     DataFrame
-        A row per size tried, the last one meets the deadline: see `answer`.
+        A row per size tried up to the first that meets the deadline, ascending: see `answer`.
 
     Raises
     ------
@@ -105,13 +113,22 @@ def fewest_accelerators(
         When none does; names the nearest miss.
     """
     rows: list[dict[str, Any]] = []
-    tried = sorted(counts or sizes(scenario.cluster))
-    for done, count in enumerate(tried):
-        if progress:
-            progress("plan", done, len(tried))
-        rows.append(answer(on_cluster(scenario, scenario.cluster, count), space))
-        if rows[-1].get("training_days", np.inf) <= days:
-            return pd.DataFrame(rows)
+
+    def met(tried: Sequence[int]) -> bool:
+        for done, count in enumerate(tried):
+            if progress:
+                progress("plan", done, len(tried))
+            rows.append(answer(on_cluster(scenario, scenario.cluster, count), space))
+            if rows[-1].get("training_days", np.inf) <= days:
+                return True
+        return False
+
+    if met(sorted(counts or sizes(scenario.cluster))):
+        if counts is None and len(rows) > 1:
+            doubled = rows.pop()
+            if not met(between(scenario.cluster, rows[-1]["accelerators"], doubled["accelerators"])):
+                rows.append(doubled)
+        return pd.DataFrame(rows)
     raise PlanError([_miss(pd.DataFrame(rows), f"training_days <= {days:g}", "training_days", days)])
 
 
