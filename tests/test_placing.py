@@ -81,7 +81,7 @@ def test_no_placement_sends_fewer_bytes_over_the_dearest_tier(name):
 
 
 def test_the_usual_order_loses_where_messages_outweigh_gradients():
-    s = CASES["stages inside a pod"]
+    s = podded(dense(), Plan(pp=2), 4, sequence_length=65536)
     usual, best = (tier_bytes(x)["crossing_bytes"].iloc[0] for x in (s, fewest_bytes(s)))
     assert best < usual / 2
     assert fewest_bytes(s).plan.placement.order.index("pp") < fewest_bytes(s).plan.placement.order.index("dp")
