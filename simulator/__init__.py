@@ -16,6 +16,7 @@ from simulator.network.bill import bill_of_materials
 from simulator.network.build import topology
 from simulator.network.topology import Topology
 from simulator.outcome import sources
+from simulator.placing import fewest_bytes, tier_bytes
 from simulator.planning.fabrics import fabrics
 from simulator.planning.remedies import remedies
 from simulator.planning.search import Search, search
@@ -31,6 +32,7 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
+from simulator.shared_fabric import share_fabric
 from simulator.simulate import simulate_ranks, simulate_step, simulate_steps
 from simulator.validation.published import validate
 
@@ -55,6 +57,9 @@ __all__ = [
     "Topology",
     "bill_of_materials",
     "fabrics",
+    "fewest_bytes",
+    "tier_bytes",
+    "share_fabric",
     "check",
     "bound",
     "estimate",

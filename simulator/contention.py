@@ -6,6 +6,11 @@ Found in two passes. The first runs the step with every kind of collective by it
 time during which another stream of the same class of ranks communicated. The graph tells by which factor two kinds slow each
 other while both run (`simulator.network.sharing.together`). The second pass runs with the stretched durations. What stretching
 itself overlaps anew is not followed further.
+
+It is asked for (``simulate_step(..., contention=True)``; `simulator.fabrics` always does) and not the default: `bound` and `estimate`
+price each kind by itself, and the levels are held to agree; links were fitted to published steps without it, so that what
+their traffic shares is in the constants already; and a pass for every rank (``ranks="all"``) knows no second one. That all groups of
+one kind share the links is in at every level.
 """
 
 from __future__ import annotations

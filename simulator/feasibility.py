@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from simulator.errors import DeadlockError, PlanError, Problem
-from simulator.scenario.placement import ORDER, PIPELINE_INSIDE
+from simulator.scenario.placement import FEWEST_BYTES, ORDER, PIPELINE_INSIDE
 from simulator.scenario.plan import INTERLEAVED, Plan
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import schedule
@@ -186,6 +186,11 @@ def _precision(s: Scenario) -> Iterator[Problem]:
 
 def _placement(s: Scenario) -> Iterator[Problem]:
     p, place = s.plan, s.plan.placement
+    if place.order == FEWEST_BYTES:
+        yield Problem(
+            "the placement is decided", f"order {FEWEST_BYTES} asks for the best one", "call simulator.fewest_bytes(scenario) first"
+        )
+        return
     at = place.order.split("-").index
     for name, places, there in (("hosts", place.hosts, s.cluster.hosts), ("accelerators", place.accelerators, s.cluster.accelerators)):
         beyond = [x for x in places or () if x >= there]

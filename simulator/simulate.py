@@ -15,6 +15,7 @@ from simulator.engine.order import prepare
 from simulator.engine.ranks import replay_ranks
 from simulator.errors import PlanError, Problem, ProfileError
 from simulator.feasibility import check
+from simulator.placing import settled
 from simulator.pricing import op_s
 from simulator.ranks import RanksResult
 from simulator.result import StepResult, StepsResult
@@ -72,6 +73,7 @@ def simulate_step(
     ProfileError
         When `variation`, `routing` or `seeds` meet classes: ranks of a class are alike; when `contention` meets all ranks.
     """
+    scenario = settled(scenario)
     if ranks == "all":
         if contention:
             raise ProfileError("contention between kinds of collectives is found for classes of ranks; write ranks='classes'")

@@ -14,6 +14,7 @@ import yaml
 from simulator import feasibility
 from simulator.errors import PlanError, Problem
 from simulator.feasibility import check, memory, minimum_accelerators, structure
+from simulator.placing import fewest_bytes
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
 from simulator.scenario.plan import Plan
@@ -225,6 +226,10 @@ CASES: dict[str, tuple[Scenario, Problem]] = {
         question({"placement": {"spare_hosts": 8}}),
         Problem("hosts are left", "spare_hosts = 8, the cluster has 8 hosts", "use spare_hosts of at most 7"),
     ),
+    "a placement still to be chosen": (
+        question({"tp": 2, "placement": {"order": "fewest-bytes"}}),
+        Problem("the placement is decided", "order fewest-bytes asks for the best one", "call simulator.fewest_bytes(scenario) first"),
+    ),
     "dp inside cp": (
         question({"cp": 2, "placement": {"order": "tp-ep-dp-cp-pp"}}),
         Problem("dp follows cp", "order tp-ep-dp-cp-pp with cp = 2 and dp = 16", "use tp-cp-ep-dp-pp or tp-cp-ep-pp-dp"),
@@ -253,6 +258,7 @@ CASES: dict[str, tuple[Scenario, Problem]] = {
 
 #: the remedies that are not lists of degrees, batches or lengths, applied
 APPLIED = {
+    "a placement still to be chosen": lambda s: [fewest_bytes(s)],
     "dp does not fill the cluster": lambda s: [s.with_plan(dp_shard=8), s.with_plan(dp_shard=None)],
     "degrees do not divide the cluster": lambda s: [
         question({"tp": 2, "pp": 3}, s.model, 24),

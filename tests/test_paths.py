@@ -25,6 +25,7 @@ NETWORKS = {
     "oversubscribed": ("roce-meta-24k", 6144),
 }
 BUILT = {name: topology(of(*which)) for name, which in NETWORKS.items()}
+BUILT["seven planes, two cables each"] = topology(CLUSTERS.load("cloudmatrix-384"))
 BUILT["rack-wide domains"] = topology(CLUSTERS.load("gb200-nvl72-10368").model_copy(update={"accelerators": 1152}))
 
 

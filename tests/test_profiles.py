@@ -43,7 +43,7 @@ def refused(cls: type, data: dict, *words: str) -> str:
 
 
 def test_every_kind_is_shipped():
-    assert [len(c.names()) for c in CATALOGUES] == [10, 9, 17, 12, 13]
+    assert [len(c.names()) for c in CATALOGUES] == [11, 11, 19, 13, 13]
 
 
 @all_shipped
@@ -102,7 +102,7 @@ def test_prices_carry_a_date(name):
 def test_fp8_is_twice_bf16(name):
     accelerator = ACCELERATORS.load(name)
     peaks = accelerator.peak_flop_per_s
-    assert peaks["fp16"] == peaks["bf16"]
+    assert peaks["fp16"] == peaks["bf16"] or name == "ascend-910c"  # whose data give fp16 6 % more
     if "fp8" in peaks:
         assert peaks["fp8"] == pytest.approx(2 * peaks["bf16"], rel=1e-3)
     if "fp4" in peaks:
@@ -123,8 +123,8 @@ def test_bus_bandwidth_fits_the_links(name):
     link = host.scale_up_bytes_per_s
     assert all(bus <= link for kind, bus in host.bus_bytes_per_s.items() if kind != "all_reduce")
     assert host.bus_bytes_per_s["all_reduce"] <= 2 * link  # reduction inside the switch at best halves the traffic
-    assert host.nic_bytes_per_s < link
-    assert host.scale_up_domain % host.accelerators == 0
+    assert host.nic_bytes_per_s < link or host.scale_up_domain == 1
+    assert host.scale_up_domain % host.accelerators == 0 or host.scale_up_domain == 1
 
 
 @pytest.mark.parametrize("name", FABRICS.names())

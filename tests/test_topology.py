@@ -12,7 +12,7 @@ import pytest
 from simulator.errors import ProfileError
 from simulator.network.build import topology
 from simulator.scenario.cluster import Cluster
-from simulator.scenario.profiles import CLUSTERS, FABRICS
+from simulator.scenario.profiles import CLUSTERS, FABRICS, HOSTS
 
 DATA = Path(__file__).parent / "data" / "topologies.csv"
 ROWS = list(csv.DictReader(line for line in DATA.read_text().splitlines() if not line.startswith("#")))
@@ -99,3 +99,19 @@ def test_unknown_family_names_the_nearest():
     data = FABRICS.load("ib-ndr-rail").model_dump(mode="json")
     with pytest.raises(ProfileError, match="family: unknown 'rail-optimized'; did you mean rail-optimised"):
         FABRICS.build(data | {"family": "rail-optimized"}, "x", "mine")
+
+
+def test_optical_modules_of_cloudmatrix():
+    """Huawei's 6,912 modules of 400 Gb/s: two first-to-second-level links share one at each end; the RDMA network has two tiers of 384."""
+    t = topology(CLUSTERS.load("cloudmatrix-384"))
+    assert t.cables("L1") // 2 * 2 + 384 * 2 * 2 == 6912
+    assert t.bisection_bytes_per_s() == pytest.approx(384 / 2 * 14 * 28e9)
+    assert t.diameter() == 4
+    nic = np.bincount(t.lower[t.tier == 0], t.rate[t.tier == 0])
+    assert nic == pytest.approx(392e9)
+
+
+def test_loopback_is_a_switch_between_two_processes():
+    t = topology(of("cpu-loopback", 2).model_copy(update={"host": HOSTS.load("cpu-process")}))
+    assert (t.switches, t.cables("host"), t.diameter(), t.check()) == (1, 2, 2, [])
+    assert t.bisection_bytes_per_s() == pytest.approx(4.7e9)

@@ -48,6 +48,7 @@ OutDir = Annotated[
 
 def load(path: Path | None, sets: list[str] | None, launch: Reader | None = None) -> Scenario:
     """Return the scenario of a file, changed by what `launch` reads of a framework's configuration and then by ``--set``."""
+    from simulator.placing import settled
     from simulator.scenario.profiles import read_yaml, validated
     from simulator.scenario.scenario import Scenario
 
@@ -62,7 +63,7 @@ def load(path: Path | None, sets: list[str] | None, launch: Reader | None = None
         for key, table in {"plan": said, "job": run.job}.items():  # the configuration has the last word but for --set
             data[key] = (data[key] if isinstance(data.get(key), dict) else {}) | table
     _apply(data, sets)
-    question = validated(Scenario, data, str(path or "scenario"))
+    question = settled(validated(Scenario, data, str(path or "scenario")))
     accelerators = question.cluster.accelerators
     if processes not in (None, accelerators):
         note(f"the line starts {processes:,} processes, the cluster has {accelerators:,} accelerators: dp fills the cluster")

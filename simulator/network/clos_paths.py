@@ -19,7 +19,7 @@ _REDRAWS = 64
 def build(cluster: Cluster) -> Topology:
     """Return the topology of a cluster whose fabric is a folded Clos."""
     s, n, shape, host = sizes(cluster), cluster.accelerators, cluster.fabric.shape, cluster.host
-    planes, names = shape.planes, [tier.name for tier in cluster.fabric.tiers]
+    planes, ports, names = shape.planes, shape.planes * shape.cables, [tier.name for tier in cluster.fabric.tiers]
     domains = -(-n // host.scale_up_domain) if host.scale_up_domain > 1 else 0
     layers = {"scale-up": domains}
     counts = [planes * s.leaves, planes * s.groups * s.spines, planes * (int(s.component.max()) + 1) * s.sets * s.cores]
@@ -30,8 +30,8 @@ def build(cluster: Cluster) -> Topology:
     if domains:
         parts.append(("scale-up", a, n + a // host.scale_up_domain, host.scale_up_bytes_per_s))
     if s.levels > 0:
-        port = host.nic_bytes_per_s / planes
-        parts.append(("host", np.broadcast_to(a, (planes, n)), first[0] + plane * s.leaves + s.leaf, port))
+        leaf = np.repeat(first[0] + plane * s.leaves + s.leaf, shape.cables, axis=0)
+        parts.append(("host", np.broadcast_to(a, (ports, n)), leaf, host.nic_bytes_per_s / ports))
     if s.levels > 1:
         leaf, c = np.arange(planes * s.leaves)[:, None], np.arange(s.up)
         group = leaf // s.leaves * s.groups + s.group[leaf % s.leaves]
@@ -44,7 +44,7 @@ def build(cluster: Cluster) -> Topology:
     tier = np.repeat(np.arange(len(parts)), [p[1].size for p in parts]).astype(np.int8)
     rate = np.repeat([p[3] for p in parts], [p[1].size for p in parts])
     lower, upper = (np.concatenate([p[i].ravel() for p in parts]).astype(np.int32) for i in (1, 2))
-    router = ClosRouter(s, n, host.accelerators, host.scale_up_domain, planes, shape.separate, rate)
+    router = ClosRouter(s, n, host.accelerators, host.scale_up_domain, planes, shape.cables, shape.separate, rate)
     return Topology(cluster.name, cluster.fabric.family, n, layers, tuple(p[0] for p in parts), lower, upper, tier, rate, router)
 
 
@@ -65,6 +65,7 @@ class ClosRouter:
     per_host: int
     domain: int
     planes: int
+    cables: int
     separate: bool
     rate: np.ndarray
 
@@ -79,7 +80,7 @@ class ClosRouter:
         """Return the first cable of each tier: scale-up, host, leaf, spine."""
         s, n = self.sizes, self.accelerators
         host = n if self.domain > 1 else 0
-        leaf = host + (self.planes * n if s.levels else 0)
+        leaf = host + (self.planes * self.cables * n if s.levels else 0)
         return 0, host, leaf, leaf + self.planes * s.leaves * s.up
 
     def part(self, kind: str) -> np.ndarray | None:
@@ -90,13 +91,13 @@ class ClosRouter:
             return None
         found = np.full(len(self.rate), -1)
         if kind == "plane":
-            found[host:leaf] = np.repeat(np.arange(self.planes), n)
+            found[host:leaf] = np.repeat(np.arange(self.planes), self.cables * n)
             found[leaf:spine] = np.arange(self.planes * s.leaves).repeat(s.up) // s.leaves
             found[spine:] = np.arange(len(self.rate) - spine) // max(s.groups * s.spines * s.up2, 1)
             return found
         of_leaf = np.zeros(s.leaves, int)
         of_leaf[s.leaf] = s.rail
-        found[host:leaf] = np.tile(s.rail, self.planes)
+        found[host:leaf] = np.tile(s.rail, self.planes * self.cables)
         found[leaf:spine] = np.tile(of_leaf.repeat(s.up), self.planes)
         return found
 
@@ -215,7 +216,7 @@ class ClosRouter:
         up, up2 = np.uint64(max(s.up, 1)), np.uint64(max(s.up2, 1))
         high, low = d // up, d // (up * up2)
         sets = np.uint64(max(s.sets, 1))
-        # plane, leaf up, spine up, spine down to, core down, leaf down: the way down mirrors the way up
+        # plane, leaf up, spine up, spine down to, core down, leaf down, cable of a port: the way down mirrors the way up
         return [
             d % np.uint64(self.planes),
             d,
@@ -232,9 +233,10 @@ class ClosRouter:
         """Return the links beyond the scale-up domain, shape (flows, 6), for one draw of choices."""
         s, n, many, (_, host, leaf, spine) = self.sizes, self.accelerators, len(self.rate), self._starts
         plane = modulo(choice[0], self.planes)
+        port = plane * self.cables + modulo(choice[6], self.cables)
         links = np.full((len(relay), 6), -1)
-        links[:, 0] = host + plane * n + relay
-        links[:, 5] = many + host + plane * n + target
+        links[:, 0] = host + port * n + relay
+        links[:, 5] = many + host + port * n + target
         if s.levels < 2:
             return links
         up = modulo(choice[1], s.up)

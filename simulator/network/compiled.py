@@ -16,17 +16,22 @@ from simulator.network.filling import TIE
 
 BLOCK = 256  # flows whose next completion is known as one number
 _FULL = 1 - 1e-9  # a link used beyond this share of its capacity may be a bottleneck
+_ROOMY = 0.95  # one used less is left out of the filling until it is full
+_LOOK = 1024  # solves from one look for roomy links to the next
 _WIDE = 8  # when more than this fraction of the flows is touched, whoever is at or above the threshold is filled
+_AGAIN = 8  # and so for as many solves, before a look whether fewer would do
 
 
 class State(NamedTuple):
     """What the event loop knows: paths both ways, rates, and scratch space.
 
     ``held[lptr[m] : lptr[m] + count[m]]`` are the entries of the active flows on link m, ``place`` their positions. Flows that have
-    not begun, and those that have ended, have rate 0.
+    not begun, and those that have ended, have rate 0. Of a flow's entries those on links that are left out come last.
     """
 
     indptr: np.ndarray
+    split: np.ndarray  # (F,) first entry of each flow on a link that is left out of the filling
+    out: np.ndarray  # (L,) links that are left out
     links: np.ndarray
     capacity: np.ndarray
     weight: np.ndarray
@@ -45,6 +50,9 @@ class State(NamedTuple):
     begins: np.ndarray  # (L,) where a link's part begins in `local`
     chosen: np.ndarray  # (J,) flows of the part
     fresh: np.ndarray  # (J,) their new rates
+    near: np.ndarray  # (J + 1,) where the links of each begin in `hops`
+    hops: np.ndarray  # (K,) copied together, as is their weight: most of the time goes into reading these
+    heavy: np.ndarray  # (J,)
     touched: np.ndarray  # links of the part
     local: np.ndarray  # (K,) the part's flows by link, as positions in `chosen`
 
@@ -56,9 +64,10 @@ def lay_out(indptr: np.ndarray, links: np.ndarray, capacity: np.ndarray, weight:
     owner = np.repeat(np.arange(flows, dtype=np.int32), np.diff(indptr))
     whole, real, flag = (lambda n, kind=kind: np.zeros(n, dtype=kind) for kind in (np.int32, np.float64, np.bool_))
     return State(
-        indptr.astype(np.int32), links.astype(np.int32), capacity, weight, owner, lptr, whole(entries), whole(entries), whole(total),
+        indptr.astype(np.int32), indptr[1:].astype(np.int32), flag(total), links.astype(np.int32), capacity,
+        weight, owner, lptr, whole(entries), whole(entries), whole(total),
         real(flows), flag(flows), real(total), flag(total), np.full(total, np.inf), real(total), real(total), whole(total),
-        whole(flows), real(flows), whole(total), whole(entries),
+        whole(flows), real(flows), whole(flows + 1), whole(entries), real(flows), whole(total), whole(entries),
     )  # fmt: skip
 
 
@@ -89,29 +98,31 @@ def release(flow: int, s: State) -> None:
 @njit(cache=True)
 def fill_part(size: int, s: State) -> int:
     """Fill the `size` flows chosen with what the others leave, by rising rate; return how many links they touch."""
-    links = 0
+    links, at = 0, 0
     for j in range(size):
         f = s.chosen[j]
-        s.fresh[j] = -1.0
-        rate = s.rate[f] if s.rate[f] < np.inf else 0.0
-        for e in range(s.indptr[f], s.indptr[f + 1]):
+        weight, rate = s.weight[f], s.rate[f] if s.rate[f] < np.inf else 0.0
+        s.fresh[j], s.heavy[j], s.near[j] = -1.0, weight, at
+        for e in range(s.indptr[f], s.split[f]):
             m = s.links[e]
+            s.hops[at] = m
+            at += 1
             if s.crowd[m] == 0.0:
                 s.touched[links] = m
                 links += 1
                 s.spare[m], s.level[m], s.begins[m] = s.capacity[m] - s.used[m], np.inf, 0
-            s.crowd[m] += s.weight[f]
-            s.spare[m] += s.weight[f] * rate
+            s.crowd[m] += weight
+            s.spare[m] += weight * rate
             s.begins[m] += 1
+    s.near[size] = at
     total = 0
     for k in range(links):
         m = s.touched[k]
         total += s.begins[m]
         s.begins[m] = total
     for j in range(size - 1, -1, -1):
-        f = s.chosen[j]
-        for e in range(s.indptr[f], s.indptr[f + 1]):
-            m = s.links[e]
+        for at in range(s.near[j], s.near[j + 1]):
+            m = s.hops[at]
             s.begins[m] -= 1
             s.local[s.begins[m]] = j
     heap = [(0.0, 0)]
@@ -137,13 +148,73 @@ def fill_part(size: int, s: State) -> int:
             j = s.local[at]
             if s.fresh[j] < 0:
                 s.fresh[j] = key
-                f = s.chosen[j]
-                for e in range(s.indptr[f], s.indptr[f + 1]):
-                    s.spare[s.links[e]] -= s.weight[f] * key
-                    s.crowd[s.links[e]] -= s.weight[f]
+                weight = s.heavy[j]
+                for hop in range(s.near[j], s.near[j + 1]):
+                    s.spare[s.hops[hop]] -= weight * key
+                    s.crowd[s.hops[hop]] -= weight
     for k in range(links):
         s.crowd[s.touched[k]] = 0.0
     return links
+
+
+@njit(cache=True)
+def exchange(one: int, other: int, s: State) -> None:
+    """Let two entries of an active flow change places."""
+    s.links[one], s.links[other] = s.links[other], s.links[one]
+    s.place[one], s.place[other] = s.place[other], s.place[one]
+    s.held[s.place[one]], s.held[s.place[other]] = one, other
+
+
+@njit(cache=True)
+def leave_out(s: State) -> None:
+    """Leave out of the filling, once no flow is still to begin, the links that are used well below their capacity."""
+    for m in range(len(s.out)):
+        s.out[m] = s.used[m] < _ROOMY * s.capacity[m]
+    for f in range(len(s.rate)):
+        if s.rate[f] > 0:
+            s.split[f] = s.indptr[f]
+            for e in range(s.indptr[f], s.indptr[f + 1]):
+                if not s.out[s.links[e]]:
+                    exchange(e, s.split[f], s)
+                    s.split[f] += 1
+
+
+@njit(cache=True)
+def take_in(link: int, s: State) -> None:
+    """Fill a link again that was left out."""
+    s.out[link] = False
+    for at in range(s.lptr[link], s.lptr[link] + s.count[link]):
+        e = s.held[at]
+        f = s.owner[e]
+        exchange(e, s.split[f], s)
+        s.split[f] += 1
+
+
+@njit(cache=True)
+def carry(size: int, sign: float, open_links: list, s: State) -> None:
+    """Add the changes of the part's rates to the links left out, and open those that are full."""
+    for j in range(size):
+        f = s.chosen[j]
+        more = sign * s.weight[f] * (s.fresh[j] - (s.rate[f] if s.rate[f] < np.inf else 0.0))
+        for e in range(s.split[f], s.indptr[f + 1]):
+            m = s.links[e]
+            s.used[m] += more
+            if s.used[m] >= s.capacity[m] * _FULL and not s.opened[m]:
+                s.opened[m] = True
+                open_links.append(m)
+
+
+@njit(cache=True)
+def overfull(size: int, open_links: list, s: State) -> bool:
+    """Return whether the new rates fill a link that is left out; these are then taken in and opened, to fill the part again."""
+    first = len(open_links)
+    carry(size, 1.0, open_links, s)
+    if len(open_links) == first:
+        return False
+    carry(size, -1.0, open_links, s)
+    for at in range(first, len(open_links)):
+        take_in(open_links[at], s)
+    return True
 
 
 @njit(cache=True)
@@ -185,32 +256,36 @@ def exhausted(links: int, open_links: list, s: State) -> None:
 
 
 @njit(cache=True)
-def resolve(open_links: list, threshold: float, alive: int, s: State) -> int:
+def resolve(open_links: list, threshold: float, most: int, s: State) -> int:
     """Return how many flows were filled again, `State.chosen`, with new rates `State.fresh`.
 
     Beginning at `open_links`, every bottleneck that flows at or above `threshold` pass is opened; these flows are filled beside
     the others; a link that has become a bottleneck below the rate of a flow left out is opened, too, until there is none. Where
-    that reaches far, every flow at or above the threshold is filled, in order of memory.
+    that reaches more than `most` flows, every one at or above the threshold is filled, in order of memory. Links with room to
+    spare are left out of the filling: rates that are fair on the others are fair on all while these stay below capacity.
     """
-    size, at, links, most = 0, 0, 0, max(alive // _WIDE, 64)
-    while at < len(open_links):
+    size, at, links = 0 if most else 1, 0, 0
+    while most and at < len(open_links):
         size = spread(open_links, at, threshold, size, most, s)
         at = len(open_links)
         if size > most:
             break
         links = fill_part(size, s)
         exhausted(links, open_links, s)
-    for j in range(size):
+        if at == len(open_links):
+            overfull(size, open_links, s)
+    for j in range(size if most else 0):
         s.part[s.chosen[j]] = False
-    for m in open_links:
-        s.opened[m] = False
     if size > most:
         size = 0
         for f in range(len(s.rate)):
-            if s.rate[f] >= threshold:
-                s.chosen[size] = f
-                size += 1
+            s.chosen[size] = f  # written over by the next one unless it counts: no branch to guess
+            size += s.rate[f] >= threshold
         links = fill_part(size, s)
+        while overfull(size, open_links, s):
+            links = fill_part(size, s)
+    for m in open_links:
+        s.opened[m] = False
     for k in range(links):
         m = s.touched[k]
         s.used[m] = s.capacity[m] - s.spare[m]
@@ -225,7 +300,7 @@ def run(s: State, size: np.ndarray, ready: np.ndarray, order: np.ndarray, grain:
     -----
     The threshold of `resolve` is explained in `simulator.network.filling.run`.
     """
-    flows, begun, alive, solves = len(size), 0, 0, 0
+    flows, begun, alive, solves, look, wide = len(size), 0, 0, 0, 0, 0
     left, since, finish, predicted = size.copy(), ready.copy(), np.full(flows, np.inf), np.full(flows, np.inf)
     blocks = (flows + BLOCK - 1) // BLOCK
     soonest, stale = np.full(blocks, np.inf), np.zeros(blocks, np.bool_)
@@ -273,7 +348,10 @@ def run(s: State, size: np.ndarray, ready: np.ndarray, order: np.ndarray, grain:
                     crowd += s.weight[s.owner[s.held[k]]]
                 threshold = min(threshold, s.capacity[m] / crowd)
         solves += 1
-        for j in range(resolve(seeds, threshold * (1 - TIE), alive, s)):
+        most = max(alive // _WIDE, 64)
+        part = resolve(seeds, threshold * (1 - TIE), 0 if wide else most, s)
+        wide = wide - 1 if wide else _AGAIN if part > most else 0
+        for j in range(part):
             f = s.chosen[j]
             if s.fresh[j] != s.rate[f]:
                 before = 0.0 if s.rate[f] == np.inf else s.rate[f]
@@ -281,4 +359,7 @@ def run(s: State, size: np.ndarray, ready: np.ndarray, order: np.ndarray, grain:
                 since[f], s.rate[f] = now, s.fresh[j]
                 predicted[f] = now + left[f] / s.rate[f]
                 stale[f // BLOCK] = True
+        if begun == flows and solves >= look:
+            leave_out(s)
+            look = solves + _LOOK
     return finish, solves

@@ -1,4 +1,8 @@
-"""Networks without a root: dragonfly, dragonfly+, Slim Fly, and the three-dimensional torus of TPU pods."""
+"""Networks without a root: dragonfly, dragonfly+, Slim Fly, and the three-dimensional torus of TPU pods.
+
+Routes are minimal: detours by load or by chance (UGAL, Valiant), which such networks rely on, are not modelled, so that many
+flows between two groups look slower than they are.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from simulator.errors import PlanError, ProfileError
 from simulator.feasibility import check
 from simulator.network.bill import bill_of_materials
 from simulator.network.sharing import known
+from simulator.placing import settled
 from simulator.planning.search import search
 from simulator.scenario.cluster import Cluster, Fabric
 from simulator.scenario.profiles import FABRICS, PARTS
@@ -26,9 +27,10 @@ def candidates(cluster: Cluster) -> list[str]:
     found = []
     for name in FABRICS.names():
         fabric = FABRICS.load(name)
-        port = cluster.host.nic_bytes_per_s / getattr(fabric.shape, "planes", 1)
+        shape = fabric.shape
+        port = cluster.host.nic_bytes_per_s / (shape.planes * shape.cables if isinstance(shape, Clos) else 1)
         plug = PARTS.load(fabric.host_optic).port_bytes_per_s if fabric.host_optic else None
-        if isinstance(fabric.shape, Clos) and plug == port and fabric.tiers[-1].accelerators >= cluster.accelerators:
+        if isinstance(shape, Clos) and plug == port and fabric.tiers[-1].accelerators >= cluster.accelerators:
             found.append(name)
     return found
 
@@ -64,6 +66,7 @@ def fabrics(
     chosen = [n if isinstance(n, Fabric) else FABRICS.resolve(n) for n in (candidates(scenario.cluster) if names is None else names)]
     if not chosen:
         raise ProfileError(f"no shipped fabric has {scenario.cluster.accelerators:,} ports for the NICs of {scenario.cluster.host.name}")
+    scenario = settled(scenario)
     if check(scenario):
         scenario = search(scenario, top=1).best.scenario
     rows = []

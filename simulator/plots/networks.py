@@ -45,8 +45,12 @@ def plot_fabric_costs(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = new_axes(ax, 8.0, 5.0)
     priced = table.dropna(subset=["network_usd", "network_w"])
     ax.scatter(priced["network_usd"] / 1e6, priced["step_time_s"], s=priced["network_w"] / 1e4, color=COLOURS["plan"], alpha=0.6)
+    priced = priced.sort_values("step_time_s", kind="stable")
     for i, (name, usd, step) in enumerate(zip(priced["fabric"], priced["network_usd"], priced["step_time_s"], strict=True)):
-        ax.annotate(name, (usd / 1e6, step), xytext=(6, 6 if i % 2 else -11), textcoords="offset points", fontsize=8)
+        height = (i + 0.5) / len(priced)  # names in a column, in the order of the dots, so that none covers another
+        line = {"arrowstyle": "-", "color": OTHER, "linewidth": 0.7, "relpos": (0, 0.5)}
+        where = {"xytext": (1.04, height), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
+        ax.annotate(name, (usd / 1e6, step), fontsize=8, arrowprops=line, **where)
     ax.margins(0.2)
     frame(ax, "What a network costs, and what the step makes of it (area: watts)", "network (million $)", "step time (s)")
     return ax

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from simulator.errors import nearest
 from simulator.scenario.facts import Facts, Fraction, Frozen
@@ -152,8 +152,8 @@ class Host(Facts):
 
     @field_validator("nic_bytes_per_s")
     @classmethod
-    def _bits_or_bytes(cls, value: float) -> float:
-        if value > 250e9:
+    def _bits_or_bytes(cls, value: float, info: ValidationInfo) -> float:
+        if value > 250e9 and value != info.data.get("scale_up_bytes_per_s"):  # equal where one network is both
             raise ValueError(
                 f"{value / 1e9:g} GB/s = {value * 8 / 1e9:g} Gb/s per accelerator is beyond every NIC; "
                 f"if the NIC is a {value / 1e9:g} Gb/s one, write '{value / 1e9:g} Gb/s'"

@@ -13,6 +13,8 @@ from simulator.units import Count
 AXES = ("tp", "cp", "ep", "dp", "pp")
 #: Megatron's default, and that of its --use-tp-pp-dp-mapping
 ORDER, PIPELINE_INSIDE = "tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"
+#: in place of an order: the one that sends fewest bytes across the dearest tier (`simulator.placing`)
+FEWEST_BYTES = "fewest-bytes"
 
 
 class Placement(Frozen):
@@ -22,7 +24,8 @@ class Placement(Frozen):
     ----------
     order : str
         Axes from the one whose ranks are neighbours to the one whose ranks are farthest apart, as Megatron's ``order``: the
-        attention mesh takes it without ep, the expert mesh without cp and with etp, edp for tp, dp.
+        attention mesh takes it without ep, the expert mesh without cp and with etp, edp for tp, dp. ``fewest-bytes`` has order and
+        hosts chosen for the bytes of the step (`simulator.placing.fewest_bytes`).
     hosts : tuple of int, optional
         Hosts in the order in which they are filled; those not named are spares. By default 0, 1, 2 ...
     accelerators : tuple of int, optional
@@ -39,9 +42,9 @@ class Placement(Frozen):
     @field_validator("order")
     @classmethod
     def _names_every_axis(cls, order: str) -> str:
-        if sorted(order.split("-")) != sorted(AXES):
-            legal = ["-".join(p) for p in permutations(AXES)]
-            raise ValueError(f"{order!r} must name {', '.join(AXES)} once each; {nearest(order, legal)}")
+        if order != FEWEST_BYTES and sorted(order.split("-")) != sorted(AXES):
+            legal = [FEWEST_BYTES, *("-".join(p) for p in permutations(AXES))]
+            raise ValueError(f"{order!r} must name {', '.join(AXES)} once each, or be {FEWEST_BYTES}; {nearest(order, legal)}")
         return order
 
     @model_validator(mode="after")

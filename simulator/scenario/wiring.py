@@ -23,6 +23,8 @@ class Clos(Shape):
         NIC i of a host goes to leaf ``i mod rails`` of its unit; 1 puts a host on one leaf, None gives every NIC its own.
     planes : int
         Ports of one NIC, each on a copy of the whole network of its own.
+    cables : int
+        Equal cables that one port has to its leaf.
     separate : bool
         No switch joins two rails: what changes rail does so inside a host.
     groups : str
@@ -31,6 +33,7 @@ class Clos(Shape):
 
     rails: Count | None = Field(default=1, gt=0)
     planes: Count = Field(default=1, gt=0)
+    cables: Count = Field(default=1, gt=0)
     separate: bool = False
     groups: Literal["rail", "unit"] = "unit"
 
