@@ -49,7 +49,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         op = loaded(op, load)
     kernels = cluster.accelerator.kernels
     if kernels and op.stream == "compute" and (cost := kernels.get(kernel_name(op))):
-        return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op))
+        kept = cluster.accelerator.in_training.get("grouped" if op.kind == "grouped_gemm" else op.kind, 1.0)
+        return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op), kept)
     if op.kind in ("gemm", "grouped_gemm"):
         grouped = op.kind == "grouped_gemm"
         return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)

@@ -87,6 +87,25 @@ def probes(device: str = "cpu", small: bool = False) -> list[Case]:
     ]
 
 
+def joint(world: int, device: str = "cpu", small: bool = False) -> list[Case]:
+    """Return the probes that communicate: layouts of `world` ranks, on shapes apart from those of `held_out`."""
+    if world == 1:
+        return []
+    length = 3584 if device == "cuda" else 448
+    rows = [  # hidden, heads, kv heads, experts, expert width, sequences per micro-batch, vocabulary
+        (512, 8, 8, 8, 384, 1, 2048),
+        (896, 16, 8, 8, 640, 1, 4096),
+        (1152, 16, 8, 8, 704, 2, 2048),
+    ][: 1 if small else 3]
+    layouts = {"dp": {"dp_shard": world}, "ep": {"dp_shard": world, "ep": world}, "tp": {"tp": world}}
+    return [
+        _case(f"{name}-h{h}", model(h, 2, a, kv, e, f, vocab=v), b * degrees.get("dp_shard", 1), length, micro_batch=b, **degrees)
+        for h, a, kv, e, f, b, v in rows
+        for name, degrees in layouts.items()
+        if not (e % world or kv % world)
+    ]
+
+
 def held_out(device: str = "cpu", small: bool = False) -> list[Case]:
     """Return the steps that prove a fit: other widths, expert counts and sequence lengths, and the layouts that two ranks have."""
     if device == "cuda":
@@ -116,8 +135,8 @@ def held_out(device: str = "cpu", small: bool = False) -> list[Case]:
 
 
 def ops_of(case: Case) -> Iterator[Op]:
-    """Yield every kernel of one rank's step when the rank is alone."""
-    made, micro_batches = blocks(case.model, case.plan, case.job), case.job.global_batch // case.plan.micro_batch
+    """Yield every kernel of one rank's step, without pipeline stages."""
+    made, micro_batches = blocks(case.model, case.plan, case.job), case.job.global_batch // (case.plan.dp * case.plan.micro_batch)
     names = sequence(case.model)
     for name in names:
         for segment in (made[name].forward + made[name].backward) * micro_batches:

@@ -35,7 +35,7 @@ class Row:
     Parameters
     ----------
     part : str
-        ``kernel`` (in a probe), ``collective``, ``single`` (a kernel by itself), ``step`` or ``memory``.
+        ``kernel`` (in a probe), ``together`` (in a probe of several ranks), ``attention``, ``collective`` or ``single`` (by themselves).
     case, name : str
         The probe or shape, and the kind of kernel or collective.
     ranks : int
@@ -66,7 +66,7 @@ class Row:
     turn: int
 
 
-def _quartiles(values: list[float]) -> tuple[float, float]:
+def quartiles(values: list[float]) -> tuple[float, float]:
     """Return the median, and the interquartile range over it."""
     if len(values) < 2:
         return values[0], 0.0
@@ -108,7 +108,7 @@ def repeated(run: Callable[[], object], device: torch.device, at_least_s: float)
             taken.append(time.perf_counter() - first)
         if _over_ranks(float(time.perf_counter() - begin)) >= at_least_s:
             break
-    middle, spread = _quartiles(taken)
+    middle, spread = quartiles(taken)
     return _over_ranks(middle), spread, (time.process_time() - cpu) / len(taken), len(taken)
 
 
@@ -146,8 +146,8 @@ def probe(case: Case, world: int, device: torch.device, repeats: int, turn: int)
     for name in ("step", "between", *counted):
         if name not in taken:
             continue
-        middle, spread = _quartiles([spent.wall_s for spent in taken[name]])
-        cpu, _ = _quartiles([spent.cpu_s for spent in taken[name]])
+        middle, spread = quartiles([spent.wall_s for spent in taken[name]])
+        cpu, _ = quartiles([spent.cpu_s for spent in taken[name]])
         calls, flop, size = counted.get(name, (sum(c for c, _, _ in counted.values()), 0.0, 0.0))
         yield Row("kernel", case.name, name, world, calls, flop, size, _over_ranks(middle), spread, _over_ranks(cpu), repeats, turn)
 
@@ -255,7 +255,7 @@ def beside(device: torch.device, world: int, turn: int) -> Iterator[Row]:
             taken.append((time.perf_counter() - first) / 4)
             if work:
                 work.wait()
-        middle, spread = _quartiles(taken)
+        middle, spread = quartiles(taken)
         yield Row("single", "1024x1024x1024", name, world, 1, 2.0 * 1024**3, 6.0 * 1024**2, _over_ranks(middle), spread, 0.0, 5, turn)
 
 
@@ -269,6 +269,7 @@ class Todo:
     key: str
     turn: int
     probe: Case | None = None
+    joint: Case | None = None
     collective: tuple[str, str, int, int] | None = None
 
 
@@ -284,12 +285,16 @@ def _groups(rank: int, world: int, sizes: list[int]) -> Iterator[tuple[int, dist
 
 def run(rank: int, world: int, tell: Tell, todo: list[Todo], kind: str, repeats: int) -> None:
     """Take the measurements of `todo` in order and tell each one's rows with its key."""
+    from simulator.calibration.together import together
+
     device = device_of(kind, rank)
     groups = dict(_groups(rank, world, sorted({t.collective[3] for t in todo if t.collective})))
     for item in todo:
         rows: list[Row] = []
         if item.probe:
             rows = list(probe(item.probe, world, device, repeats, item.turn))
+        elif item.joint:
+            rows = list(together(item.joint, rank, device, max(2, repeats - 1), item.turn))
         elif item.collective:
             name, dtype, size, ranks = item.collective
             rows = [collective(name, dtype, size, groups[ranks], ranks, device, item.turn)]
@@ -300,11 +305,12 @@ def run(rank: int, world: int, tell: Tell, todo: list[Todo], kind: str, repeats:
         tell(item.key, [asdict(row) for row in rows])
 
 
-def everything(probes: list[Case], sizes: list[int], groups: list[int], turns: int) -> list[Todo]:
+def everything(probes: list[Case], joint: list[Case], sizes: list[int], groups: list[int], turns: int) -> list[Todo]:
     """Return the whole measurement: every case once per turn, turn after turn, so that a disturbance meets all of them."""
     todo = []
     for turn in range(turns):
         todo += [Todo(f"probe {case.name} {turn}", turn, probe=case) for case in probes]
+        todo += [Todo(f"joint {case.name} {turn}", turn, joint=case) for case in joint]
         todo += [
             Todo(f"{kind}.{dtype}.{ranks} {size} {turn}", turn, collective=(kind, dtype, size, ranks))
             for kind, dtype in COLLECTIVES
