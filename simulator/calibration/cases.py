@@ -57,6 +57,44 @@ class Case:
     job: Job
 
 
+@dataclass(frozen=True)
+class Row:
+    """One figure of the raw table.
+
+    Parameters
+    ----------
+    part : str
+        ``kernel`` (in a probe), ``together`` (in a probe of several ranks), ``attention``, ``collective`` or ``single`` (by themselves).
+    case, name : str
+        The probe or shape, and the kind of kernel or collective.
+    ranks : int
+        Ranks of the collective, or that ran the same kernel.
+    calls, flop, bytes : float
+        As the simulator counts them.
+    seconds : float
+        Median over repeats, mean over ranks, by the clock.
+    spread : float
+        Interquartile range over the median.
+    cpu_s : float
+        Processor time beside it: of the thread for a kernel, of the process for a collective.
+    repeats, turn : int
+        How many, and in which turn through all cases.
+    """
+
+    part: str
+    case: str
+    name: str
+    ranks: int
+    calls: float
+    flop: float
+    bytes: float
+    seconds: float
+    spread: float
+    cpu_s: float
+    repeats: int
+    turn: int
+
+
 def _case(name: str, shape: Model, sequences: int, length: int, **degrees: int) -> Case:
     return Case(name, shape, plan(**degrees), Job(tokens=10**9, global_batch=sequences, sequence_length=length))
 
@@ -92,16 +130,18 @@ def joint(world: int, device: str = "cpu", small: bool = False) -> list[Case]:
     if world == 1:
         return []
     length = 3584 if device == "cuda" else 448
-    rows = [  # hidden, heads, kv heads, experts, expert width, sequences per micro-batch, vocabulary
-        (512, 8, 8, 8, 384, 1, 2048),
-        (896, 16, 8, 8, 640, 1, 4096),
-        (1152, 16, 8, 8, 704, 2, 2048),
+    rows = [  # hidden, heads, kv heads, experts, expert width, sequences per micro-batch, vocabulary; layouts
+        (512, 8, 8, 8, 384, 1, 2048, ("dp", "ep", "tp")),
+        (896, 16, 8, 8, 640, 1, 4096, ("dp", "tp")),
+        (1152, 16, 8, 8, 704, 2, 2048, ("ep", "tp")),
     ][: 1 if small else 3]
     layouts = {"dp": {"dp_shard": world}, "ep": {"dp_shard": world, "ep": world}, "tp": {"tp": world}}
     return [
-        _case(f"{name}-h{h}", model(h, 2, a, kv, e, f, vocab=v), b * degrees.get("dp_shard", 1), length, micro_batch=b, **degrees)
-        for h, a, kv, e, f, b, v in rows
-        for name, degrees in layouts.items()
+        _case(
+            f"{name}-h{h}", model(h, 2, a, kv, e, f, vocab=v), b * layouts[name].get("dp_shard", 1), length, micro_batch=b, **layouts[name]
+        )
+        for h, a, kv, e, f, b, v, names in rows
+        for name in names
         if not (e % world or kv % world)
     ]
 

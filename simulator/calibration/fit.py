@@ -223,7 +223,8 @@ def fit_together(rows: pd.DataFrame, costs: Mapping[str, KernelCost], keys: Mapp
     inside["alone"] = [float(measured_s(r.flop, r.bytes, r.calls, costs[r.name], keys[r.case])) for r in inside.itertuples(index=False)]
     inside["in"] = inside["name"].map(lambda name: _PARTS.get(name.split(".")[0], "memory"))
     sums = inside.groupby(["in", "case", "turn"])[["alone", "seconds"]].sum()
-    kept = {part: _share(f"in_training.{part}", group["alone"] / group["seconds"]) for part, group in sums.groupby("in")}
+    shares = (sums["alone"] / sums["seconds"]).groupby(["in", "case"]).max()  # of the turns: what disturbs one only lengthens it
+    kept = {part: _share(f"in_training.{part}", group) for part, group in shares.groupby("in")}
     kernels = inside.groupby(["case", "turn"])["seconds"].sum()
     waits = table[table["name"] == "wait"].set_index(["case", "turn"])["seconds"]
     return kept, _share("skew", waits / kernels)

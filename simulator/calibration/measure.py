@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from simulator.calibration import kernels
-from simulator.calibration.cases import COLLECTIVES, GROUPED, LENGTHS, PRODUCTS, Case, counts, ops_of
+from simulator.calibration.cases import COLLECTIVES, GROUPED, LENGTHS, PRODUCTS, Case, Row, counts, ops_of
 from simulator.calibration.launch import Tell, device_of
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
@@ -26,44 +26,6 @@ KERNEL_S, COLLECTIVE_S, LEAST = 0.1, 0.15, 7
 #: learning rate of measured steps: so small that the router's choices stay, because a CPU library prepares itself anew for every
 #: new number of rows, which no cost over FLOP and bytes can tell
 STILL = 1e-7
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure of the raw table.
-
-    Parameters
-    ----------
-    part : str
-        ``kernel`` (in a probe), ``together`` (in a probe of several ranks), ``attention``, ``collective`` or ``single`` (by themselves).
-    case, name : str
-        The probe or shape, and the kind of kernel or collective.
-    ranks : int
-        Ranks of the collective, or that ran the same kernel.
-    calls, flop, bytes : float
-        As the simulator counts them.
-    seconds : float
-        Median over repeats, mean over ranks, by the clock.
-    spread : float
-        Interquartile range over the median.
-    cpu_s : float
-        Processor time beside it: of the thread for a kernel, of the process for a collective.
-    repeats, turn : int
-        How many, and in which turn through all cases.
-    """
-
-    part: str
-    case: str
-    name: str
-    ranks: int
-    calls: float
-    flop: float
-    bytes: float
-    seconds: float
-    spread: float
-    cpu_s: float
-    repeats: int
-    turn: int
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
@@ -316,6 +278,7 @@ def everything(probes: list[Case], joint: list[Case], sizes: list[int], groups: 
             for kind, dtype in COLLECTIVES
             for ranks in groups
             for size in sizes
+            if turn == 0 or turns > 2  # a quick run measures them again in the steps of several ranks only
         ]
         todo += [Todo(f"single {turn}", turn), Todo(f"beside {turn}", turn)]
     return todo

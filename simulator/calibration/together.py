@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from simulator.calibration.cases import Case, counts, ops_of
-from simulator.calibration.measure import STILL, Row, batch, quartiles, wait
+from simulator.calibration.cases import Case, Row, counts, ops_of
+from simulator.calibration.measure import STILL, batch, quartiles, wait
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
 from simulator.calibration.recorder import Call, Spent, now
@@ -91,6 +91,7 @@ def together(case: Case, rank: int, device: torch.device, repeats: int, turn: in
         for name in kernels.keys() | {"step"}:
             spent = [of.get(name, Spent()) for of, _ in everyone]
             taken[name, 0.0].append(Spent(statistics.fmean(s.wall_s for s in spent), statistics.fmean(s.cpu_s for s in spent)))
+    step.close()
     counted = counts(ops_of(case))
     for (name, size), spent in taken.items():
         middle, spread = quartiles([s.wall_s for s in spent])
