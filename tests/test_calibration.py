@@ -288,6 +288,38 @@ def test_a_call_costs_what_its_last_rank_spends():
     assert waited == pytest.approx((3 + 1) / 2)
 
 
+def test_a_collective_inside_a_kernel_is_not_the_kernels_on_cuda_either(monkeypatch: pytest.MonkeyPatch):
+    """Events that tick once each time they are recorded: the kernel spans three ticks of 1 ms, one of them its collective's."""
+    torch = pytest.importorskip("torch")
+    from simulator.calibration.recorder import Call, Recorder
+
+    ticks = iter(range(100))
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(ticks)
+
+        def elapsed_time(self, other):
+            return float(other.at - self.at)
+
+    waited = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    recorder = Recorder(torch.device("cuda", 0))
+    recorder.on = True
+    with recorder.region("loss.forward"), recorder.call("tp", "all_reduce", torch.float32, 64):
+        pass
+    assert not waited  # nothing waits for the device while the step runs
+    assert recorder.calls() == [Call("all_reduce.fp32", 64, 1e-3)]
+    assert {name: spent.wall_s for name, spent in recorder.take().items()} == pytest.approx({"loss.forward": 2e-3, "tp.all_reduce": 1e-3})
+    assert len(waited) == 2
+    assert not recorder.take()
+    assert not recorder.calls()
+
+
 def test_probes_of_several_ranks_are_not_the_steps_that_prove():
     shapes = {(c.model.hidden, c.job.sequence_length) for c in held_out()}
     assert not shapes & {(c.model.hidden, c.job.sequence_length) for c in joint(2)}

@@ -54,7 +54,8 @@ class Recorder:
     def __init__(self, device: torch.device):
         self.device, self.on = device, False
         self._spent: dict[str, Spent] = defaultdict(Spent)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event, str | None]] = []  # and the name around it
+        self._open: list[str] = []
         self._inside: list[Spent] = []
         self._calls: list[tuple[str, int, int | float]] = []
 
@@ -77,9 +78,11 @@ class Recorder:
         elif self.device.type == "cuda":
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
+            self._open.append(name)
             yield
+            self._open.pop()
             last.record()
-            self._events.append((name, first, last))
+            self._events.append((name, first, last, self._open[-1] if self._open else None))
         else:
             self._inside.append(Spent())
             begin = now()
@@ -93,9 +96,11 @@ class Recorder:
         """Return the time per name since the last call, and begin anew."""
         if self._events:
             torch.cuda.synchronize(self.device)
-        for name, first, last in self._events:
-            seconds = first.elapsed_time(last) / 1e3
-            self._spent[name] = self._spent[name].plus(Spent(seconds, seconds))
+        for name, first, last, around in self._events:
+            took = Spent(*[first.elapsed_time(last) / 1e3] * 2)
+            self._spent[name] = self._spent[name].plus(took)
+            if around:
+                self._spent[around] = self._spent[around].less(took)
         found = dict(self._spent)
         self._spent.clear()
         self._events.clear()
