@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from simulator.calibration.cases import Case
-from simulator.calibration.check import KERNELS, Measured, part_of
+from simulator.calibration.check import Measured, part_of
 from simulator.calibration.launch import Tell, device_of
 from simulator.calibration.measure import STILL, batch, wait
 from simulator.calibration.moe_model import Options
@@ -80,8 +80,7 @@ def _turn(case: Case, rank: int, device: torch.device, repeats: int) -> tuple[li
         wait(device)
         taken.append(now().less(begin).wall_s)
         for name, spent in step.recorder.take().items():
-            kernel = device.type == "cpu" and part_of(name) in KERNELS
-            parts[part_of(name)] += (spent.cpu_s if kernel else spent.wall_s) / repeats
+            parts[part_of(name)] += spent.wall_s / repeats
     counts = [(layer / repeats).long().tolist() for layer in step.routed()]
     step.close()
     slowest = [max(times) for times in zip(*_gathered(taken), strict=True)]
