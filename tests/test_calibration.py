@@ -192,6 +192,7 @@ def test_a_profile_is_written_whole_and_read_back(exact: profile.MachineProfile,
 
 
 def test_shipped_profiles_load_and_simulate():
+    assert list(profile.folder().glob("*.yaml"))
     for path in profile.folder().glob("*.yaml"):
         shipped = profile.load(path.stem)
         case = next(c for c in held_out(shipped.about["device"]) if c.plan.world == shipped.cluster.accelerators)
