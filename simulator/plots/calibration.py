@@ -74,7 +74,7 @@ def plot_collectives(rows: pd.DataFrame, predicted: pd.DataFrame, ax: Axes | Non
     """
     ax = new_axes(ax, 9.0, 4.5)
     alone = rows[rows["part"] == "collective"]
-    inside = rows[(rows["part"] == "together") & rows["name"].isin(alone["name"])]
+    inside = rows[(rows["part"] == "together") & rows["name"].isin(alone["name"]) & (rows["bytes"] >= 1e3)]  # not the sums of one number
     palette = [COLOURS[k] for k in ("exposed: tp", "exposed: ep", "exposed: pp", "exposed: dp", "compute: gemm", "compute: attention")]
     handles = []
     for (name, part), colour in zip(alone.groupby("name", sort=False), palette, strict=False):
@@ -104,6 +104,7 @@ def plot_fits(residuals: dict[str, float], ax: Axes | None = None) -> Axes:
     talk = table.index.str.count(r"\.") == 2
     ax.barh(table.index, 100 * table, color=np.where(talk, COLOURS["exposed: ep"], COLOURS["compute: gemm"]), height=0.75)
     ax.set_xlim(0, max(1.0, 110 * table.max()))
+    ax.margins(y=0.01)
     frame(ax, "Residual of each fitted cost (collectives in red)", "root mean square, % of the measured time")
     return ax
 
@@ -126,7 +127,7 @@ def plot_parts(parts: pd.DataFrame, case: str, ax: Axes | None = None) -> Axes:
         ax.bar(place - 0.2, table["measured_s"] * 1e3, width=0.4, color=OTHER, label="measured"),
         ax.bar(place + 0.2, table["predicted_s"] * 1e3, width=0.4, color=COLOURS["best plan"], label="predicted"),
     ]
-    ax.set_xticks(place, table["part"])
+    ax.set_xticks(place, table["part"].str.replace("[_ ]", "\n", n=1, regex=True))
     frame(ax, f"{case}: where the step goes, mean over ranks", "", "ms")
     legend(ax, bars)
     return ax
