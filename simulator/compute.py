@@ -112,11 +112,13 @@ def host_wait_s(launches: Number, meanwhile_s: Number, dispatch_s: float | None)
     return 0.0 if dispatch_s is None else np.maximum(launches * dispatch_s - meanwhile_s, 0.0)
 
 
-def measured_s(flop: Number, size: Number, calls: Number, cost: KernelCost, keys: Number = 0.0) -> Number:
+def measured_s(flop: Number, size: Number, calls: Number, cost: KernelCost, keys: Number = 0.0, kept: float = 1.0) -> Number:
     """Return seconds of a kernel whose cost was measured on this machine; no work takes no time.
 
     Parameters
     ----------
+    kept : float
+        Share of the measured speed that a step of several ranks keeps.
     keys : Number
         Attention: mean number of keys that a query sees.
     """
@@ -128,7 +130,7 @@ def measured_s(flop: Number, size: Number, calls: Number, cost: KernelCost, keys
         seconds = seconds + flop / cost.flop_per_s
     if cost.bytes_per_s:
         seconds = seconds + size / cost.bytes_per_s
-    return np.where(np.asarray(flop + size) > 0, seconds, 0.0)
+    return np.where(np.asarray(flop + size) > 0, seconds / kept, 0.0)
 
 
 def _streamed(size: Number, accelerator: Accelerator) -> Number:

@@ -75,7 +75,8 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
     """Return the seconds of a kernel at full speed: as measured on this machine, or by the model of its kind."""
     kernels = cluster.accelerator.kernels
     if kernels and (cost := kernels.get(kernel_name(op))):
-        return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op))
+        kept = cluster.accelerator.in_training.get("grouped" if op.kind == "grouped_gemm" else op.kind, 1.0)
+        return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op), kept)
     if op.kind in ("gemm", "grouped_gemm"):
         grouped = op.kind == "grouped_gemm" and plan.kernels.experts == "grouped"
         return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)

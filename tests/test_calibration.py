@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,10 @@ import pytest
 
 from simulator.calibration import calibrate as calibration
 from simulator.calibration import check, fit, machine, profile
-from simulator.calibration.cases import COLLECTIVES, LENGTHS, collective_sizes, counts, held_out, ops_of, probes
+from simulator.calibration.cases import COLLECTIVES, LENGTHS, Row, collective_sizes, counts, held_out, joint, ops_of, probes
+from simulator.compute import measured_s
 from simulator.errors import ProfileError
+from simulator.network.collectives import measured_s as talk_s
 from simulator.pricing import op_s
 from simulator.scenario.measured import CollectiveCost, KernelCost
 from simulator.scenario.scenario import Scenario
@@ -26,29 +28,13 @@ LATENCY, WIRE = 3e-4, 1 / 1e9
 ATTENTION = 1 / 5e10
 
 
-@dataclass(frozen=True)
-class Row:
-    part: str
-    case: str
-    name: str
-    ranks: int
-    calls: float
-    flop: float
-    bytes: float
-    seconds: float
-    spread: float = 0.0
-    cpu_s: float = 1.0
-    repeats: int = 7
-    turn: int = 0
-
-
 def made_up(noise: float = 0.0, seed: int = 0, turns: int = 1) -> pd.DataFrame:
     """Return the raw table that a machine of the true costs would give, its times off by `noise` and now and then far too long."""
     draw = np.random.default_rng(seed)
 
     def row(part: str, case: str, name: str, calls: float, flop: float, size: float, seconds: float, turn: int) -> Row:
         seconds *= float(np.exp(noise * draw.standard_normal())) * (3.0 if noise and draw.random() < 0.1 else 1.0)
-        return Row(part, case, name, 2, calls, flop, size, seconds, cpu_s=seconds, turn=turn)
+        return Row(part, case, name, 2, calls, flop, size, seconds, spread=0.0, cpu_s=seconds, repeats=7, turn=turn)
 
     rows = []
     for turn in range(turns):
@@ -122,6 +108,36 @@ def test_a_time_that_is_no_time_is_refused(bad: float):
         profile.build("x", rows, ABOUT, "a test", 0.0)
 
 
+def beside(rows: pd.DataFrame, kept: float, skew: float, slower: float) -> pd.DataFrame:
+    """Return `rows` with what probes of two ranks add: kernels at `kept` of their speed, waiting, collectives `slower` times as long."""
+    found = []
+    for case in joint(2):
+        spent = 0.0
+        for name, (n, flop, size) in counts(ops_of(case)).items():
+            alone = flop * ATTENTION if name.startswith("attention") else n * CALL + flop * FLOP + size * BYTE
+            found.append(Row("together", case.name, name, 2, n, flop, size, alone / kept, 0.0, alone, 3, 0))
+            spent += alone / kept
+        found.append(Row("together", case.name, "wait", 2, 9, 0, 0, skew * spent, 0.0, 0.0, 3, 0))
+        talk = [(f"{k}.{dtype}", size) for k, dtype in COLLECTIVES[:-1] for size in (2**19, case.model.hidden * 2**12)]
+        found += [Row("together", case.name, n, 2, 4, 0, b, slower * (LATENCY + b * WIRE), 0.0, 0.0, 3, 0) for n, b in talk]
+    return pd.concat([rows, pd.DataFrame([asdict(row) for row in found])], ignore_index=True)
+
+
+def test_what_ranks_lose_together_is_found():
+    """Kernels at 0.8 of their speed, 5 % of skew, collectives three times as slow as by themselves: all three come out."""
+    found = profile.build("x", beside(made_up(), 0.8, 0.05, 3.0), ABOUT, "a test", 0.0)
+    shares = found.cluster.accelerator.in_training
+    assert shares == pytest.approx(dict.fromkeys(("gemm", "grouped", "attention", "memory"), 0.8 / 1.05), rel=0.02)
+    assert found.residuals()["skew"] == pytest.approx(0.0, abs=1e-9)
+    talk = found.cluster.host.collectives["all_gather.bf16.2"]
+    assert float(talk_s(2e6, talk)) == pytest.approx(3 * (LATENCY + 2e6 * WIRE), rel=0.02)
+    assert found.cluster.host.collectives["send.bf16.2"].latency_s == pytest.approx(LATENCY, rel=0.02)  # only by itself
+    case = next(c for c in held_out() if c.name.startswith("DP2"))
+    op = next(op for op in ops_of(case) if op.kind == "gemm")
+    truth = (float(op.groups) * CALL + op.flop * FLOP + op.bytes * BYTE) * 1.05 / 0.8
+    assert float(op_s(op, case.model, case.plan, found.cluster)) == pytest.approx(truth, rel=0.02)
+
+
 # --- the profile is an ordinary cluster ---
 
 
@@ -147,12 +163,10 @@ def test_a_predicted_step_is_the_sum_of_true_costs(exact: profile.MachineProfile
 
 
 def test_measured_costs_by_hand():
-    from simulator.compute import measured_s
-    from simulator.network.collectives import measured_s as talk_s
-
     cost = KernelCost(launch_s="1 us", flop_per_s="1 TFLOP/s", bytes_per_s="1 GB/s")
     assert float(measured_s(1e6, 1e3, 3, cost)) == pytest.approx(3e-6 + 1e-6 + 1e-6)
     assert float(measured_s(0, 0, 3, cost)) == 0.0
+    assert float(measured_s(1e6, 1e3, 3, cost, kept=0.5)) == pytest.approx(2 * 5e-6)
     curve = KernelCost(launch_s="0 s", keys=(10, 1000), flop_per_s_at_keys=("1 GFLOP/s", "2 GFLOP/s"))
     assert [float(measured_s(1e9, 1, 1, curve, k)) for k in (1, 10, 100, 1000, 9999)] == pytest.approx([1, 1, 0.75, 0.5, 0.5])
     bent = CollectiveCost(latency_s="1 ms", bytes_per_s="1 GB/s", knee_bytes="1 MB", beyond_bytes_per_s="0.5 GB/s")
@@ -178,6 +192,7 @@ def test_a_profile_is_written_whole_and_read_back(exact: profile.MachineProfile,
 
 
 def test_shipped_profiles_load_and_simulate():
+    assert list(profile.folder().glob("*.yaml"))
     for path in profile.folder().glob("*.yaml"):
         shipped = profile.load(path.stem)
         case = next(c for c in held_out(shipped.about["device"]) if c.plan.world == shipped.cluster.accelerators)
@@ -261,6 +276,58 @@ def test_imbalance_comes_from_the_table_of_tokens():
         check.predict(measured, profile.build("x", made_up(), ABOUT | {"ranks": 4}, "a test", 0.0))
 
 
+def test_a_call_costs_what_its_last_rank_spends():
+    """By hand: the first of two ranks arrives 3 s early once, the second 1 s; small exchanges count with the large one."""
+    pytest.importorskip("torch")
+    from simulator.calibration.recorder import Call
+    from simulator.calibration.together import split
+
+    one = [Call("all_gather.bf16", 100, 5.0), Call("all_to_all.int64", 16, 1.0), Call("all_to_all.bf16", 1000, 4.0)]
+    two = [Call("all_gather.bf16", 100, 2.0), Call("all_to_all.int64", 16, 2.0), Call("all_to_all.bf16", 1200, 4.0)]
+    costs, waited = split([one, two])
+    assert costs == {("all_gather.bf16", 100): [2.0], ("all_to_all.bf16", 1100): [5.0]}
+    assert waited == pytest.approx((3 + 1) / 2)
+
+
+def test_a_collective_inside_a_kernel_is_not_the_kernels_on_cuda_either(monkeypatch: pytest.MonkeyPatch):
+    """Events that tick once each time they are recorded: the kernel spans three ticks of 1 ms, one of them its collective's."""
+    torch = pytest.importorskip("torch")
+    from simulator.calibration.recorder import Call, Recorder
+
+    ticks = iter(range(100))
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(ticks)
+
+        def elapsed_time(self, other):
+            return float(other.at - self.at)
+
+    waited = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    recorder = Recorder(torch.device("cuda", 0))
+    recorder.on = True
+    with recorder.region("loss.forward"), recorder.call("tp", "all_reduce", torch.float32, 64):
+        pass
+    assert not waited  # nothing waits for the device while the step runs
+    assert recorder.calls() == [Call("all_reduce.fp32", 64, 1e-3)]
+    assert {name: spent.wall_s for name, spent in recorder.take().items()} == pytest.approx({"loss.forward": 2e-3, "tp.all_reduce": 1e-3})
+    assert len(waited) == 2
+    assert not recorder.take()
+    assert not recorder.calls()
+
+
+def test_probes_of_several_ranks_are_not_the_steps_that_prove():
+    shapes = {(c.model.hidden, c.job.sequence_length) for c in held_out()}
+    assert not shapes & {(c.model.hidden, c.job.sequence_length) for c in joint(2)}
+    assert {c.plan.world for c in joint(2)} == {2}
+    assert not joint(1)
+
+
 # --- interrupted, and bad input ---
 
 
@@ -276,7 +343,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         for number, item in enumerate(left):
             if len(asked) == 1 and number == 5:
                 raise KeyboardInterrupt
-            if item.probe:
+            if item.joint:
+                rows = table[(table["part"] == "together") & (table["case"] == item.joint.name)]
+            elif item.probe:
                 rows = table[(table["part"] == "kernel") & (table["case"] == item.probe.name)]
             elif item.collective:
                 kind_, dtype, size, _ = item.collective

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from simulator.calibration.cases import collective_sizes, group_sizes, held_out, probes
+from simulator.calibration.cases import collective_sizes, group_sizes, held_out, joint, probes
 from simulator.calibration.check import Measured, Proof, compare
 from simulator.calibration.machine import CalibrationError, Quiet, check_world, described, memory_bytes, needs_torch
 from simulator.calibration.profile import MachineProfile, build, load, save
@@ -88,7 +88,7 @@ def calibrate(
 
     turns, repeats = (1, 3) if small else QUICK if quick else THOROUGH
     about = described(device, world) | {"turns": turns, "repeats": repeats}
-    whole = measure.everything(probes(device, small), collective_sizes(small), group_sizes(world), turns)
+    whole = measure.everything(probes(device, small), joint(world, device, small), collective_sizes(small), group_sizes(world), turns)
     done = _resumed(path, about)
     left = [item for item in whole if item.key not in done]
     quiet = Quiet()

@@ -57,6 +57,44 @@ class Case:
     job: Job
 
 
+@dataclass(frozen=True)
+class Row:
+    """One figure of the raw table.
+
+    Parameters
+    ----------
+    part : str
+        ``kernel`` (in a probe), ``together`` (in a probe of several ranks), ``attention``, ``collective`` or ``single`` (by themselves).
+    case, name : str
+        The probe or shape, and the kind of kernel or collective.
+    ranks : int
+        Ranks of the collective, or that ran the same kernel.
+    calls, flop, bytes : float
+        As the simulator counts them.
+    seconds : float
+        Median over repeats, mean over ranks, by the clock.
+    spread : float
+        Interquartile range over the median.
+    cpu_s : float
+        Processor time beside it: of the thread for a kernel, of the process for a collective.
+    repeats, turn : int
+        How many, and in which turn through all cases.
+    """
+
+    part: str
+    case: str
+    name: str
+    ranks: int
+    calls: float
+    flop: float
+    bytes: float
+    seconds: float
+    spread: float
+    cpu_s: float
+    repeats: int
+    turn: int
+
+
 def _case(name: str, shape: Model, sequences: int, length: int, **degrees: int) -> Case:
     return Case(name, shape, plan(**degrees), Job(tokens=10**9, global_batch=sequences, sequence_length=length))
 
@@ -84,6 +122,27 @@ def probes(device: str = "cpu", small: bool = False) -> list[Case]:
     return [
         _case(f"probe{i}", model(h, 2, a, kv, e, f, vocab=v), b, length, micro_batch=b)
         for i, (h, a, kv, e, f, b, length, v) in enumerate(rows)
+    ]
+
+
+def joint(world: int, device: str = "cpu", small: bool = False) -> list[Case]:
+    """Return the probes that communicate: layouts of `world` ranks, on shapes apart from those of `held_out`."""
+    if world == 1:
+        return []
+    length = 3584 if device == "cuda" else 448
+    rows = [  # hidden, heads, kv heads, experts, expert width, sequences per micro-batch, vocabulary; layouts
+        (512, 8, 8, 8, 384, 1, 2048, ("dp", "ep", "tp")),
+        (896, 16, 8, 8, 640, 1, 4096, ("dp", "tp")),
+        (1152, 16, 8, 8, 704, 2, 2048, ("ep", "tp")),
+    ][: 1 if small else 3]
+    layouts = {"dp": {"dp_shard": world}, "ep": {"dp_shard": world, "ep": world}, "tp": {"tp": world}}
+    return [
+        _case(
+            f"{name}-h{h}", model(h, 2, a, kv, e, f, vocab=v), b * layouts[name].get("dp_shard", 1), length, micro_batch=b, **layouts[name]
+        )
+        for h, a, kv, e, f, b, v, names in rows
+        for name in names
+        if not (e % world or kv % world)
     ]
 
 
@@ -116,8 +175,8 @@ def held_out(device: str = "cpu", small: bool = False) -> list[Case]:
 
 
 def ops_of(case: Case) -> Iterator[Op]:
-    """Yield every kernel of one rank's step when the rank is alone."""
-    made, micro_batches = blocks(case.model, case.plan, case.job), case.job.global_batch // case.plan.micro_batch
+    """Yield every kernel of one rank's step, without pipeline stages."""
+    made, micro_batches = blocks(case.model, case.plan, case.job), case.job.global_batch // (case.plan.dp * case.plan.micro_batch)
     names = sequence(case.model)
     for name in names:
         for segment in (made[name].forward + made[name].backward) * micro_batches:

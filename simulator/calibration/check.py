@@ -38,8 +38,8 @@ class Measured:
     seconds : tuple of float
         The repeats, over all turns, on the slowest rank.
     parts_s : dict
-        Mean over ranks and repeats, by kind of operation as the simulator's breakdown names them; kernels on a CPU by the
-        thread's processor time, as they were fitted, communication by the clock, with its waiting.
+        Mean over ranks and repeats by the clock, by kind of operation as the simulator's breakdown names them. A rank's waiting for
+        the slower one counts with communication here; a prediction has it in the kernels of the slower one.
     peak_bytes : tuple of float
         Largest sum of live tensors on every rank.
     counts : tuple of tuple of int

@@ -8,7 +8,7 @@ are differences of logarithms, their loss grows linearly beyond `SCALE` (soft L1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ import pandas as pd
 from scipy.optimize import least_squares
 
 from simulator.calibration.machine import CalibrationError
+from simulator.compute import measured_s
 from simulator.scenario.measured import CollectiveCost, KernelCost
 from simulator.units import format_quantity
 
@@ -180,11 +181,66 @@ def attention_curve(rows: pd.DataFrame, device: str) -> dict[str, KernelCost]:
     return found
 
 
+def _talk(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per collective and size: in a step where it was measured there, by itself only beyond twice the largest such size."""
+    alone = _typical(rows[rows["part"] == "collective"], "seconds")
+    inside = rows[(rows["part"] == "together") & rows["name"].isin(alone["name"])]
+    if inside.empty:
+        return alone
+    inside = inside.groupby(["name", "ranks", "case", "bytes"], sort=False)["seconds"].median().reset_index()
+    largest = inside.groupby(["name", "ranks"])["bytes"].max().rename("largest")
+    alone = alone.merge(largest, on=["name", "ranks"], how="left")
+    return pd.concat([inside, alone[~(alone["bytes"] <= 2 * alone["largest"])]], ignore_index=True)
+
+
+#: the part of ``Accelerator.in_training`` that a kind of kernel belongs to; all others are bound by memory
+_PARTS = {"gemm": "gemm", "grouped_gemm": "grouped", "attention": "attention"}
+
+
+def fit_together(rows: pd.DataFrame, costs: Mapping[str, KernelCost], keys: Mapping[str, float]) -> tuple[dict[str, Fit], Fit | None]:
+    """Return what several ranks together change: the speed that kernels keep, by part, and the skew of the ranks.
+
+    Parameters
+    ----------
+    costs : mapping
+        Fitted cost of every kind of kernel in a rank's own probe.
+    keys : mapping
+        Mean number of keys that a query of each probe sees.
+
+    Returns
+    -------
+    kept : dict of str to Fit
+        ``share``: seconds in the own probe over those beside communication, whose buffers have emptied the caches and whose threads share
+        the core.
+    skew : Fit or None
+        ``share``: the waiting for the slower rank at collectives, mean over ranks, over the time of the kernels before them. For two
+        ranks that is the expected maximum of their kernels over the mean less one.
+    """
+    table = rows[rows["part"] == "together"]
+    if table.empty:
+        return {}, None
+    inside = table[table["name"].isin(costs.keys())].copy()
+    inside["alone"] = [float(measured_s(r.flop, r.bytes, r.calls, costs[r.name], keys[r.case])) for r in inside.itertuples(index=False)]
+    inside["in"] = inside["name"].map(lambda name: _PARTS.get(name.split(".")[0], "memory"))
+    sums = inside.groupby(["in", "case", "turn"])[["alone", "seconds"]].sum()
+    shares = (sums["alone"] / sums["seconds"]).groupby(["in", "case"]).max()  # of the turns: what disturbs one only lengthens it
+    kept = {part: _share(f"in_training.{part}", group) for part, group in shares.groupby("in")}
+    kernels = inside.groupby(["case", "turn"])["seconds"].sum()
+    waits = table[table["name"] == "wait"].set_index(["case", "turn"])["seconds"]
+    return kept, _share("skew", waits / kernels)
+
+
+def _share(name: str, shares: pd.Series) -> Fit:
+    """Return the median of `shares`, with quantiles as its interval."""
+    middle, low, high = (float(shares.quantile(q)) for q in (0.5, 0.05, 0.95))
+    return Fit(name, {"share": middle}, {"share": low}, {"share": high}, len(shares), float(shares.std(ddof=0) / middle))
+
+
 def fit_collectives(rows: pd.DataFrame) -> dict[str, Fit]:
     """Return the cost of every collective, datatype and number of ranks; with a knee where that halves the squared residual."""
     check_rows(rows)
     fits = {}
-    table = _typical(rows[rows["part"] == "collective"], "seconds")
+    table = _talk(rows)
     for (name, ranks), part in table.groupby(["name", "ranks"], sort=False):
         key = f"{name}.{ranks}"
         size, seconds = part["bytes"].to_numpy(float), part["seconds"].to_numpy(float)

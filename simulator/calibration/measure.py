@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from simulator.calibration import kernels
-from simulator.calibration.cases import COLLECTIVES, GROUPED, LENGTHS, PRODUCTS, Case, counts, ops_of
+from simulator.calibration.cases import COLLECTIVES, GROUPED, LENGTHS, PRODUCTS, Case, Row, counts, ops_of
 from simulator.calibration.launch import Tell, device_of
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
@@ -28,45 +28,7 @@ KERNEL_S, COLLECTIVE_S, LEAST = 0.1, 0.15, 7
 STILL = 1e-7
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure of the raw table.
-
-    Parameters
-    ----------
-    part : str
-        ``kernel`` (in a probe), ``collective``, ``single`` (a kernel by itself), ``step`` or ``memory``.
-    case, name : str
-        The probe or shape, and the kind of kernel or collective.
-    ranks : int
-        Ranks of the collective, or that ran the same kernel.
-    calls, flop, bytes : float
-        As the simulator counts them.
-    seconds : float
-        Median over repeats, mean over ranks, by the clock.
-    spread : float
-        Interquartile range over the median.
-    cpu_s : float
-        Processor time beside it: of the thread for a kernel, of the process for a collective.
-    repeats, turn : int
-        How many, and in which turn through all cases.
-    """
-
-    part: str
-    case: str
-    name: str
-    ranks: int
-    calls: float
-    flop: float
-    bytes: float
-    seconds: float
-    spread: float
-    cpu_s: float
-    repeats: int
-    turn: int
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
+def quartiles(values: list[float]) -> tuple[float, float]:
     """Return the median, and the interquartile range over it."""
     if len(values) < 2:
         return values[0], 0.0
@@ -108,7 +70,7 @@ def repeated(run: Callable[[], object], device: torch.device, at_least_s: float)
             taken.append(time.perf_counter() - first)
         if _over_ranks(float(time.perf_counter() - begin)) >= at_least_s:
             break
-    middle, spread = _quartiles(taken)
+    middle, spread = quartiles(taken)
     return _over_ranks(middle), spread, (time.process_time() - cpu) / len(taken), len(taken)
 
 
@@ -146,8 +108,8 @@ def probe(case: Case, world: int, device: torch.device, repeats: int, turn: int)
     for name in ("step", "between", *counted):
         if name not in taken:
             continue
-        middle, spread = _quartiles([spent.wall_s for spent in taken[name]])
-        cpu, _ = _quartiles([spent.cpu_s for spent in taken[name]])
+        middle, spread = quartiles([spent.wall_s for spent in taken[name]])
+        cpu, _ = quartiles([spent.cpu_s for spent in taken[name]])
         calls, flop, size = counted.get(name, (sum(c for c, _, _ in counted.values()), 0.0, 0.0))
         yield Row("kernel", case.name, name, world, calls, flop, size, _over_ranks(middle), spread, _over_ranks(cpu), repeats, turn)
 
@@ -255,7 +217,7 @@ def beside(device: torch.device, world: int, turn: int) -> Iterator[Row]:
             taken.append((time.perf_counter() - first) / 4)
             if work:
                 work.wait()
-        middle, spread = _quartiles(taken)
+        middle, spread = quartiles(taken)
         yield Row("single", "1024x1024x1024", name, world, 1, 2.0 * 1024**3, 6.0 * 1024**2, _over_ranks(middle), spread, 0.0, 5, turn)
 
 
@@ -269,6 +231,7 @@ class Todo:
     key: str
     turn: int
     probe: Case | None = None
+    joint: Case | None = None
     collective: tuple[str, str, int, int] | None = None
 
 
@@ -284,12 +247,16 @@ def _groups(rank: int, world: int, sizes: list[int]) -> Iterator[tuple[int, dist
 
 def run(rank: int, world: int, tell: Tell, todo: list[Todo], kind: str, repeats: int) -> None:
     """Take the measurements of `todo` in order and tell each one's rows with its key."""
+    from simulator.calibration.together import together
+
     device = device_of(kind, rank)
     groups = dict(_groups(rank, world, sorted({t.collective[3] for t in todo if t.collective})))
     for item in todo:
         rows: list[Row] = []
         if item.probe:
             rows = list(probe(item.probe, world, device, repeats, item.turn))
+        elif item.joint:
+            rows = list(together(item.joint, rank, device, max(2, repeats - 1), item.turn))
         elif item.collective:
             name, dtype, size, ranks = item.collective
             rows = [collective(name, dtype, size, groups[ranks], ranks, device, item.turn)]
@@ -300,16 +267,18 @@ def run(rank: int, world: int, tell: Tell, todo: list[Todo], kind: str, repeats:
         tell(item.key, [asdict(row) for row in rows])
 
 
-def everything(probes: list[Case], sizes: list[int], groups: list[int], turns: int) -> list[Todo]:
+def everything(probes: list[Case], joint: list[Case], sizes: list[int], groups: list[int], turns: int) -> list[Todo]:
     """Return the whole measurement: every case once per turn, turn after turn, so that a disturbance meets all of them."""
     todo = []
     for turn in range(turns):
         todo += [Todo(f"probe {case.name} {turn}", turn, probe=case) for case in probes]
+        todo += [Todo(f"joint {case.name} {turn}", turn, joint=case) for case in joint]
         todo += [
             Todo(f"{kind}.{dtype}.{ranks} {size} {turn}", turn, collective=(kind, dtype, size, ranks))
             for kind, dtype in COLLECTIVES
             for ranks in groups
             for size in sizes
+            if turn == 0 or turns > 2  # a quick run measures them again in the steps of several ranks only
         ]
         todo += [Todo(f"single {turn}", turn), Todo(f"beside {turn}", turn)]
     return todo

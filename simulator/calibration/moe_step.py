@@ -135,6 +135,10 @@ class MoEStep:
         """The mixture-of-experts layers of this rank."""
         return [block for block in self.blocks if isinstance(block, Layer) and block.moe]
 
+    def close(self) -> None:
+        """Give back the process groups; the step cannot run after that."""
+        self.ranks.close()
+
     def mine(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return this rank's micro-batches (micro-batches, sequences, length + 1) of the global batch (sequences, length + 1)."""
         share = tokens.chunk(self.plan.dp)[self.ranks.index("dp")]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from simulator.calibration.fit import Fit, attention_curve, clock, fit_collectives, fit_kernels
+from simulator.calibration.cases import joint
+from simulator.calibration.fit import Fit, attention_curve, clock, fit_collectives, fit_kernels, fit_together
 from simulator.calibration.machine import CalibrationError, memory_bytes
 from simulator.files import write_atomically
 from simulator.scenario.cluster import Cluster
@@ -97,13 +98,22 @@ def build(name: str, rows: pd.DataFrame, about: dict[str, Any], command: str, fo
     Notes
     -----
     Kernels and collectives that were measured carry fitted costs. The general fields beside them (peak, efficiencies, bus
-    bandwidths) hold what the machine reached at best, for figures such as MFU and for groups that were not measured.
+    bandwidths) hold what the machine reached at best, for figures such as MFU and for groups that were not measured. The accelerator's
+    ``in_training`` is what kernels keep of their speed beside communication, less the skew: a step waits for the slower rank.
     """
     world, device = int(about["ranks"]), about["device"]
     kernels, talk = fit_kernels(rows, device), fit_collectives(rows)
     costs = {k: fit.kernel() for k, fit in kernels.items()} | attention_curve(rows, device)
+    keys = {case.name: (case.job.sequence_length + 1) / 2 for case in joint(world, device)}
+    kept, skew = fit_together(rows, costs, keys)
     source = f"{command}, torch {about['torch']}, commit {about['commit']}"
-    tables = (_accelerator(name, rows, about, source, costs, device), _host(name, world, source, talk), _fabric(name, world))
+    lost = 1.0 + (skew.values["share"] if skew else 0.0)
+    shares = {part: fit.values["share"] / lost for part, fit in kept.items()}
+    tables = (
+        _accelerator(name, rows, about, source, costs, device) | {"in_training": shares},
+        _host(name, world, source, talk),
+        _fabric(name, world),
+    )
     measured = {"grade": "measured", "source": source, "date": about["date"]}
     cluster = {
         "name": name, "accelerator": tables[0], "host": tables[1], "fabric": tables[2], "accelerators": world,
@@ -113,7 +123,8 @@ def build(name: str, rows: pd.DataFrame, about: dict[str, Any], command: str, fo
             {"grade": "assumed", "source": "one's own machine", "date": about["date"], "facts": ["price_usd_per_accelerator_hour"]},
         ],
     }  # fmt: skip
-    fits = [FittedCost(name=f.name, rows=f.rows, residual=f.residual, low=f.low, high=f.high) for f in (*kernels.values(), *talk.values())]
+    all_fits = (*kernels.values(), *talk.values(), *kept.values(), *((skew,) if skew else ()))
+    fits = [FittedCost(name=f.name, rows=f.rows, residual=f.residual, low=f.low, high=f.high) for f in all_fits]
     return MachineProfile(
         name=name, command=command, about=about, foreign_share=foreign, cluster=validated(Cluster, parts(cluster), name), fits=tuple(fits)
     )
@@ -125,6 +136,7 @@ def _accelerator(name: str, rows: pd.DataFrame, about: dict, source: str, costs:
     curves = {way: max(costs[f"attention.{way}"].flop_per_s_at_keys) / peaks["bf16"] for way in ("forward", "backward")}
     gpu = about.get("gpu", {})
     memory = gpu.get("memory_bytes") or memory_bytes() / about["ranks"]
+    fitted = ["kernels", *(["in_training"] if (rows["part"] == "together").any() else [])]
     launch = rows[(rows["part"] == "single") & (rows["name"] == "launch")]["seconds"].median()
     return {
         "name": f"{name}-accelerator",
@@ -145,7 +157,7 @@ def _accelerator(name: str, rows: pd.DataFrame, about: dict, source: str, costs:
                 "hbm_bytes", "hbm_bytes_per_s", "peak_flop_per_s", "gemm_efficiency", "grouped_gemm_efficiency", "attention_efficiency",
                 "hbm_efficiency", "launch_s", "multiprocessors",
             ]},
-            {"grade": "fitted", "source": f"to the raw table beside this file, {source}", "date": about["date"], "facts": ["kernels"]},
+            {"grade": "fitted", "source": f"to the raw table beside this file, {source}", "date": about["date"], "facts": fitted},
             {"grade": "assumed", "source": "not used where a kernel has a fitted cost", "facts": [
                 "tile_m", "tile_n", "k_ramp", "last_wave_recovered", "head_ramp",
             ]},

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+#: the simulator's names of datatypes
+_SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "int64"}
+
 
 class Spent(NamedTuple):
     """Seconds on the clock, and seconds that the thread computed: less where another process had the core, or it waited."""
@@ -31,8 +34,16 @@ def now() -> Spent:
     return Spent(time.perf_counter(), time.thread_time())
 
 
+class Call(NamedTuple):
+    """One collective: kind and datatype as ``all_gather.bf16``, bytes as the simulator counts them, seconds by the clock."""
+
+    name: str
+    size: int
+    seconds: float
+
+
 class Recorder:
-    """Time per kind of kernel and collective, while it is on.
+    """Time per kind of kernel and collective, while it is on; and every collective call by itself.
 
     Notes
     -----
@@ -43,8 +54,21 @@ class Recorder:
     def __init__(self, device: torch.device):
         self.device, self.on = device, False
         self._spent: dict[str, Spent] = defaultdict(Spent)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event, str | None]] = []  # and the name around it
+        self._open: list[str] = []
         self._inside: list[Spent] = []
+        self._calls: list[tuple[str, int, int | float]] = []
+
+    @contextmanager
+    def call(self, axis: str, kind: str, dtype: torch.dtype, size: int) -> Iterator[None]:
+        """Count a collective of `size` bytes under ``axis.kind``, and note the call."""
+        with self.region(f"{axis}.{kind}"):
+            begin = time.perf_counter()
+            yield
+            took = time.perf_counter() - begin
+        if self.on:
+            # on CUDA the seconds are those of the region's events, the last ones recorded
+            self._calls.append((f"{kind}.{_SHORT.get(dtype, str(dtype))}", size, len(self._events) - 1 if self._events else took))
 
     @contextmanager
     def region(self, name: str) -> Iterator[None]:
@@ -54,9 +78,11 @@ class Recorder:
         elif self.device.type == "cuda":
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
+            self._open.append(name)
             yield
+            self._open.pop()
             last.record()
-            self._events.append((name, first, last))
+            self._events.append((name, first, last, self._open[-1] if self._open else None))
         else:
             self._inside.append(Spent())
             begin = now()
@@ -70,10 +96,23 @@ class Recorder:
         """Return the time per name since the last call, and begin anew."""
         if self._events:
             torch.cuda.synchronize(self.device)
-        for name, first, last in self._events:
-            seconds = first.elapsed_time(last) / 1e3
-            self._spent[name] = self._spent[name].plus(Spent(seconds, seconds))
+        for name, first, last, around in self._events:
+            took = Spent(*[first.elapsed_time(last) / 1e3] * 2)
+            self._spent[name] = self._spent[name].plus(took)
+            if around:
+                self._spent[around] = self._spent[around].less(took)
         found = dict(self._spent)
         self._spent.clear()
         self._events.clear()
+        self._calls.clear()
+        return found
+
+    def calls(self) -> list[Call]:
+        """Return the collectives since the last `take`, in order."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+        found = []
+        for name, size, at in self._calls:
+            seconds = self._events[int(at)][1].elapsed_time(self._events[int(at)][2]) / 1e3 if self._events else at
+            found.append(Call(name, size, float(seconds)))
         return found

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from simulator.calibration.cases import Case
-from simulator.calibration.check import KERNELS, Measured, part_of
+from simulator.calibration.check import Measured, part_of
 from simulator.calibration.launch import Tell, device_of
 from simulator.calibration.measure import STILL, batch, wait
 from simulator.calibration.moe_model import Options
@@ -54,10 +54,13 @@ def _gathered(value: object) -> list:
 
 def _memory(case: Case, rank: int, device: torch.device) -> float:
     def one() -> None:
-        MoEStep(case.model, case.plan, case.job, rank, Options(), device).run(tokens)
+        steps.append(MoEStep(case.model, case.plan, case.job, rank, Options(), device))
+        steps[0].run(tokens)
 
-    tokens = batch(case, device)
-    return peak_bytes(one, device)
+    tokens, steps = batch(case, device), []
+    peak = peak_bytes(one, device)
+    steps[0].close()
+    return peak
 
 
 def _turn(case: Case, rank: int, device: torch.device, repeats: int) -> tuple[list[float], dict[str, float], list[list[int]]]:
@@ -77,9 +80,9 @@ def _turn(case: Case, rank: int, device: torch.device, repeats: int) -> tuple[li
         wait(device)
         taken.append(now().less(begin).wall_s)
         for name, spent in step.recorder.take().items():
-            kernel = device.type == "cpu" and part_of(name) in KERNELS
-            parts[part_of(name)] += (spent.cpu_s if kernel else spent.wall_s) / repeats
+            parts[part_of(name)] += spent.wall_s / repeats
     counts = [(layer / repeats).long().tolist() for layer in step.routed()]
+    step.close()
     slowest = [max(times) for times in zip(*_gathered(taken), strict=True)]
     everyone = _gathered(dict(parts))
     mean = {part: sum(p.get(part, 0.0) for p in everyone) / len(everyone) for part in {k for p in everyone for k in p}}

@@ -62,7 +62,7 @@ def plot_roofline(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def plot_collectives(rows: pd.DataFrame, predicted: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the time of each collective by size, measured as points and fitted as lines, and return the Axes.
+    """Draw the time of each collective by size, measured in a step (dots) and by itself (rings) and fitted (lines); return the Axes.
 
     Parameters
     ----------
@@ -73,16 +73,19 @@ def plot_collectives(rows: pd.DataFrame, predicted: pd.DataFrame, ax: Axes | Non
     ax : Axes, optional
     """
     ax = new_axes(ax, 9.0, 4.5)
-    talk = rows[rows["part"] == "collective"]
+    alone = rows[rows["part"] == "collective"]
+    inside = rows[(rows["part"] == "together") & rows["name"].isin(alone["name"]) & (rows["bytes"] >= 1e3)]  # not the sums of one number
     palette = [COLOURS[k] for k in ("exposed: tp", "exposed: ep", "exposed: pp", "exposed: dp", "compute: gemm", "compute: attention")]
     handles = []
-    for (name, part), colour in zip(talk.groupby("name", sort=False), palette, strict=False):
+    for (name, part), colour in zip(alone.groupby("name", sort=False), palette, strict=False):
+        ax.scatter(part["bytes"], part["seconds"] * 1e3, edgecolors=colour, facecolors="none", linewidths=0.8, s=14)
+        part = inside[inside["name"] == name]
         handles.append(ax.scatter(part["bytes"], part["seconds"] * 1e3, color=colour, s=14, label=str(name)))
         line = predicted[predicted["name"] == name]
         ax.plot(line["bytes"], line["seconds"] * 1e3, color=colour, linewidth=1)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    frame(ax, "Collectives: measured (points) and fitted (lines)", "bytes", "ms")
+    frame(ax, "Collectives: measured in a step (dots), by themselves (rings), fitted (lines)", "bytes", "ms")
     legend(ax, handles)
     return ax
 
@@ -101,6 +104,7 @@ def plot_fits(residuals: dict[str, float], ax: Axes | None = None) -> Axes:
     talk = table.index.str.count(r"\.") == 2
     ax.barh(table.index, 100 * table, color=np.where(talk, COLOURS["exposed: ep"], COLOURS["compute: gemm"]), height=0.75)
     ax.set_xlim(0, max(1.0, 110 * table.max()))
+    ax.margins(y=0.01)
     frame(ax, "Residual of each fitted cost (collectives in red)", "root mean square, % of the measured time")
     return ax
 
@@ -116,14 +120,14 @@ def plot_parts(parts: pd.DataFrame, case: str, ax: Axes | None = None) -> Axes:
         Which step.
     ax : Axes, optional
     """
-    table = parts[parts["case"] == case]
+    table = parts[(parts["case"] == case) & (parts[["measured_s", "predicted_s"]].max(axis=1) > 0)]
     ax = new_axes(ax, 8.0, 3.6)
     place = np.arange(len(table))
     bars = [
         ax.bar(place - 0.2, table["measured_s"] * 1e3, width=0.4, color=OTHER, label="measured"),
         ax.bar(place + 0.2, table["predicted_s"] * 1e3, width=0.4, color=COLOURS["best plan"], label="predicted"),
     ]
-    ax.set_xticks(place, table["part"])
+    ax.set_xticks(place, table["part"].str.replace("[_ ]", "\n", n=1, regex=True))
     frame(ax, f"{case}: where the step goes, mean over ranks", "", "ms")
     legend(ax, bars)
     return ax
