@@ -26,6 +26,8 @@ class Outcome(ABC):
     scenario: Scenario
     #: mechanisms that a real step has and this one does not
     not_modelled: ClassVar[Sequence[str]] = ()
+    #: which of the three levels the seconds came from
+    level: str = "simulate"
 
     @property
     @abstractmethod
@@ -133,7 +135,7 @@ class Outcome(ABC):
             "training_days": self.training_days,
             "accelerator_hours": self.accelerator_hours,
             "cost_usd": self.cost_usd,
-            "level": "simulate",
+            "level": self.level,
             "not_modelled": list(self.not_modelled),
             "problems": [],
         }

@@ -11,7 +11,7 @@ import numpy as np
 from simulator.beside import Beside
 from simulator.compute import host_wait_s
 from simulator.engine.replay import Runs
-from simulator.pricing import op_s, segments_s
+from simulator.pricing import Known, op_s, segments_s
 from simulator.scenario.cluster import Accelerator, Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
@@ -107,18 +107,26 @@ def pass_beside(block: Block, kind: str, model: Model, plan: Plan | PlanColumns,
 
 
 def price_blocks(
-    all_blocks: Mapping[str, Block], model: Model, plan: Plan | PlanColumns, cluster: Cluster, sharing: bool = True
+    all_blocks: Mapping[str, Block],
+    model: Model,
+    plan: Plan | PlanColumns,
+    cluster: Cluster,
+    sharing: bool = True,
+    known: Known | None = None,
 ) -> dict[str, BlockPrice]:
     """Return the price of every block.
 
     Parameters
     ----------
     sharing : bool
-        Whether to find what collectives slow; `simulator.lower_bound` does without.
+        Whether to price the data-parallel collectives, too, and find what collectives slow; `simulator.lower_bound` does without.
+    known : Known, optional
+        Prices of the same model, cluster and degrees.
     """
+    known = known or Known(model, plan, cluster)
 
     def priced(segments: Iterable[Segment]) -> list[list[tuple[Op, Number]]]:
-        return [[(op, op_s(op, model, plan, cluster)) for op in segment] for segment in segments]
+        return [[(op, known.op_s(op)) for op in segment] for segment in segments]
 
     def chain(segments: list[list[tuple[Op, Number]]], keep: Callable[[Op], bool] = lambda op: True) -> Number:
         kept = [[seconds for op, seconds in segment if keep(op)] for segment in segments]
@@ -157,8 +165,8 @@ def price_blocks(
             backward_s=chain(backward) + waits[1],
             input_s=chain(backward, keeps["I"]) + launched(backward, keeps["I"]),
             weight_s=chain(backward, keeps["W"]) + launched(backward, keeps["W"]),
-            gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),
-            reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster),
+            gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster) if sharing else 0.0,
+            reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster) if sharing else 0.0,
             forward_runs=_runs(forward, waits[0] if launches(block.forward) else None),
             backward_runs=_runs(backward, waits[1] if launches(block.backward) else None),
             extra_s={kind: extra(block, kind, forward if kind == "F" else backward) for kind in "FBIW"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from simulator.errors import PlanError, Problem, ProfileError
 from simulator.planning.pool import Pool, Progress
 from simulator.planning.space import Space
 from simulator.result import StepResult
-from simulator.scenario.plan import Plan
+from simulator.scenario.plan import COLUMNS, Plan
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 
@@ -86,6 +87,35 @@ class Search:
             rows[best] = candidate_row(self.scenario, pool, best)
         found = pd.DataFrame(list(rows.values())).sort_values(["estimate_s", "peak_memory_bytes"], ignore_index=True)
         return found[found["peak_memory_bytes"] <= found["peak_memory_bytes"].cummin()].reset_index(drop=True)
+
+    def cells(self, *names: str) -> pd.DataFrame:
+        """Return the fastest plan, by estimate, of every combination of the values of some degrees.
+
+        Parameters
+        ----------
+        *names : str
+            Degrees, ``"pp", "ep"``.
+
+        Returns
+        -------
+        DataFrame
+            One row per combination: the degrees, ``legal`` and ``fits`` (how many plans),
+            ``estimate_s`` and ``peak_memory_bytes`` of the fastest that fits, NaN when none does.
+        """
+        unknown = [name for name in names if name not in COLUMNS]
+        if unknown or not names:
+            raise ProfileError(f"no cells over {', '.join(unknown) or 'nothing'}; choose among {', '.join(COLUMNS)}")
+        pool, plans = self.pool, self.pool.priced[0].table.plans
+        value = {name: np.tile(np.asarray(getattr(plans, name)), len(pool.priced)) for name in names}
+        fits, rows = pool.memory_bytes <= self.scenario.cluster.accelerator.hbm_bytes, []
+        for combination in product(*(np.unique(v).tolist() for v in value.values())):
+            legal = np.logical_and.reduce([value[name] == one for name, one in zip(names, combination, strict=True)])
+            some = np.flatnonzero(legal & fits)
+            best = int(pool.settle(some, 1)[0]) if len(some) else None
+            figures = [np.nan, np.nan] if best is None else [float(pool.estimate_s[best]), float(pool.memory_bytes[best])]
+            counts = {"legal": int(legal.sum()), "fits": len(some)}
+            rows.append(dict(zip(names, combination, strict=True)) | counts | dict(zip(("estimate_s", "peak_memory_bytes"), figures)))
+        return pd.DataFrame(rows)
 
 
 def candidate_row(scenario: Scenario, pool: Pool, index: int) -> dict[str, Any]:
