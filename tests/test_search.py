@@ -19,6 +19,7 @@ from simulator.planning.search import search
 from simulator.planning.space import CHUNKS, CONTEXT, EXPERT_TENSOR, MICRO_BATCHES, SCHEDULES, Space, grouped, legal_table, numbered
 from simulator.pricing import Known
 from simulator.scenario.model import Model
+from simulator.scenario.placement import ORDER, PIPELINE_INSIDE
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Overlap, Plan, PlanColumns, Precision
 from simulator.scenario.profiles import CLUSTERS
 from simulator.simulate import simulate_step
@@ -178,6 +179,39 @@ def test_more_wanted_than_there_are():
 def test_twice_the_same():
     s = SCENARIOS["dense"]
     pd.testing.assert_frame_equal(search(s, top=3).table, search(s, top=3).table, check_exact=True)
+
+
+# --- placement ---
+
+
+def thin(s: Small) -> Small:
+    """Return the question on a fabric whose tiers are four times oversubscribed."""
+    fabric = s.cluster.fabric
+    tiers = tuple(tier.model_copy(update={"oversubscription": 4.0}) for tier in fabric.tiers)
+    return s.model_copy(update={"cluster": s.cluster.model_copy(update={"fabric": fabric.model_copy(update={"tiers": tiers})})})
+
+
+FEW = Space(zero=(1,), schedule=("1f1b",), recompute=("none",), micro_batch=(1,), layout=("balanced",))
+
+
+def test_orders_are_searched_where_the_fabric_is_thin():
+    s = question(moe(4), 16, 16)
+    assert {row["order"] for row in search(s, top=3, space=FEW).table.to_dict("records")} == {ORDER}
+    found = search(thin(s), top=2, space=FEW)
+    pool = found.pool
+    plans = [pool.plan(i) for i in range(len(pool))]
+    assert {plan.placement.order for plan in plans} == {ORDER, PIPELINE_INSIDE}
+    assert pool.legal.tolist() == [not structure(with_plan(thin(s), plan)) for plan in plans]
+    assert 0 < found.legal < len(pool)
+    steps = {i: simulate_step(with_plan(thin(s), plans[i])).step_time_s for i in np.flatnonzero(pool.legal)}
+    assert all(pool.bound_s[i] <= step * (1 + 1e-9) for i, step in steps.items())
+    assert found.best.step_time_s <= min(steps.values()) * 1.01
+
+
+def test_an_order_that_leaves_nothing_is_named():
+    only = FEW.model_copy(update={"order": (PIPELINE_INSIDE,), "pp": (2,), "tp": (1,), "ep": (4,), "etp": (1,)})
+    with pytest.raises(PlanError, match="order = tp-cp-ep-pp-dp leaves none"):
+        search(question(moe(4), 16, 16), space=only)
 
 
 # --- nothing to choose from ---

@@ -119,7 +119,7 @@ Allowed = Annotated[
         "--allow",
         metavar="KEY=V1,V2,...",
         help="Values that a choice of the search may take: tp, cp, pp, vpp, ep, etp, micro_batch, zero, schedule, recompute, "
-        "layout, dispatcher, dp_replicate; repeatable.",
+        "layout, dispatcher, dp_replicate, order; repeatable.",
     ),
 ]
 

@@ -109,7 +109,7 @@ class Search:
         value = {name: np.tile(np.asarray(getattr(plans, name)), len(pool.priced)) for name in names}
         fits, rows = pool.memory_bytes <= self.scenario.cluster.accelerator.hbm_bytes, []
         for combination in product(*(np.unique(v).tolist() for v in value.values())):
-            legal = np.logical_and.reduce([value[name] == one for name, one in zip(names, combination, strict=True)])
+            legal = np.logical_and.reduce([pool.legal, *(value[name] == one for name, one in zip(names, combination, strict=True))])
             some = np.flatnonzero(legal & fits)
             best = int(pool.settle(some, 1)[0]) if len(some) else None
             figures = [np.nan, np.nan] if best is None else [float(pool.estimate_s[best]), float(pool.memory_bytes[best])]
@@ -128,7 +128,7 @@ def candidate_row(scenario: Scenario, pool: Pool, index: int) -> dict[str, Any]:
 
 def degrees(plan: Plan) -> dict[str, Any]:
     """Return what a row of a table says of a plan."""
-    found = {name: getattr(plan, name) for name in DEGREES + CHOICES} | {"layout": plan.layout or "even"}
+    found = {name: getattr(plan, name) for name in DEGREES + CHOICES} | {"layout": plan.layout or "even", "order": plan.placement.order}
     return found | ({"recompute": "+".join(plan.recompute_modules)} if plan.recompute == "selective" else {})
 
 
@@ -161,6 +161,9 @@ def search(scenario: Scenario, top: int = 10, progress: Progress | None = None, 
     space, tell = space or Space(), progress or (lambda stage, done, total: None)
     pool = Pool.of(scenario, space, tell)
     fits = np.flatnonzero(pool.memory_bytes <= scenario.cluster.accelerator.hbm_bytes)
+    if not pool.legal.any():
+        orders = " or ".join(place.order for place in space.placements(scenario))
+        raise PlanError([Problem("some plan is legal", f"order = {orders} leaves none: its meshes disagree", "free or widen order")])
     if not len(fits):
         raise PlanError([_nothing_fits(scenario, space, pool)])
     results: dict[int, StepResult] = {}
@@ -178,7 +181,7 @@ def search(scenario: Scenario, top: int = 10, progress: Progress | None = None, 
         at_least = best
     order = sorted(results, key=lambda i: results[i].step_time_s)[:top]
     table = pd.DataFrame([_row(results[i], pool, i) for i in order])
-    return Search(table, [results[i] for i in order], scenario, space, len(pool), len(fits), len(pool.estimated), pool)
+    return Search(table, [results[i] for i in order], scenario, space, int(pool.legal.sum()), len(fits), len(pool.estimated), pool)
 
 
 def _row(result: StepResult, pool: Pool, index: int) -> dict[str, Any]:

@@ -131,8 +131,8 @@ def plot_heat(table: pd.DataFrame, x: str = "ep", y: str = "pp", ax: Axes | None
     ax = new_axes(ax, 2.8 + 0.85 * step.shape[1], 1.9 + 0.55 * step.shape[0])
     values = step.to_numpy(dtype=float)
     unit, scale = unit_of(float(np.nanmin(values)))
+    ax.set_facecolor("0.92")  # what a masked cell shows
     image = ax.imshow(np.ma.masked_invalid(values * scale), cmap="viridis_r", aspect="auto")
-    image.cmap.set_bad("0.92")
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (row, column), value in np.ndenumerate(values):
         fits, none = np.isfinite(value), not legal.to_numpy()[row, column] > 0
