@@ -157,9 +157,15 @@ def test_sweep_is_a_table_that_goes_on(myriad, file, tmp_path):
     assert myriad("sweep", file, "--over", "plan.tp").code == 2
 
 
-@pytest.mark.parametrize(("to", "word"), [("megatron", "--tensor-model-parallel-size 8"), ("torchtitan", "tensor_parallel_degree = 8")])
-def test_export_writes_the_plan(myriad, file, tmp_path, to, word):
-    wanted = ["--set", "plan.layout=balanced", "--set", "plan.recompute=full"]
+@pytest.mark.parametrize(
+    ("to", "word", "changes"),
+    [
+        ("megatron", "--tensor-model-parallel-size 8", ["plan.recompute=full"]),
+        ("torchtitan", "tensor_parallel_degree = 8", ["plan.recompute=full", "plan.zero=2", "plan.overlap.tp=false"]),
+    ],
+)
+def test_export_writes_the_plan(myriad, file, tmp_path, to, word, changes):
+    wanted = [part for change in changes for part in ("--set", change)]
     printed = myriad("export", file, *wanted, "--to", to)
     assert printed.code == 0, printed.err
     assert word in printed.out
