@@ -9,6 +9,8 @@ from simulator.scenario.measured import KernelCost
 from simulator.units import Number
 
 _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
+#: elements in 16 bits
+_PER_16_BITS = {"fp4": 4.0, "fp8": 2.0}
 
 
 def _run_as(accelerator: Accelerator, dtype: str) -> str:
@@ -21,20 +23,31 @@ def peak_flop_per_s(accelerator: Accelerator, dtype: str) -> float:
     return accelerator.peak_flop_per_s[_run_as(accelerator, dtype)]
 
 
-def gemm_shape_efficiency(m: Number, n: Number, k: Number, groups: Number, accelerator: Accelerator) -> Number:
+def gemm_shape_efficiency(
+    m: Number, n: Number, k: Number, groups: Number, accelerator: Accelerator, dtype: str = "bf16", single: bool = False
+) -> Number:
     """Return the share of a large GEMM's speed that `groups` products (m, k) x (k, n) reach, 0 to 1.
+
+    Parameters
+    ----------
+    dtype : str
+        Datatype that it runs in.
+    single : bool
+        Whether each product is a kernel of its own, as in a loop over experts, or all of them share one.
 
     Notes
     -----
-    Three losses multiply. Tiles: the output is computed in whole ``tile_m x tile_n`` tiles. Waves: tiles go to the
+    Three losses multiply. Tiles: the output is computed in whole ``tile_m x tile_n`` tiles. Waves: tiles of a kernel go to the
     multiprocessors in whole waves, of whose last one `last_wave_recovered` is won back. Depth: a tile costs
-    ``k + k_ramp``.
+    ``k + k_ramp`` for 16 bits per element; the pipeline that is filled and drained moves bytes, so a narrower element
+    makes it as many times as deep.
     """
     tile_m, tile_n = accelerator.tile_m, accelerator.tile_n
     tiles = np.ceil(np.maximum(m, 1) / tile_m) * np.ceil(np.maximum(n, 1) / tile_n)
-    waves = np.maximum(groups * tiles / accelerator.multiprocessors, 1e-9)
+    waves = np.maximum((1.0 if single else groups) * tiles / accelerator.multiprocessors, 1e-9)
     spent = np.ceil(waves) - accelerator.last_wave_recovered * (np.ceil(waves) - waves)
-    return m * n / (tiles * tile_m * tile_n) * (waves / spent) * k / (k + accelerator.k_ramp)
+    ramp = accelerator.k_ramp * _PER_16_BITS.get(dtype, 1.0)
+    return m * n / (tiles * tile_m * tile_n) * (waves / spent) * k / (k + ramp)
 
 
 def gemm_s(
@@ -51,7 +64,7 @@ def gemm_s(
     dtype : str
         Datatype of the inputs.
     grouped : bool
-        Whether one kernel computes products of different weights.
+        Whether the products have weights of their own and a kernel each, side by side.
 
     Notes
     -----
@@ -63,7 +76,7 @@ def gemm_s(
     rate = rate * _in_training(accelerator, "gemm_low" if run_as in ("fp8", "fp4") else "gemm")
     if grouped:
         rate = rate * accelerator.grouped_gemm_efficiency * _in_training(accelerator, "grouped")
-    share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator), 1e-9)
+    share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator, run_as, single=grouped), 1e-9)
     return _launched(np.maximum(flop / (rate * share), _streamed(size, accelerator)), flop, accelerator)
 
 

@@ -87,8 +87,8 @@ class Interval:
     accelerator_known : bool
         Whether any published run was on the accelerator.
     comparable : DataFrame
-        The runs that weigh most, nearest first: ``id``, ``source``, ``model``, ``accelerator``, ``distance``, ``weight`` (share of
-        all), ``measured_over_predicted``.
+        The runs that weigh most, nearest first: ``id``, ``source``, ``model``, ``accelerator``, ``accelerators`` (their number),
+        ``distance``, ``weight`` (share of all), ``measured_over_predicted``.
     """
 
     low_s: float
@@ -206,7 +206,7 @@ def interval(scenario: Scenario, seconds: float, regime: str = "cold") -> Interv
     rows = table[table[regime].notna()].reset_index(drop=True)
     distance = distances(asked, rows)
     weight = _weights(distance, pd.factorize(rows["group"])[0], np.ones(distance.shape, dtype=bool))[0]
-    near = rows[["id", "source", "model", "accelerator"]].assign(
+    near = rows[["id", "source", "model", "accelerator", "accelerators"]].assign(
         distance=distance[0], weight=weight / weight.sum(), measured_over_predicted=np.exp(rows[regime])
     )
     return Interval(

@@ -254,6 +254,8 @@ def _remedies(s: Scenario) -> str:
         nearest = min(nearest, (need, words))
     if fits:
         return "fits with " + "; or ".join(fits[:4])
+    if s.plan.tp == s.plan.pp == s.plan.cp == s.plan.ep == 1:
+        return "the plan splits nothing (tp, pp, cp and ep are 1); `myriad plan --out FOLDER` writes one that fits to FOLDER/scenario.yaml"
     if nearest[1]:
         return f"no single change fits; {nearest[1]} comes nearest with {readable(nearest[0], 'bytes')}: use more accelerators per replica"
     return "use more accelerators per replica"

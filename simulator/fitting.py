@@ -23,11 +23,13 @@ class Parameter:
     ----------
     name, unit : str
     start : float
-        What is known without the rows.
+        Its present value, at which slopes and misses were taken.
     lower, upper : float
         Bounds that physics sets.
     spread : float
-        How far it may be from `start`: standard deviation of its logarithm.
+        How far it may be from `known`: standard deviation of its logarithm.
+    known : float, optional
+        What is known without the rows; `start` when left out.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Parameter:
     lower: float
     upper: float
     spread: float
+    known: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +78,18 @@ def fit(parameters: Sequence[Parameter], slopes: np.ndarray, misses: np.ndarray,
 
     Notes
     -----
-    Minimises ``sum w rho((slopes x - misses) / tolerance) + sum (x / spread)^2`` over ``x = ln(value / start)`` within the
-    bounds, ``rho(z) = 2 (sqrt(1 + z^2) - 1)``. The interval is that of the quadratic approximation at the minimum. Linear in
-    the logarithms: start again from the result where it is far from the starts.
+    Minimises ``sum w rho((slopes x - misses) / tolerance) + sum ((x - ln(known / start)) / spread)^2`` over
+    ``x = ln(value / start)`` within the bounds, ``rho(z) = 2 (sqrt(1 + z^2) - 1)``. The interval is that of the quadratic
+    approximation at the minimum. Linear in the logarithms: start again from the result where it is far from the starts.
     """
     low, high = (np.array([np.log(getattr(p, end) / p.start) for p in parameters]) for end in ("lower", "upper"))
     spread = np.array([p.spread for p in parameters])
+    known = np.array([np.log((p.known or p.start) / p.start) for p in parameters])
     root = np.sqrt(weights)
 
     def residuals(x: np.ndarray) -> np.ndarray:
         z = (slopes @ x - misses) / tolerance
-        return np.concatenate([root * np.sign(z) * np.sqrt(2 * (np.sqrt(1 + z**2) - 1)), x / spread])
+        return np.concatenate([root * np.sign(z) * np.sqrt(2 * (np.sqrt(1 + z**2) - 1)), (x - known) / spread])
 
     found = least_squares(residuals, np.clip(np.zeros(len(parameters)), low, high), bounds=(low, high))
     deviation = np.sqrt(np.diag(np.linalg.pinv(found.jac.T @ found.jac)))

@@ -11,6 +11,7 @@ import pandas as pd
 
 from simulator.compute import peak_flop_per_s
 from simulator.confidence import Interval, interval
+from simulator.energy import carbon_kg, energy_kwh
 from simulator.feasibility import memory
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.plan import RESERVE_SOURCES, Reserve
@@ -103,6 +104,16 @@ class Outcome(ABC):
         """Rent of the accelerators for the job, at the cluster's dated price."""
         return self.accelerator_hours * self.scenario.cluster.price_usd_per_accelerator_hour
 
+    @property
+    def energy_kwh(self) -> float:
+        """Energy of accelerators, hosts and building for the job, kWh: see `simulator.energy`."""
+        return energy_kwh(self.scenario.cluster, self.accelerator_hours)
+
+    @property
+    def carbon_kg(self) -> float:
+        """Carbon dioxide equivalent of that energy, kg."""
+        return carbon_kg(self.energy_kwh)
+
     def sources(self) -> pd.DataFrame:
         """Return every fact that the answer rests on: profile, fact, value (SI), grade, source, date."""
         return sources(self.scenario)
@@ -135,6 +146,8 @@ class Outcome(ABC):
             "training_days": self.training_days,
             "accelerator_hours": self.accelerator_hours,
             "cost_usd": self.cost_usd,
+            "energy_kwh": self.energy_kwh,
+            "carbon_kg": self.carbon_kg,
             "level": self.level,
             "not_modelled": list(self.not_modelled),
             "problems": [],

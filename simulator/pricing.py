@@ -51,7 +51,7 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     if kernels and op.stream == "compute" and (cost := kernels.get(kernel_name(op))):
         return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op))
     if op.kind in ("gemm", "grouped_gemm"):
-        grouped = op.kind == "grouped_gemm"
+        grouped = op.kind == "grouped_gemm" and plan.kernels.experts == "grouped"
         return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)
     if op.kind == "attention":
         width, backward = (op.k + op.n) / 2, op.grad == "input"

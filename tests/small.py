@@ -20,6 +20,7 @@ SELECTIVE = ("core_attn", "layernorm", "moe_act")
 STACKS = (
     Kernels(),
     Kernels(graphs=("attn", "moe_router")),
+    Kernels(experts="fused", graphs=("full",)),
     Kernels(attention="unfused", dropout=True),
     Kernels(attention="eager", norm="eager", pointwise="eager"),
 )

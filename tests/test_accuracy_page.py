@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from simulator.confidence import residuals
-from simulator.validation.page import HEAD, Section, markdown
+from simulator.validation.page import HEAD
 from simulator.validation.published import published_runs, validate
+from simulator.validation.section import Section, markdown
 
 PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
 

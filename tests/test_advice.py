@@ -51,6 +51,14 @@ def test_experts_buy_loss_and_total_parameters():
     assert any("2507.17702" in source for source in sparse.sources)
 
 
+def test_advice_beyond_what_the_laws_were_fitted_on_says_so():
+    assert advise(1e21, activation=1 / 32).extrapolated == ()
+    (law,) = advise(5e21, activation=1 / 32).extrapolated
+    assert "at most 3e+21 FLOP to 5e+21" in law
+    assert len(advise(1e24).extrapolated) == 1
+    assert len(advise(1e24, activation=1 / 32).extrapolated) == 2
+
+
 def test_batch_grows_with_tokens_by_its_exponent():
     assert optimal_batch_tokens(2e12) / optimal_batch_tokens(1e12) == pytest.approx(2**0.571)
 

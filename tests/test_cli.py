@@ -508,3 +508,37 @@ def test_a_reader_that_goes_away_is_no_error_to_talk_about(words):
         err = process.stderr.read()
     assert process.wait(timeout=30) != 2
     assert err == ""
+
+
+@pytest.mark.parametrize("to", ["megatron", "torchtitan", "deepspeed"])
+def test_what_does_not_fit_is_not_exported(myriad, file, to):
+    done = myriad("export", file, "--set", "model=kimi-k2", "--set", "plan.layout=balanced", "--to", to)
+    assert done.code == 2
+    assert "the model fits in memory" in done.err
+    assert not done.out
+
+
+def test_compare_names_the_scenario_that_cannot_run(myriad, file, tmp_path):
+    other = tmp_path / "huge.yaml"
+    other.write_text(yaml.safe_dump(QUESTION | {"model": "kimi-k2", "plan": {"pp": 8, "layout": "balanced"}}), encoding="utf-8")
+    done = myriad("compare", file, other)
+    assert done.code == 2
+    assert f"{other}: the model fits in memory" in done.err
+    assert f"{file}: " not in done.err
+
+
+@pytest.mark.parametrize("words", [("fewest", "--days", 0), ("budget", "--usd", 0), ("cheapest", "--budget", -1)])
+def test_limits_are_above_zero(myriad, file, words):
+    verb, option, value = words
+    done = myriad(verb, file, option, value)
+    assert done.code == 2
+    assert f"{value} is not above 0" in done.err
+
+
+def test_a_table_without_a_usable_row_is_an_error(myriad, tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("id,model\nmine,x\n", encoding="utf-8")
+    done = myriad("validate", "--data", path)
+    assert done.code == 2
+    assert "column" in done.err
+    assert "docs/validation.md lists the columns" in " ".join(done.err.split())

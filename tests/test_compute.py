@@ -67,6 +67,18 @@ def test_depth(k, share):
     assert gemm_shape_efficiency(256, 512, k, 1, ROUND) == pytest.approx(share, rel=1e-14)
 
 
+def test_a_narrower_element_makes_the_pipeline_deeper():
+    """The ramp is bytes in flight: 100 elements of 16 bits are 200 of 8 and 400 of 4."""
+    shares = [gemm_shape_efficiency(256, 512, 400, 1, ROUND, dtype) for dtype in ("bf16", "fp8", "fp4")]
+    assert shares == pytest.approx([0.8, 400 / 600, 0.5], rel=1e-14)
+
+
+def test_experts_with_a_kernel_each_do_not_fill_each_others_waves():
+    """Four tiles on four processors in one kernel; a tile at a time, three are idle and half of that is won back."""
+    together, apart = (gemm_shape_efficiency(128, 256, 512, 4, NO_RAMP, single=single) for single in (False, True))
+    assert (together, apart) == pytest.approx((1.0, 0.25 / 0.625), rel=1e-14)
+
+
 # --- times ---
 
 
@@ -76,8 +88,8 @@ def test_gemm_bound_by_compute():
 
 
 def test_gemm_in_low_precision():
-    """Twice the peak, at half the efficiency."""
-    assert gemm_s(1e12, 1e6, 256, 512, 900, 1, "fp8", False, ROUND) == pytest.approx(1e12 / 4.5e14, rel=1e-14)
+    """Twice the peak, at half the efficiency and with twice the ramp: 900 of 1,100 elements of depth."""
+    assert gemm_s(1e12, 1e6, 256, 512, 900, 1, "fp8", False, ROUND) == pytest.approx(1e12 / (5e14 * 900 / 1100), rel=1e-14)
 
 
 def test_gemm_bound_by_memory():

@@ -42,6 +42,15 @@ def test_without_rows_that_speak_of_it_a_parameter_stays():
     assert found.sensitivity[1] == 0.0
 
 
+def test_a_prior_stays_where_it_was_when_the_start_moves():
+    """Starting again from a result must not take the result for what was known before."""
+    truth, known = np.array([0.7, 1.4]), 1.0
+    slopes, misses, weights = rows(truth, 20)
+    once = fit(tuple(Parameter(p.name, "1", 1.0, 0.1, 10.0, 0.1, known) for p in FREE), slopes, misses, weights).values
+    again = tuple(Parameter(p.name, "1", float(v), 0.1, 10.0, 0.1, known) for p, v in zip(FREE, once, strict=True))
+    assert fit(again, slopes, misses - slopes @ np.log(once), weights).values == pytest.approx(once, rel=1e-4)
+
+
 def test_intervals_hold_the_truth_four_times_of_five():
     truth, held = np.array([0.7, 1.4]), []
     for seed in range(100):

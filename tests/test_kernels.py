@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from simulator.closed_forms import estimate
@@ -9,7 +11,7 @@ from simulator.compute import host_wait_s
 from simulator.lower_bound import bound
 from simulator.pricing import op_s, segments_s
 from simulator.scenario.kernels import Kernels
-from simulator.scenario.plan import Plan
+from simulator.scenario.plan import Plan, Precision
 from simulator.simulate import simulate_step
 from simulator.workload.ops import host_wait, total
 from simulator.workload.stages import blocks
@@ -108,6 +110,39 @@ def test_graphs_take_launches_from_the_host():
     assert launches["full",] == 0
     assert launches[()] - launches["attn",] == 1 + 2 + 1 + 1 + 2  # norm, two linear layers, rotary embedding, attention
     assert launches[()] - launches["moe_router",] == 2 + 20
+
+
+def test_a_loop_over_experts_costs_the_host_a_fifth_of_a_launch_each():
+    """Eight experts: two products forward, four backward, each 2 launches and 8 fifths."""
+    block = layer(Kernels(), moe(2, 256, leading=0))
+    grouped = lambda op: op.launches if op.kind == "grouped_gemm" else 0.0  # noqa: E731
+    assert total(block.forward, grouped) == pytest.approx(2 * (2 + 8 / 5), rel=1e-14)
+    assert total(block.backward, grouped) == pytest.approx(4 * (2 + 8 / 5), rel=1e-14)
+
+
+# --- experts in one kernel ---
+
+
+def test_fused_experts_activate_and_cast_in_the_epilogue():
+    """In FP8, what remains are the copies' cast and those of the weight gradients' inputs; FLOP and saved bytes stay."""
+    fp8 = Precision(gemm="fp8")
+    apart, fused = (layer(Kernels(experts=e), moe(2, 256, leading=0), precision=fp8) for e in ("grouped", "fused"))
+    flop = lambda op: op.flop  # noqa: E731
+    assert total(fused.forward, flop) == total(apart.forward, flop)
+    assert total(fused.backward, flop) == total(apart.backward, flop)
+    assert fused.saved_bytes == apart.saved_bytes
+    moves = [{op.name for s in b.forward for op in s if op.kind == "memory" and op.bytes} for b in (apart, fused)]
+    assert moves[0] - moves[1] == {"moe.activation", "moe.down.cast"}
+    assert not any(op.name == "moe.activation" for segment in fused.backward for op in segment)
+
+
+def test_one_product_over_all_experts_is_as_fast_as_a_dense_one():
+    s = scenario(moe(2, 256, leading=0), 8, Plan(kernels=Kernels(experts="fused")), 4)
+    apart = s.plan.model_copy(update={"kernels": Kernels()})
+    op = next(op for segment in blocks(s.model, s.plan, s.job)["layer0"].forward for op in segment if op.kind == "grouped_gemm")
+    large = replace(op, flop=1e15, bytes=1e6, m=8192.0, n=8192.0, k=8192.0)
+    ratio = float(op_s(large, s.model, s.plan, s.cluster)) / float(op_s(large, s.model, apart, s.cluster))
+    assert ratio == pytest.approx(s.cluster.accelerator.grouped_gemm_efficiency * s.cluster.accelerator.in_training["grouped"], rel=0.02)
 
 
 def host_bound(dispatch_s, graphs=(), **plan):

@@ -347,6 +347,11 @@ def test_an_unknown_key_that_says_expert_is_refused(key):
     assert "n_routed_experts" in text
 
 
+def test_experts_without_their_number_are_not_taken_for_a_dense_model():
+    text = refusal(MOE, "num_experts")
+    assert "num_experts_per_tok without the number of experts; add n_routed_experts or" in text
+
+
 @pytest.mark.parametrize("key", ["output_expert_logits", "experts_implementation"])
 def test_keys_that_say_expert_and_cost_nothing_pass(key):
     assert read(MOE | {key: "x"}) == read(MOE)

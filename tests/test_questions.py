@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from small import Small, cluster, dense, job, moe
 
+from simulator.energy import carbon_kg, energy_kwh
 from simulator.errors import PlanError, ProfileError
 from simulator.planning.compare import compare
-from simulator.planning.power import carbon_kg, energy_kwh
 from simulator.planning.questions import answer, between, cheapest, fewest_accelerators, on_cluster, scaling, sizes, split, tokens_for
 from simulator.planning.search import search
 from simulator.planning.sensitivity import INPUTS, Input, tornado
@@ -93,12 +93,19 @@ def test_scaling_keeps_or_grows_the_batch():
     s = question(8, batch=8)
     strong, weak = (scaling(s, (2, 4, 8)[1:], kind, TINY) for kind in ("strong", "weak"))
     assert strong["global_batch"].tolist() == [8, 8]
-    assert weak["global_batch"].tolist() == [8, 16]
+    assert weak["global_batch"].tolist() == [4, 8]  # the batch is that of the scenario's own eight
     for table in (strong, weak):
         assert table["efficiency"].iloc[0] == 1.0
         per = table["tokens_per_s"] / table["accelerators"]
         assert table["efficiency"].iloc[1] == pytest.approx(per.iloc[1] / per.iloc[0])
     assert weak["efficiency"].iloc[1] >= strong["efficiency"].iloc[1]
+
+
+def test_weak_scaling_leaves_out_sizes_whose_share_is_no_whole_batch():
+    s = question(8, batch=2)
+    assert scaling(s, (2, 4, 8), "weak", TINY)["global_batch"].tolist() == [1, 2]
+    with pytest.raises(PlanError, match="2 sequences on 8 accelerators are no whole number"):
+        scaling(s, (2,), "weak", TINY)
 
 
 def test_sizes_double_from_one_domain():

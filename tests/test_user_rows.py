@@ -11,7 +11,7 @@ from simulator.errors import ProfileError
 from simulator.validation.collective_rows import published_collectives
 from simulator.validation.collectives import validate_collectives
 from simulator.validation.memory import published_memory
-from simulator.validation.page import schema_page
+from simulator.validation.own_page import schema_page
 from simulator.validation.published import published_runs
 from simulator.validation.report import confront
 from simulator.validation.schema import COLLECTIVES, PEAKS, RUNS

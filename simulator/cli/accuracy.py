@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from simulator.cli.question import AsJson, OutDir
 from simulator.cli.terminal import err, print_json, progress, report_files, say, show
+from simulator.errors import ProfileError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,16 +37,21 @@ def validate(
 ) -> None:
     """Compare predictions with published measurements, or with your own: cold, anchored, relative, with intervals."""
     from simulator.files import write_atomically
-    from simulator.validation.page import HEAD, markdown, sections
+    from simulator.validation.page import HEAD, sections
     from simulator.validation.report import confront, refreshed
+    from simulator.validation.section import markdown
 
     own, problems = _own({"data": data, "memory": memory, "collectives": collectives})
+    for problem in problems:
+        say(f"[red]{escape(problem.rule)}:[/] {escape(problem.numbers)}\n  remedy: {escape(problem.remedy)}", err)
+    if own is not None and not any(len(rows) for rows in own.values()):
+        raise ProfileError(
+            f"none of these files has a row that can be scored ({len(problems)} problems); docs/validation.md lists the columns"
+        )
     with progress() as tell:
         report = confront(own, processes=processes, progress=tell)
     if refresh and own is None:
         report = refreshed(report)
-    for problem in problems:
-        say(f"[red]{escape(problem.rule)}:[/] {escape(problem.numbers)}\n  remedy: {escape(problem.remedy)}", err)
     files = _write(report, folder) if folder else []
     parts = [] if as_json and not docs else sections(report, worst, own)
     if docs:

@@ -9,7 +9,7 @@ import typer
 
 from simulator.cli.question import Reader, ScenarioFile, Sets, load
 from simulator.cli.terminal import report_files, say
-from simulator.errors import ProfileError
+from simulator.errors import PlanError, ProfileError
 
 if TYPE_CHECKING:
     from simulator.formats.launch import Launch
@@ -56,6 +56,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", help="File, or folder of Chakra traces; left out, the text is printed.")] = None,
 ) -> None:
     """Write the plan as a launch line or configuration that starts it, or the step as Chakra traces for ASTRA-sim."""
+    from simulator.feasibility import check
     from simulator.files import write_atomically
     from simulator.formats.chakra import save_chakra
     from simulator.formats.deepspeed import deepspeed_text
@@ -63,6 +64,9 @@ def export(
     from simulator.formats.torchtitan import torchtitan_text
 
     question = load(scenario, sets)
+    problems = check(question)
+    if problems:
+        raise PlanError(problems)
     if to == "chakra":
         if out is None:
             raise ProfileError("--to chakra writes a file per rank; name the folder with --out")

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from simulator.cli.question import AsJson, ScenarioFile, Sets, load
-from simulator.cli.terminal import print_json, progress, records, say, show
+from simulator.cli.terminal import note, print_json, progress, records, say, show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,11 +20,25 @@ Counts = Annotated[list[int] | None, typer.Option("--accelerators", help="A numb
 _SHOWN = ("cluster", "accelerators", "step_time_s", "mfu_causal", "training_days", "cost_usd", "energy_kwh", "efficiency", "tokens", "plan")
 
 
+def _above_0(value: float | None) -> float | None:
+    if value is not None and not value > 0:
+        raise typer.BadParameter(f"{value:g} is not above 0")
+    return value
+
+
 def _tell(table: pd.DataFrame, title: str, as_json: bool) -> None:
+    from simulator.energy import BASIS
+    from simulator.planning.questions import SEARCHED
+
     if as_json:
         print_json({"rows": records(table)})
         return
-    show(table[[name for name in _SHOWN if name in table]].fillna("no plan"), title)
+    shown = table[[name for name in _SHOWN if name in table]].fillna("no plan")
+    if "cluster" in shown:  # the name of a changed cluster lists what was changed: too long for a column
+        shown = shown.assign(cluster=shown["cluster"].str.replace(" with .*", "*", regex=True))
+    show(shown, title)
+    changed = [name for name in table.get("cluster", []) if " with " in name]
+    say("\n".join([escape("* " + name) for name in dict.fromkeys(changed)] + [SEARCHED, f"Energy: {BASIS}."]))
 
 
 def compare(
@@ -52,7 +66,7 @@ def compare(
 
 def fewest(
     scenario: ScenarioFile = None,
-    days: Annotated[float, typer.Option(min=0, help="Deadline for the whole job.")] = 30.0,
+    days: Annotated[float, typer.Option(callback=_above_0, help="Deadline for the whole job.")] = 30.0,
     counts: Counts = None,
     sets: Sets = None,
     as_json: AsJson = False,
@@ -70,8 +84,8 @@ def cheapest(
     clusters: Annotated[
         list[str] | None, typer.Option("--cluster", help="Name or file of a cluster; repeatable. All shipped ones.")
     ] = None,
-    days: Annotated[float | None, typer.Option(min=0, help="Deadline for the whole job.")] = None,
-    usd: Annotated[float | None, typer.Option("--budget", min=0, help="Money for the whole job, USD.")] = None,
+    days: Annotated[float | None, typer.Option(callback=_above_0, help="Deadline for the whole job.")] = None,
+    usd: Annotated[float | None, typer.Option("--budget", callback=_above_0, help="Money for the whole job, USD.")] = None,
     counts: Counts = None,
     sets: Sets = None,
     as_json: AsJson = False,
@@ -87,7 +101,7 @@ def cheapest(
 
 
 def budget(
-    usd: Annotated[float, typer.Option("--usd", min=0, help="Money for the whole job.")],
+    usd: Annotated[float, typer.Option("--usd", callback=_above_0, help="Money for the whole job, USD.")],
     scenario: ScenarioFile = None,
     sets: Sets = None,
     as_json: AsJson = False,
@@ -133,4 +147,6 @@ def advise(
     tokens, batch = found.tokens / 1e12, found.batch_tokens / 1e6
     say(f"{active:,.1f} B active of {total:,.1f} B parameters on {tokens:,.2f} T tokens, {batch:.1f} M tokens a step")
     say(f"loss {found.loss:.3f} nats per token, that of a dense model with {found.leverage:.1f} times the compute")
+    for warning in found.extrapolated:
+        note(warning)
     say("Sources: " + "; ".join(found.sources))

@@ -32,7 +32,8 @@ def plan(
         return
     degrees = [str(r.scenario.plan) for r in found.results]
     figures = found.table[["step_time_s", "mfu_causal", "peak_memory_bytes", "training_days", "cost_usd"]]
-    show(figures.assign(plan=degrees)[["plan", *figures.columns]], f"The {len(found.table)} fastest plans")
+    view = figures.assign(plan=degrees, recompute=found.table["recompute"])  # plans may differ in the modules alone
+    show(view[["plan", *figures.columns, "recompute"]], f"The {len(found.table)} fastest plans")
     say(f"{found.legal:,} legal plans, {found.fitting:,} fit in memory, {found.estimated:,} estimated, {len(found.results)} simulated.\n")
     headline(found.best)
     if files:

@@ -112,6 +112,7 @@ def _cell(name: str, value: Any) -> str:
 
 def headline(result: StepResult | RanksResult) -> None:
     """Print the figures of one step, where it goes, and what it rests on."""
+    from simulator.energy import BASIS
     from simulator.outcome import facts_by_grade
     from simulator.units import readable
 
@@ -131,11 +132,14 @@ def headline(result: StepResult | RanksResult) -> None:
     )
     around = result.interval()
     near = around.comparable.iloc[0]
+    say(f"energy {result.energy_kwh / 1e3:,.0f} MWh, {result.carbon_kg / 1e3:,.0f} t CO2e ({BASIS})")
     where = "inside" if around.inside else "OUTSIDE"
+    low, high = around.low_s / result.step_time_s, around.high_s / result.step_time_s
     say(
-        f"80 % interval {around.low_s:.3g} to {around.high_s:.3g} s from the errors on published runs, {where} the validated range; "
-        f"nearest: {escape(near['model'])} on {near['accelerator']} ({escape(near['source'])}), which took "
-        f"{near['measured_over_predicted']:.2f} times as long as predicted"
+        f"80 % interval {around.low_s:.3g} to {around.high_s:.3g} s, {low * result.training_days:.1f} to {high * result.training_days:.1f} "
+        f"days, {low * result.cost_usd / 1e6:,.2f} to {high * result.cost_usd / 1e6:,.2f} M$, from the errors on published runs, {where} "
+        f"the validated range; nearest: {escape(near['model'])} on {near['accelerators']:,.0f} {near['accelerator']} "
+        f"({escape(near['source'])}), which took {near['measured_over_predicted']:.2f} times as long as predicted"
     )
     show(result.breakdown(), "Where the step goes (mean over ranks)")
     say(f"Rests on {facts_by_grade(result.sources())} (myriad sources).")

@@ -96,6 +96,11 @@ def optimal_batch_tokens(tokens: Number) -> Number:
     return 0.58 * tokens**0.571
 
 
+#: largest training that the laws were fitted on, FLOP: Hoffmann et al.'s budgets of equal compute are 6e18 to 3e21; the Ling Team's
+#: runs reach about 1e22
+LAW_FLOP, LEVERAGE_FLOP = 3e21, 1e22
+
+
 @dataclass(frozen=True, slots=True)
 class Advice:
     """What a compute budget should buy.
@@ -114,6 +119,8 @@ class Advice:
     batch_tokens : float
         Tokens per optimizer step.
     sources : tuple of str
+    extrapolated : tuple of str
+        Which laws are used beyond the budgets that they were fitted on.
     """
 
     flop: float
@@ -124,6 +131,7 @@ class Advice:
     leverage: float
     batch_tokens: float
     sources: tuple[str, ...]
+    extrapolated: tuple[str, ...] = ()
 
 
 def advise(flop: float, activation: float = 1.0, granularity: float = 12.0, law: ParametricLaw = REPLICATION) -> Advice:
@@ -157,4 +165,9 @@ def advise(flop: float, activation: float = 1.0, granularity: float = 12.0, law:
     loss = float(law.loss(*law.optimum(flop * leverage)))
     sources = (law.source, "Li et al., Step Law, arXiv 2503.04715, 2025")
     sources += () if activation == 1 else ("Ling Team, Towards Greater Leverage, arXiv 2507.17702, 2025",)
-    return Advice(flop, parameters, tokens, loss, parameters / activation, leverage, float(optimal_batch_tokens(tokens)), sources)
+    beyond = {"parameters and tokens": LAW_FLOP} | ({} if activation == 1 else {"the leverage of experts": LEVERAGE_FLOP})
+    warnings = tuple(
+        f"{what}: extrapolated from runs of at most {most:.0e} FLOP to {flop:.0e}" for what, most in beyond.items() if flop > most
+    )
+    batch = float(optimal_batch_tokens(tokens))
+    return Advice(flop, parameters, tokens, loss, parameters / activation, leverage, batch, sources, warnings)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from simulator.errors import ProfileError
-from simulator.planning.power import energy_kwh
+from simulator.errors import PlanError, ProfileError
+from simulator.feasibility import check
 from simulator.result import StepResult
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
@@ -71,7 +71,7 @@ def _figures(result: StepResult) -> dict[str, object]:
         "peak_memory_bytes": result.peak_memory_bytes,
         "training_days": result.training_days,
         "cost_usd": result.cost_usd,
-        "energy_kwh": energy_kwh(s.cluster, result.accelerator_hours),
+        "energy_kwh": result.energy_kwh,
     }
 
 
@@ -87,7 +87,14 @@ def compare(scenarios: Mapping[str, Scenario | StepResult]) -> Comparison:
     ------
     ProfileError
         When there is none.
+    PlanError
+        When one cannot run; says which.
     """
     if not scenarios:
         raise ProfileError("nothing to compare; give at least one named scenario")
+    problems = [
+        replace(problem, rule=f"{name}: {problem.rule}") for name, s in scenarios.items() if isinstance(s, Scenario) for problem in check(s)
+    ]
+    if problems:
+        raise PlanError(problems)
     return Comparison({name: simulate_step(s) if isinstance(s, Scenario) else s for name, s in scenarios.items()})

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from simulator.errors import PlanError, Problem, ProfileError
-from simulator.planning.power import carbon_kg, energy_kwh
 from simulator.planning.search import degrees, search
 from simulator.planning.space import Space
 from simulator.scenario.cluster import Cluster
@@ -23,6 +22,11 @@ COMMON = Space(
 )  # fmt: skip
 #: steps from the last size that is too slow to the doubled one
 STEPS = 8
+#: what they pass over, for people
+SEARCHED = (
+    "Each row is the fastest of the plans that every trainer can do: 1F1B and interleaved schedules, ZeRO-1, micro-batches of 1 and 2; "
+    "degrees in the scenario are not used. `myriad plan` looks at every schedule."
+)
 Tell = Callable[[str, int, int], None]
 
 
@@ -49,14 +53,13 @@ def answer(scenario: Scenario, space: Space = COMMON) -> dict[str, Any]:
         best = search(scenario, top=1, space=space).best
     except PlanError as error:
         return row | {"problem": str(error.problems[0])}
-    energy = energy_kwh(cluster, best.accelerator_hours)
     figures = {
         "step_time_s": best.step_time_s,
         "mfu_causal": best.mfu_causal,
         "training_days": best.training_days,
         "cost_usd": best.cost_usd,
-        "energy_kwh": energy,
-        "carbon_kg": carbon_kg(energy),
+        "energy_kwh": best.energy_kwh,
+        "carbon_kg": best.carbon_kg,
         "tokens_per_s": scenario.job.tokens_per_step / best.step_time_s,
     }
     return row | figures | {"plan": str(best.scenario.plan)} | degrees(best.scenario.plan)
@@ -213,17 +216,35 @@ def scaling(
     space: Space = COMMON,
     progress: Tell | None = None,
 ) -> pd.DataFrame:
-    """Return the step on growing clusters: of the same batch (strong), or of a batch that grows with them (weak).
+    """Return the step on growing clusters: of the job's batch (strong), or of as many sequences per accelerator (weak).
+
+    Parameters
+    ----------
+    scenario : Scenario
+        Its batch is that of its own cluster; weak scaling keeps the share of each accelerator.
+    counts : iterable of int
+        Sizes; those on which the share is no whole batch are left out.
 
     Returns
     -------
     DataFrame
-        See `answer`; ``global_batch`` and ``efficiency``: tokens per second and accelerator over those of the smallest size.
+        See `answer`; ``global_batch`` and ``efficiency``: tokens per second and accelerator over those of the smallest size
+        that has a plan.
+
+    Raises
+    ------
+    PlanError
+        When no size has a plan, or none has a whole batch.
     """
-    sizes_ = sorted(counts)
-    batches = [scenario.job.global_batch * (n // sizes_[0] if kind == "weak" else 1) for n in sizes_]
-    questions = [on_cluster(scenario, scenario.cluster, n, batch) for n, batch in zip(sizes_, batches, strict=True)]
-    table = _rows(questions, space, progress).assign(global_batch=batches)
+    job, own = scenario.job, scenario.cluster.accelerators
+    asked = [(n, job.global_batch if kind == "strong" else job.global_batch * n // own) for n in sorted(counts)]
+    if kind == "weak":
+        asked = [(n, batch) for n, batch in asked if batch and batch * own == job.global_batch * n]
+    if not asked:
+        numbers = f"{job.global_batch:,} sequences on {own:,} accelerators are no whole number on any of these sizes"
+        raise PlanError([Problem("each accelerator keeps its share of the batch", numbers, "choose sizes that divide or multiply it")])
+    questions = [on_cluster(scenario, scenario.cluster, n, batch) for n, batch in asked]
+    table = _rows(questions, space, progress).assign(global_batch=[batch for _, batch in asked])
     rate = table["tokens_per_s"] / table["accelerators"]
     return table.assign(efficiency=rate / rate.dropna().iloc[0])
 

@@ -180,6 +180,11 @@ def _refuse_unknown(config: dict, name: str) -> None:
             f"{name}: unknown key {', '.join(unknown)} may change the experts' cost; rename it to one of "
             f"{', '.join(sorted(_KNOWN_EXPERT_KEYS))} or remove it"
         )
+    told = sorted(k for field in ("top_k", "shared_count", "expert_ffn") for k in _ALIASES[field] if config.get(k))
+    if told and not any(k in config for k in _ALIASES["experts"]):
+        raise ProfileError(
+            f"{name}: {', '.join(told)} without the number of experts; add {' or '.join(_ALIASES['experts'])}, 1 for a dense model"
+        )
     for start, what in _NOT_MODELLED.items():
         found = sorted(k for k in config if k.startswith(start) and config[k])
         if found:

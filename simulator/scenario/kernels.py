@@ -10,6 +10,8 @@ from simulator.scenario.facts import Frozen
 Attention = Literal["flash", "flash2", "flash1", "unfused", "eager"]
 Fusion = Literal["fused", "eager"]
 #: parts of a layer, in the words of Megatron's ``cuda_graph_scope``; ``full`` is the whole iteration
+#: how the experts of a rank are multiplied
+Grouping = Literal["grouped", "fused"]
 Graph = Literal["attn", "moe_router", "moe_preprocess", "moe", "mlp", "full"]
 
 #: beginnings of the names of the operations that each scope captures
@@ -37,6 +39,10 @@ class Kernels(Frozen):
         they are written in, each of which reads and writes device memory.
     dropout : bool
         Whether attention weights and residual branches are dropped out.
+    experts : str
+        ``grouped``: a product per expert, a kernel for each activation and cast. ``fused``: one product over all experts, as
+        efficient as a dense one, whose epilogue activates and casts (the CuTeDSL kernels of cuDNN, Transformer Engine pull
+        request 2769); it takes the experts' loads from device memory, so a whole step can be a CUDA graph.
     graphs : tuple of str
         Parts of a layer whose kernels are captured in CUDA graphs, so that the host does not launch them one by one.
     """
@@ -45,6 +51,7 @@ class Kernels(Frozen):
     norm: Fusion = "fused"
     pointwise: Fusion = "fused"
     dropout: bool = False
+    experts: Grouping = "grouped"
     graphs: tuple[Graph, ...] = ()
 
     def captured(self, name: str) -> bool:

@@ -34,8 +34,14 @@ def release_of(row: Mapping[str, Any]) -> str:
     Notes
     -----
     NVIDIA's tables name a container or tag per release and keep the older ones. A paper, and any source that names no version,
-    is one release per year that it prints.
+    is one release per year that it prints. What a source itself calls a regression stands apart: it anchors nothing.
     """
+    if Row(row).has("known regression", "missing_fields", "notes"):
+        return f"{_release(row)} (known regression)"
+    return _release(row)
+
+
+def _release(row: Mapping[str, Any]) -> str:
     cells = Row(row)
     if cells.text("release"):
         return f"{cells.text('source')} {cells.text('release')}"

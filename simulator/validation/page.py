@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import pandas as pd
 
@@ -13,10 +12,10 @@ from simulator.validation.causes import cause
 from simulator.validation.choosing import SWEEP
 from simulator.validation.collectives import summarise_collectives
 from simulator.validation.memory import memory_summary
+from simulator.validation.own_page import own_collectives, own_peaks, own_rows
 from simulator.validation.published import published_runs
-from simulator.validation.regimes import errors
 from simulator.validation.report import Report, breakdown
-from simulator.validation.schema import SCHEMAS
+from simulator.validation.section import Section, percent
 
 #: what this project wants of complete rows: (arch, regime) -> words
 _WANTED = {
@@ -28,30 +27,6 @@ _WANTED = {
     ("dense", "relative"): "",
 }
 _NAMES = {"moe": "MoE", "dense": "dense"}
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report.
-
-    Parameters
-    ----------
-    title, words : str
-        Heading, and what the reader must know of the table.
-    table : DataFrame or None
-        Cells as text, the headings as people read them.
-    """
-
-    title: str
-    words: str
-    table: pd.DataFrame | None = None
-
-
-def percent(value: float, sign: bool = False) -> str:
-    """Return a share as text, a dash when there is none."""
-    if value != value:
-        return "–"
-    return f"{100 * value:+.1f} %" if sign else f"{100 * value:.1f} %"
 
 
 def sections(report: Report, worst: int, own: Mapping[str, pd.DataFrame] | None = None) -> list[Section]:
@@ -233,23 +208,6 @@ def collectives_section(report: Report) -> Section:
     return Section("Collectives", words, pd.DataFrame(lines))
 
 
-def own_collectives(report: Report) -> Section:
-    """Return a user's collectives, one by one."""
-    lines = [
-        {
-            "collective": c["collective"],
-            "accelerators": c["gpus"],
-            "bytes": f"{c['bytes']:,.0f}",
-            "measured": f"{c['measured_s']:.3g} s",
-            "predicted": f"{c['predicted_s']:.3g} s",
-            "error": percent(c["relative_error"], sign=True),
-            "skipped": c["skipped"],
-        }
-        for c in report.collectives.to_dict("records")
-    ]
-    return Section("Your collectives", f"{len(lines)} rows.", pd.DataFrame(lines))
-
-
 def _intervals(report: Report) -> Section:
     lines = [
         {
@@ -292,46 +250,6 @@ def _features(report: Report) -> Iterable[Section]:
         ]
         title = "By precision, recompute and parallel axis" if feature == "the rest" else f"By {feature}"
         yield Section(title, "Complete rows, cold, averaged over (model × accelerator).", pd.DataFrame(lines))
-
-
-def own_peaks(report: Report) -> Section:
-    """Return a user's memory rows, one by one."""
-    lines = [
-        {
-            "row": m["id"],
-            "measured": f"{m['measured_bytes'] / 2**30:.1f} GiB" if m["measured_bytes"] == m["measured_bytes"] else "–",
-            "predicted": f"{m['predicted_bytes'] / 2**30:.1f} GiB" if m["predicted_bytes"] == m["predicted_bytes"] else "–",
-            "error": percent(m["relative_error"], sign=True),
-            "fitted": {True: "yes", False: "no"}.get(m["fits_measured"], "–"),
-            "predicted to fit": {True: "yes", False: "no"}.get(m["fits_predicted"], "–"),
-            "assumed": m["assumptions"],
-            "skipped": m["skipped"],
-        }
-        for m in report.memory.to_dict("records")
-    ]
-    return Section("Your memory rows", f"{len(lines)} rows.", pd.DataFrame(lines))
-
-
-def own_rows(report: Report) -> Section:
-    """Return a user's rows, one by one."""
-    lines = [
-        {
-            "row": r["id"],
-            "measured": f"{r['measured_s']:.3g} s",
-            "predicted": f"{r['predicted_s']:.3g} s",
-            "error": percent(r["relative_error"], sign=True),
-            "80 % interval": f"{r['low_s']:.3g} to {r['high_s']:.3g} s",
-            "with the release's factor": percent(r["anchored_error"], sign=True),
-            "assumed": r["assumptions"],
-        }
-        for r in report.rows.to_dict("records")
-    ]
-    overall = errors(report.rows["relative_error"], report.rows)
-    words = (
-        f"{overall['rows']} rows of {overall['groups']} (model × accelerator): mean {percent(overall['mean'])}, "
-        f"median {percent(overall['median'])}, bias {percent(overall['bias'], sign=True)} cold."
-    )
-    return Section("Your rows", words, pd.DataFrame(lines))
 
 
 def worst_rows(report: Report, count: int, rows: Mapping[str, dict] | None = None) -> Section:
@@ -384,53 +302,10 @@ def skipped(report: Report) -> Section:
     return Section("Rows without a prediction", f"{len(report.rows):,} rows are predicted, {int(found.sum())} are not:", table)
 
 
-def markdown(parts: Iterable[Section], head: str) -> str:
-    """Return sections as a Markdown page."""
-    blocks = [head.strip()]
-    for part in parts:
-        blocks += [f"## {part.title}", part.words]
-        if part.table is not None and len(part.table):
-            blocks.append(_table(part.table))
-    return "\n\n".join(blocks) + "\n"
-
-
-def _table(table: pd.DataFrame) -> str:
-    rows = ([str(value).replace("|", "\\|") for value in row] for row in table.itertuples(index=False))
-    lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 HEAD = """
 # How accurate is it?
 
 Written by `myriad validate --docs docs/accuracy.md`; every figure below is printed by `myriad validate`. The rows, with their
 sources, are in `simulator/validation/data`; how a row becomes a scenario is in `simulator/validation`, and what its source leaves out
 is an assumption by name in every result. [validation.md](validation.md) says how to score measurements of your own.
-"""
-
-
-def schema_page() -> str:
-    """Return docs/validation.md: how a user's own runs are scored, and the columns."""
-    kinds = {"text": "text", "whole": "whole number > 0", "count": "whole number ≥ 0", "number": "number > 0"}
-    needed, pages = {"always": "yes", "moe": "for MoE", "": ""}, [_SCHEMA.strip()]
-    for kind, title in (("data", "Training runs"), ("memory", "Memory"), ("collectives", "Collectives")):
-        rows = [
-            {"column": f"`{c.name}`", "needed": needed[c.needed], "cell": kinds[c.kind], "meaning": c.meaning}
-            for c in SCHEMAS[kind].columns
-        ]
-        measured = " or ".join(f"`{name}`" for name in SCHEMAS[kind].measured)
-        pages += [f"## {title}: `--{kind}`", f"The measurement is in {measured}.", _table(pd.DataFrame(rows))]
-    return "\n\n".join(pages) + "\n"
-
-
-_SCHEMA = """
-# Score your own measurements
-
-    myriad validate --data runs.csv [--data more.csv] [--memory peaks.csv] [--collectives nccl.csv] [--json]
-
-A file is a table in UTF-8 with a header, one row per measurement, in the columns below: those of the published rows in
-`simulator/validation/data`. Columns that are not needed may be left out; a blank cell means "not known", and what is
-taken instead is told with the row. Numbers are written without units. A row that cannot be read is told with its line, its column and
-the remedy, and the other rows are still scored. With rows of two models or more of one `release`, the error after one factor for that
-release is told, too.
 """

@@ -1,7 +1,8 @@
 """The few parameters that datasheets and benchmarks leave open, fitted to the published record: what, within which bounds, and how.
 
-A parameter belongs to a generation of silicon, not to a row, a model or a product: A100 of 40 and 80 GB share theirs, as do H100,
-H200 and H800. The cold score of a row comes from parameters fitted without its model on its accelerator.
+A parameter belongs to a generation of silicon and the power it gets, not to a row, a model or a product: A100 of 40 and 80 GB share
+theirs, as do H100, H200 and H800, B200 and B300 in air-cooled hosts, GB200 and GB300 beside Grace. The cold score of a row comes
+from parameters fitted without its model on its accelerator.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from simulator.stage_times import price_blocks, stage_times
 from simulator.validation.published import scenario_from_row
 from simulator.workload.stages import blocks, stage_blocks
 
-#: beginning of an accelerator's name -> its generation of silicon
-SILICON = {"a100": "Ampere", "h100": "Hopper", "h200": "Hopper", "h800": "Hopper", "b200": "Blackwell", "gb200": "Blackwell"}
-SILICON |= {"b300": "Blackwell Ultra", "gb300": "Blackwell Ultra", "mi300x": "CDNA 3"}
+#: beginning of an accelerator's name -> its generation of silicon and its power
+SILICON = {"a100": "Ampere", "h100": "Hopper", "h200": "Hopper", "h800": "Hopper", "mi300x": "CDNA 3"}
+#: of one silicon, beside Grace it gets a fifth more power and other processors launch its kernels
+SILICON |= {"b200": "Blackwell", "b300": "Blackwell", "gb200": "Grace Blackwell", "gb300": "Grace Blackwell"}
 #: parts of ``Accelerator.in_training`` and their bounds: nothing beats its benchmark by more than a newer library could, nor loses
 #: more than power caps and cold caches have been seen to cost
 _PARTS = {
@@ -37,6 +39,8 @@ _PARTS = {
 }
 #: seconds per launch: what a C++ loop needs at least, and what no eager framework exceeds
 _DISPATCH = (5e-6, 200e-6, 0.7)
+#: what is known without the rows: kernels are as fast as in benchmarks, a framework needs 40 us to launch one
+_KNOWN = {"dispatch_s": 40e-6}
 #: step of the finite differences, in the logarithm
 _STEP = 0.05
 
@@ -45,10 +49,11 @@ def parameters_of(scenario: Scenario) -> tuple[Parameter, ...]:
     """Return the parameters that the prediction of a scenario rests on, at their present values."""
     present = scenario.cluster.accelerator.in_training
     parts = [
-        Parameter(f"in_training.{name}", "1", present.get(name, 1.0), low, high, spread) for name, (low, high, spread) in _PARTS.items()
+        Parameter(f"in_training.{name}", "1", present.get(name, 1.0), low, high, spread, known=1.0)
+        for name, (low, high, spread) in _PARTS.items()
     ]
     dispatch = scenario.cluster.host.dispatch_s
-    return (*parts, *([Parameter("dispatch_s", "s", dispatch, *_DISPATCH)] if dispatch else []))
+    return (*parts, *([Parameter("dispatch_s", "s", dispatch, *_DISPATCH, known=_KNOWN["dispatch_s"])] if dispatch else []))
 
 
 NAMES = (*(f"in_training.{name}" for name in _PARTS), "dispatch_s")
@@ -114,7 +119,11 @@ def _by_silicon(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame, list[P
         ranges = {f"in_training.{name}": bounds for name, bounds in _PARTS.items()} | {"dispatch_s": _DISPATCH}
         starts = [float(group[f"start.{name}"].median()) for name in known]
         units = ["s" if name == "dispatch_s" else "1" for name in known]
-        yield silicon, group, [Parameter(n, u, s, *ranges[n]) for n, u, s in zip(known, units, starts, strict=True)]
+        yield (
+            silicon,
+            group,
+            [Parameter(n, u, s, *ranges[n], known=_KNOWN.get(n, 1.0)) for n, u, s in zip(known, units, starts, strict=True)],
+        )
 
 
 def _joined(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:

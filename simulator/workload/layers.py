@@ -305,7 +305,8 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     Notes
     -----
     Balanced, a rank receives as many copies as it sends: R = Ts top_k. With expert-tensor parallelism the copies are
-    gathered over etp and every rank computes a slice of width f / etp.
+    gathered over etp and every rank computes a slice of width f / etp. Fused, the activation and its gradient, and the
+    casts of their results, are epilogues of the products: no traffic of their own.
     """
     e, h = model.experts, model.hidden
     assert e is not None
@@ -330,6 +331,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     )
     b.collective(gather, scatter, moe)
     per_expert, (saved, kept) = rows / local, _kept(rows * mats * ffn, precision.activations)
+    fused = b.kernels.experts == "fused"
     b.linear(
         "moe.up",
         per_expert,
@@ -339,11 +341,14 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
         modules=moe,
         groups=local,
         routed=True,
-        arrives=(cast, False),
+        arrives=(cast, fused),
     )
-    _activation(b, "moe", mats, rows * ffn * BF16, kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
+    if fused:
+        b.add([], [], rows * ffn * b.element, ("moe", "moe_act"))
+    else:
+        _activation(b, "moe", mats, rows * ffn * BF16, kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
     b.works(rows * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
-    b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(False, cast))
+    b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(fused, cast))
     b.collective(scatter, gather, moe)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
     b.memory("moe.unpermute", rows_moved * BF16, there, modules=moe, launches=PERMUTE_LAUNCHES)

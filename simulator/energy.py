@@ -14,6 +14,10 @@ PUE = 1.25
 CARBON_KG_PER_KWH = 0.475
 
 
+#: what the figures rest on, for people
+BASIS = f"rated power of hosts x {LOAD:g} load x {PUE:g} PUE, switches not in it; {CARBON_KG_PER_KWH:g} kg CO2e/kWh"
+
+
 def host_power_w(cluster: Cluster) -> float:
     """Return the rated power of one host with its accelerators, watts; switches are not in it."""
     return cluster.host.accelerators * cluster.accelerator.tdp_w + cluster.host.overhead_w
