@@ -36,8 +36,8 @@ def layouts(
     """Hold published layouts against the best that the search finds, and name the term that disagrees."""
     from simulator.errors import ProfileError
     from simulator.files import write_atomically
-    from simulator.validation.page import Section, markdown
     from simulator.validation.recipes import recipes
+    from simulator.validation.section import Section, markdown
 
     asked = {path.stem: load(path, None) for path in scenarios or []} | (recipes() if record else {})
     if not asked:
