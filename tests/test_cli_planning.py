@@ -111,10 +111,11 @@ def test_budget_buys_tokens_in_proportion(myriad, file):
 
 
 def test_scale_says_how_much_is_lost(myriad, file):
-    rows = pd.DataFrame(data(myriad("scale", file, "--kind", "weak", *SIZES, "--json"))["rows"])
-    assert rows["global_batch"].tolist() == [64, 128]
+    sets = ["--set", "cluster.base=superpod-1024-h100", "--set", "cluster.accelerators=16", "--set", "plan.pp=2"]
+    rows = pd.DataFrame(data(myriad("scale", file, "--kind", "weak", *SIZES, *sets, "--json"))["rows"])
+    assert rows["global_batch"].iloc[1] == 2 * rows["global_batch"].iloc[0]
     assert rows["efficiency"].iloc[0] == 1.0
-    said = told(myriad("scale", file, "--kind", "weak", *SIZES))
+    said = told(myriad("scale", file, "--kind", "weak", *SIZES, *sets))
     assert "Weak scaling" in said
     assert f"{rows['efficiency'].iloc[1]:.1%}" in said
 

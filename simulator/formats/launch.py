@@ -54,7 +54,7 @@ def loaded(source: str | Path | Mapping[str, Any], language: str, parse: Callabl
     except (ValueError, RecursionError) as error:  # what json and tomllib raise
         raise ProfileError(f"{source} is not {language}: {error}") from None
     if not isinstance(data, Mapping):
-        raise ProfileError(f"{source} must hold a table in {language}; found {type(data).__name__}")
+        raise ProfileError(f"{source} must hold a {language} object; found {type(data).__name__}")
     return data
 
 
