@@ -23,17 +23,13 @@ def peak_flop_per_s(accelerator: Accelerator, dtype: str) -> float:
     return accelerator.peak_flop_per_s[_run_as(accelerator, dtype)]
 
 
-def gemm_shape_efficiency(
-    m: Number, n: Number, k: Number, groups: Number, accelerator: Accelerator, dtype: str = "bf16", single: bool = False
-) -> Number:
+def gemm_shape_efficiency(m: Number, n: Number, k: Number, groups: Number, accelerator: Accelerator, dtype: str = "bf16") -> Number:
     """Return the share of a large GEMM's speed that `groups` products (m, k) x (k, n) reach, 0 to 1.
 
     Parameters
     ----------
     dtype : str
         Datatype that it runs in.
-    single : bool
-        Whether each product is a kernel of its own, as in a loop over experts, or all of them share one.
 
     Notes
     -----
@@ -44,7 +40,7 @@ def gemm_shape_efficiency(
     """
     tile_m, tile_n = accelerator.tile_m, accelerator.tile_n
     tiles = np.ceil(np.maximum(m, 1) / tile_m) * np.ceil(np.maximum(n, 1) / tile_n)
-    waves = np.maximum((1.0 if single else groups) * tiles / accelerator.multiprocessors, 1e-9)
+    waves = np.maximum(groups * tiles / accelerator.multiprocessors, 1e-9)
     spent = np.ceil(waves) - accelerator.last_wave_recovered * (np.ceil(waves) - waves)
     ramp = accelerator.k_ramp * _PER_16_BITS.get(dtype, 1.0)
     return m * n / (tiles * tile_m * tile_n) * (waves / spent) * k / (k + ramp)
@@ -76,7 +72,7 @@ def gemm_s(
     rate = rate * _in_training(accelerator, "gemm_low" if run_as in ("fp8", "fp4") else "gemm")
     if grouped:
         rate = rate * accelerator.grouped_gemm_efficiency * _in_training(accelerator, "grouped")
-    share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator, run_as, single=grouped), 1e-9)
+    share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator, run_as), 1e-9)
     return _launched(np.maximum(flop / (rate * share), _streamed(size, accelerator)), flop, accelerator)
 
 

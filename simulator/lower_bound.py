@@ -12,7 +12,7 @@ from itertools import groupby
 
 import numpy as np
 
-from simulator.pricing import op_s, segments_s
+from simulator.pricing import Known, op_s, segments_s
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
@@ -101,8 +101,10 @@ def _stacked(rows: Sequence[Mapping[str, Number]], fields: Iterable[str]) -> dic
     return {field: np.stack(np.broadcast_arrays(*(np.asarray(row[field], dtype=float) for row in rows)), axis=-1) for field in fields}
 
 
-def passes_table(all_blocks: Mapping[str, Block], model: Model, plan: Plan | PlanColumns, cluster: Cluster) -> dict[str, np.ndarray]:
-    """Return the `PASSES` of every block, each (..., K)."""
+def passes_table(
+    all_blocks: Mapping[str, Block], model: Model, plan: Plan | PlanColumns, cluster: Cluster, known: Known | None = None
+) -> dict[str, np.ndarray]:
+    """Return the `PASSES` of every block, each (..., K); `known` prices may be shared by tables of the same degrees."""
 
     def row(price: BlockPrice) -> dict[str, Number]:
         found: dict[str, Number] = {name: getattr(price, name) for name in PASSES[:4]}
@@ -111,7 +113,8 @@ def passes_table(all_blocks: Mapping[str, Block], model: Model, plan: Plan | Pla
                 found[f"{name}_{stream}_s"] = sum((s for run in runs for one, s in run if one == stream), 0.0)
         return found
 
-    return _stacked([row(price) for price in price_blocks(all_blocks, model, plan, cluster, sharing=False).values()], PASSES)
+    prices = price_blocks(all_blocks, model, plan, cluster, sharing=False, known=known)
+    return _stacked([row(price) for price in prices.values()], PASSES)
 
 
 def sharding_table(all_blocks: Mapping[str, Block], model: Model, plan: Plan | PlanColumns, cluster: Cluster) -> dict[str, np.ndarray]:

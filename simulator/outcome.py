@@ -30,6 +30,8 @@ class Outcome(ABC):
     scenario: Scenario
     #: mechanisms that a real step has and this one does not
     not_modelled: ClassVar[Sequence[str]] = ()
+    #: which of the three levels the seconds came from
+    level: str = "simulate"
 
     @property
     @abstractmethod
@@ -149,7 +151,7 @@ class Outcome(ABC):
             "cost_usd": self.cost_usd,
             "energy_kwh": self.energy_kwh,
             "carbon_kg": self.carbon_kg,
-            "level": "simulate",
+            "level": self.level,
             "not_modelled": list(self.not_modelled),
             "problems": [],
         }

@@ -86,6 +86,28 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
     return compute.memory_s(op.bytes, cluster.accelerator, op.launches)
 
 
+class Known:
+    """Prices of operations that were asked for before, by what decides them; for one model, cluster and columns of degrees.
+
+    Recompute runs the same kernels again: tables of plans that differ only in it share most of their prices.
+    """
+
+    def __init__(self, model: Model, plan: Plan, cluster: Cluster):
+        self._of = model, plan, cluster
+        self._seconds: dict[tuple, Number] = {}
+
+    def op_s(self, op: Op) -> Number:
+        """Return `op_s` of an operation."""
+        if op.kind == HOST:
+            return op_s(op, *self._of)
+        numbers = (np.asarray(getattr(op, name)) for name in ("flop", "bytes", "m", "n", "k", "groups", "launches"))
+        words = (op.name, op.kind, op.axis, op.dtype, op.grad if op.grad in ("input", "weight") else "")  # again is forward
+        key = (*words, *((value.dtype.char, value.shape, value.tobytes()) for value in numbers))
+        if key not in self._seconds:
+            self._seconds[key] = op_s(op, *self._of)
+        return self._seconds[key]
+
+
 def kernel_name(op: Op) -> str:
     """Return the kind of kernel that `op` is, as measurements name it: ``gemm.weight``, ``norm.backward``, ``optimizer`` ..."""
     if op.name.startswith("optimizer"):

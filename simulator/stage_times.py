@@ -10,7 +10,7 @@ import numpy as np
 
 from simulator.beside import Beside
 from simulator.engine.replay import Runs
-from simulator.pricing import op_s, segments_s
+from simulator.pricing import Known, op_s, segments_s
 from simulator.scenario.cluster import Accelerator, Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
@@ -131,15 +131,23 @@ def pass_beside(block: Block, kind: str, model: Model, plan: Plan | PlanColumns,
 
 
 def price_blocks(
-    all_blocks: Mapping[str, Block], model: Model, plan: Plan | PlanColumns, cluster: Cluster, sharing: bool = True
+    all_blocks: Mapping[str, Block],
+    model: Model,
+    plan: Plan | PlanColumns,
+    cluster: Cluster,
+    sharing: bool = True,
+    known: Known | None = None,
 ) -> dict[str, BlockPrice]:
     """Return the price of every block.
 
     Parameters
     ----------
     sharing : bool
-        Whether to find what collectives slow; `simulator.lower_bound` does without.
+        Whether to price the data-parallel collectives, too, and find what collectives slow; `simulator.lower_bound` does without.
+    known : Known, optional
+        Prices of the same model, cluster and degrees.
     """
+    known = known or Known(model, plan, cluster)
 
     def runs(segments: tuple[Segment, ...], priced: Mapping[int, Number]) -> Runs:
         launches = host_wait(segments, plan.kernels).launches
@@ -148,14 +156,14 @@ def price_blocks(
         return _runs([[(op, priced[id(op)]) for op in segment] for segment in segments], launched_s)
 
     def one(block: Block) -> BlockPrice:
-        priced = {id(op): op_s(op, model, plan, cluster) for segment in (*block.forward, *block.backward) for op in segment}
+        priced = {id(op): known.op_s(op) for segment in (*block.forward, *block.backward) for op in segment}
         own = {kind: runs(passes(block, kind), priced) for kind in PASSES}
         alone = {kind: runs_s(own[kind]) for kind in PASSES}
         slow = {kind: pass_beside(block, kind, model, plan, cluster).slowdown(cluster.accelerator) if sharing else 1.0 for kind in PASSES}
         return BlockPrice(
             **{field: alone[kind] for kind, field in PASSES.items()},
-            gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),
-            reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster),
+            gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster) if sharing else 0.0,
+            reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster) if sharing else 0.0,
             forward_runs=own["F"],
             backward_runs=own["B"],
             extra_s={kind: runs_s(own[kind], slow[kind]) - alone[kind] if np.any(slow[kind] != 1.0) else 0.0 for kind in PASSES},

@@ -73,12 +73,6 @@ def test_a_narrower_element_makes_the_pipeline_deeper():
     assert shares == pytest.approx([0.8, 400 / 600, 0.5], rel=1e-14)
 
 
-def test_experts_with_a_kernel_each_do_not_fill_each_others_waves():
-    """Four tiles on four processors in one kernel; a tile at a time, three are idle and half of that is won back."""
-    together, apart = (gemm_shape_efficiency(128, 256, 512, 4, NO_RAMP, single=single) for single in (False, True))
-    assert (together, apart) == pytest.approx((1.0, 0.25 / 0.625), rel=1e-14)
-
-
 # --- times ---
 
 

@@ -13,14 +13,17 @@ from small import Small, cluster, dense, job, moe
 from simulator.closed_forms import estimate
 from simulator.errors import PlanError, ProfileError
 from simulator.feasibility import memory, structure
-from simulator.lower_bound import bound
-from simulator.planning.priced import Priced
+from simulator.lower_bound import bound, passes_table
+from simulator.planning.priced import Priced, distinct
 from simulator.planning.search import search
-from simulator.planning.space import CHUNKS, CONTEXT, EXPERT_TENSOR, MICRO_BATCHES, SCHEDULES, Space, legal_table
+from simulator.planning.space import CHUNKS, CONTEXT, EXPERT_TENSOR, MICRO_BATCHES, SCHEDULES, Space, grouped, legal_table, numbered
+from simulator.pricing import Known
 from simulator.scenario.model import Model
-from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Overlap, Plan, Precision
+from simulator.scenario.placement import ORDER, PIPELINE_INSIDE
+from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Overlap, Plan, PlanColumns, Precision
 from simulator.scenario.profiles import CLUSTERS
 from simulator.simulate import simulate_step
+from simulator.workload.stages import blocks
 
 
 def question(model: Model, accelerators: int, batch: int, host: int = 4, plan: Plan | None = None, **of_job: object) -> Small:
@@ -178,6 +181,39 @@ def test_twice_the_same():
     pd.testing.assert_frame_equal(search(s, top=3).table, search(s, top=3).table, check_exact=True)
 
 
+# --- placement ---
+
+
+def thin(s: Small) -> Small:
+    """Return the question on a fabric whose tiers are four times oversubscribed."""
+    fabric = s.cluster.fabric
+    tiers = tuple(tier.model_copy(update={"oversubscription": 4.0}) for tier in fabric.tiers)
+    return s.model_copy(update={"cluster": s.cluster.model_copy(update={"fabric": fabric.model_copy(update={"tiers": tiers})})})
+
+
+FEW = Space(zero=(1,), schedule=("1f1b",), recompute=("none",), micro_batch=(1,), layout=("balanced",))
+
+
+def test_orders_are_searched_where_the_fabric_is_thin():
+    s = question(moe(4), 16, 16)
+    assert {row["order"] for row in search(s, top=3, space=FEW).table.to_dict("records")} == {ORDER}
+    found = search(thin(s), top=2, space=FEW)
+    pool = found.pool
+    plans = [pool.plan(i) for i in range(len(pool))]
+    assert {plan.placement.order for plan in plans} == {ORDER, PIPELINE_INSIDE}
+    assert pool.legal.tolist() == [not structure(with_plan(thin(s), plan)) for plan in plans]
+    assert 0 < found.legal < len(pool)
+    steps = {i: simulate_step(with_plan(thin(s), plans[i])).step_time_s for i in np.flatnonzero(pool.legal)}
+    assert all(pool.bound_s[i] <= step * (1 + 1e-9) for i, step in steps.items())
+    assert found.best.step_time_s <= min(steps.values()) * 1.01
+
+
+def test_an_order_that_leaves_nothing_is_named():
+    only = FEW.model_copy(update={"order": (PIPELINE_INSIDE,), "pp": (2,), "tp": (1,), "ep": (4,), "etp": (1,)})
+    with pytest.raises(PlanError, match="order = tp-cp-ep-pp-dp leaves none"):
+        search(question(moe(4), 16, 16), space=only)
+
+
 # --- nothing to choose from ---
 
 
@@ -227,3 +263,37 @@ def test_a_datatype_that_the_accelerator_lacks_is_said():
     a100 = s.cluster.model_copy(update={"accelerator": CLUSTERS.load("a100-superpod-1120").accelerator})
     with pytest.raises(PlanError, match="precision.gemm = fp8"):
         search(s.model_copy(update={"cluster": a100}))
+
+
+# --- what makes it fast changes nothing ---
+
+
+def test_numbers_are_those_that_sorting_gives():
+    rng = np.random.default_rng(1)
+    keys = [rng.integers(low, high, 500) for low, high in ((0, 3), (-5, 60), (10**6, 10**6 + 4))]
+    number, count = numbered(*keys)
+    _, expected = np.unique(np.stack(keys, axis=1), axis=0, return_inverse=True)
+    assert number.tolist() == expected.ravel().tolist()
+    assert count == expected.max() + 1
+    groups = grouped(*keys)
+    assert sorted(np.concatenate(groups).tolist()) == list(range(500))
+    assert all(len({tuple(key[i] for key in keys) for i in group}) == 1 for group in groups)
+    assert len(groups) == count
+    assert numbered(np.zeros(0, dtype=int))[1] == 0
+    assert grouped(np.zeros(0, dtype=int)) == []
+
+
+@pytest.mark.parametrize("name", ["moe", "long"])
+def test_prices_shared_by_recomputes_are_those_of_each(name):
+    s = SCENARIOS[name]
+    table = legal_table(s, STRUCTURE).of_kind(zero=1)
+    first, _ = distinct(table.plans, ("tp", "cp", "ep", "etp", "micro_batch"))
+    plans, known = table.plans.take(first), None
+    for recompute, modules in Space().recomputes(s.model):
+        like = plans.like.model_copy(update={"recompute": recompute, "recompute_modules": modules})
+        columns = PlanColumns(**{field: getattr(plans, field) for field in COLUMNS}, like=like)
+        known = known or Known(s.model, columns, s.cluster)
+        own = blocks(s.model, columns, s.job)
+        shared, alone = (passes_table(own, s.model, columns, s.cluster, k) for k in (known, None))
+        for field, values in alone.items():
+            np.testing.assert_array_equal(shared[field], values)

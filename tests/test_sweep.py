@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
+import numpy as np
 import pandas as pd
 import pytest
 from small import job, moe, scenario
@@ -46,6 +47,12 @@ def test_a_row_is_what_the_scenario_alone_gives(rows):
 def test_closed_forms(level, of):
     found = sweep(TABLES[:4], level=level, executor="serial")
     assert found["step_time_s"].tolist() == [of(Scenario.model_validate(table)) for table in TABLES[:4]]
+    simulated = sweep(TABLES[:4], executor="serial")
+    assert set(found.columns) == set(simulated.columns)  # the same figures whatever the level
+    scale = found["step_time_s"] / simulated["step_time_s"]
+    np.testing.assert_allclose(found["cost_usd"], simulated["cost_usd"] * scale)
+    np.testing.assert_allclose(found["mfu_causal"], simulated["mfu_causal"] / scale)
+    assert found["peak_memory_bytes"].tolist() == simulated["peak_memory_bytes"].tolist()
 
 
 def test_a_grid_fills_the_cluster_again_unless_told_otherwise():

@@ -64,6 +64,8 @@ def bound_plans(scenario: sim.Scenario, at_most: int) -> int:
             passes = Passes.of(scenario, part)
         Priced.of(scenario, part, passes).bounds()
         done += len(part)
+        if done == at_most:
+            break
     return done
 
 

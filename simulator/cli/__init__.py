@@ -14,6 +14,7 @@ from simulator.cli.calibrate import calibrate
 from simulator.cli.fabrics import fabrics
 from simulator.cli.facts import clusters, models, sources
 from simulator.cli.launches import export
+from simulator.cli.layouts import layouts
 from simulator.cli.planning import advise, budget, cheapest, compare, fewest, scale
 from simulator.cli.steps import plan, simulate
 from simulator.cli.sweeps import sweep
@@ -29,7 +30,7 @@ app = typer.Typer(
 #: in the order of the help
 VERBS = (
     plan, simulate, compare, fewest, cheapest, budget, scale, advise,
-    sweep, export, fabrics, validate, calibrate, models, clusters, sources,
+    sweep, export, fabrics, layouts, validate, calibrate, models, clusters, sources,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

@@ -55,9 +55,13 @@ def compare(
         why = {name: records(table) for name, table in differences.items()}
         print_json({"rows": records(found.table), "terms": records(found.terms()), "differences": why})
         return
-    show(found.table.drop(columns="model"), "Beside each other")
+    for row in found.table.itertuples():
+        say(escape(f"{row.name}: {row.model} on {row.accelerators:,} of {row.cluster}, {row.plan}"))
+    figures = found.table.drop(columns=["model", "cluster", "accelerators", "plan"])
+    show(figures.assign(name=[Path(name).stem for name in names]), "Beside each other")
     for name, table in differences.items():
-        show(table[table["seconds"].abs() > 0].head(8), f"What {name} takes longer than {names[0]}")
+        some = table[table["seconds"].abs() >= 0.0005].head(8)  # what is more than nothing as it is printed
+        show(some, f"What {Path(name).stem} takes longer than {Path(names[0]).stem}")
 
 
 def fewest(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from simulator.formats.launch import Launch
+    from simulator.planning.space import Space
     from simulator.scenario.routing import Routing
     from simulator.scenario.scenario import Scenario
     from simulator.scenario.variation import Variation
@@ -99,6 +100,38 @@ def read_value(text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
+
+
+def read_values(entry: str, option: str) -> tuple[str, list[Any]]:
+    """Return key and values of ``KEY=V1,V2,...``."""
+    key, equals, text = entry.partition("=")
+    values = read_value(f"[{text}]")
+    if not equals or not key or not isinstance(values, list) or not values:
+        raise ProfileError(f"{option} {entry!r}: write KEY=VALUE,VALUE, e.g. {option} {EXAMPLES[option]}")
+    return key, values
+
+
+#: how the values of each option that takes several are written
+EXAMPLES = {"--over": "plan.pp=4,8,16", "--allow": "pp=4,8,16"}
+
+Allowed = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        metavar="KEY=V1,V2,...",
+        help="Values that a choice of the search may take: tp, cp, pp, vpp, ep, etp, micro_batch, zero, schedule, recompute, "
+        "layout, dispatcher, dp_replicate, order; repeatable.",
+    ),
+]
+
+
+def space(entries: list[str] | None) -> Space:
+    """Return what the search may choose, narrowed or widened by each ``KEY=V1,V2,...``."""
+    from simulator.planning.space import Space
+    from simulator.scenario.profiles import validated
+
+    said = dict(read_values(entry, "--allow") for entry in entries or [])
+    return validated(Space, {key: tuple(values) for key, values in said.items()}, "--allow")
 
 
 Varied = Annotated[

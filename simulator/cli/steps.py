@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from simulator.cli.launches import Deepspeed, Megatron, Torchtitan, launch
-from simulator.cli.question import AsJson, OutDir, ScenarioFile, Sets, Varied, load, variation
+from simulator.cli.question import Allowed, AsJson, OutDir, ScenarioFile, Sets, Varied, load, space, variation
 from simulator.cli.terminal import headline, print_json, progress, records, report_files, say, show, write
 
 
@@ -15,6 +15,7 @@ def plan(
     scenario: ScenarioFile = None,
     sets: Sets = None,
     top: Annotated[int, typer.Option(min=1, help="Plans to simulate and show.")] = 10,
+    allow: Allowed = None,
     folder: OutDir = None,
     as_json: AsJson = False,
 ) -> None:
@@ -23,7 +24,7 @@ def plan(
 
     question = load(scenario, sets)
     with progress() as tell:
-        found = search(question, top=top, progress=tell)
+        found = search(question, top=top, progress=tell, space=space(allow))
     files = write(found.best, folder, {"plans": found.table}) if folder else []
     if as_json:
         counts = {"legal": found.legal, "fitting": found.fitting, "estimated": found.estimated, "simulated": len(found.results)}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from simulator.cli.question import AsJson, Sets, question_table, read_value
+from simulator.cli.question import AsJson, Sets, question_table, read_values
 from simulator.cli.terminal import print_json, progress, records, report_files, say, show
 from simulator.errors import ProfileError
 
@@ -35,7 +35,7 @@ def sweep(
 
     if table is not None and table.suffix not in (".parquet", ".csv"):
         raise ProfileError(f"--table {table}: write .parquet or .csv")
-    varied = dict(_values(entry) for entry in over or [])
+    varied = dict(read_values(entry, "--over") for entry in over or [])
     asked = [one for path in scenarios for one in grid(question_table(path, sets), varied)]
     with progress() as tell:
         found = run(asked, into, level, engine, lambda done, total: tell(level, done, total))
@@ -54,11 +54,3 @@ def sweep(
         say(escape(f"{status}, {len(rows)} rows: {problem}"))
     if table is not None:
         report_files([table])
-
-
-def _values(entry: str) -> tuple[str, list[Any]]:
-    key, equals, text = entry.partition("=")
-    values = read_value(f"[{text}]")
-    if not equals or not key or not isinstance(values, list) or not values:
-        raise ProfileError(f"--over {entry!r}: write KEY=VALUE,VALUE, e.g. --over plan.pp=4,8,16")
-    return key, values

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from simulator.errors import PlanError, Problem, ProfileError
-from simulator.formats.launch import Launch, refuse_unsaid
+from simulator.errors import PlanError, Problem
+from simulator.formats.launch import Launch, loaded, refuse_unsaid
 from simulator.scenario.plan import Plan
-from simulator.scenario.profiles import read_text, validated
+from simulator.scenario.profiles import validated
 from simulator.scenario.scenario import Scenario
 
 #: switches that change a step in a way that no field of Plan says, and what is priced instead
@@ -45,7 +45,7 @@ def plan_from_deepspeed(source: str | Path | Mapping[str, Any]) -> Launch:
     PlanError
         With every key whose value cannot be used.
     """
-    data, warnings, problems = _loaded(source), [], []
+    data, warnings, problems = loaded(source, "JSON", json.loads), [], []
 
     def number(key: str, default: int | None) -> int | None:
         value = _at(data, key)
@@ -139,18 +139,6 @@ def deepspeed_config(scenario: Scenario) -> dict[str, Any]:
 def deepspeed_text(scenario: Scenario) -> str:
     """Return `deepspeed_config` as JSON."""
     return json.dumps(deepspeed_config(scenario), indent=2) + "\n"
-
-
-def _loaded(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(source, Mapping):
-        return source
-    try:
-        data = json.loads(read_text(source))
-    except (ValueError, RecursionError) as error:
-        raise ProfileError(f"{source} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ProfileError(f"{source} must hold a JSON object; found {type(data).__name__}")
-    return data
 
 
 def _at(data: Mapping[str, Any], key: str) -> Any:

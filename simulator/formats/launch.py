@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from simulator.errors import PlanError, Problem
+from simulator.errors import PlanError, Problem, ProfileError
 from simulator.scenario.plan import Plan
+from simulator.scenario.profiles import read_text
 
 #: fields of a plan that describe the software that runs it: no launch configuration says them
 SOFTWARE = ("reserve", "kernels", "framework")
@@ -35,6 +37,25 @@ class Launch:
     job: dict[str, Any]
     accelerators: int | None
     warnings: tuple[str, ...]
+
+
+def loaded(source: str | Path | Mapping[str, Any], language: str, parse: Callable[[str], Any]) -> Mapping[str, Any]:
+    """Return a configuration as a table: a mapping as it is, a file as `parse` reads its `language`.
+
+    Raises
+    ------
+    ProfileError
+        When the file cannot be read, is not in the language, or holds no table.
+    """
+    if isinstance(source, Mapping):
+        return source
+    try:
+        data = parse(read_text(source))
+    except (ValueError, RecursionError) as error:  # what json and tomllib raise
+        raise ProfileError(f"{source} is not {language}: {error}") from None
+    if not isinstance(data, Mapping):
+        raise ProfileError(f"{source} must hold a {language} object; found {type(data).__name__}")
+    return data
 
 
 def refuse(framework: str, terms: dict[str, str]) -> None:

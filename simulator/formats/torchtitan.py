@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from simulator.errors import PlanError, Problem, ProfileError, nearest
-from simulator.formats.launch import Launch, refuse, refuse_unsaid
+from simulator.errors import PlanError, Problem, nearest
+from simulator.formats.launch import Launch, loaded, refuse, refuse_unsaid
 from simulator.scenario.plan import Plan
-from simulator.scenario.profiles import read_text, validated
+from simulator.scenario.profiles import validated
 from simulator.scenario.scenario import Scenario
 
 #: torch.distributed.pipelining's names, lower case as torchtitan compares them -> ours
@@ -98,7 +98,7 @@ def plan_from_torchtitan(source: str | Path | Mapping[str, Any], layers: int | N
     torchtitan's defaults hold where a key is missing: FSDP over what is left of the cluster, parameters gathered again for the
     backward unless there is a pipeline, two stages on a rank of a looped schedule, every second layer recomputed.
     """
-    c = _Config(_loaded(source))
+    c = _Config(loaded(source, "TOML", tomllib.loads))
     if not {"training", "parallelism"} & c.data.keys():
         raise PlanError([Problem("torchtitan configuration", "no [training] and no [parallelism] section", "give both")])
     warnings: list[str] = []
@@ -118,15 +118,6 @@ def plan_from_torchtitan(source: str | Path | Mapping[str, Any], layers: int | N
     if c.problems:
         raise PlanError(c.problems)
     return Launch(validated(Plan, fields, "torchtitan configuration"), {k: v for k, v in job.items() if v}, None, tuple(warnings))
-
-
-def _loaded(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(source, Mapping):
-        return source
-    try:
-        return tomllib.loads(read_text(source))
-    except tomllib.TOMLDecodeError as error:
-        raise ProfileError(f"{source} is not TOML: {error}") from None
 
 
 def _degrees(c: _Config) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def constraint_costs(found: Search, progress: Progress | None = None) -> pd.Data
         allowed = ", ".join(map(str, getattr(found.space, name)))
         rows.append({"constraint": name, "allowed": allowed, "step_time_s": freed, "costs_s": best - freed, "level": "simulate"})
     capacity = found.scenario.cluster.accelerator.hbm_bytes
-    beyond = found.pool.bound_s[found.pool.memory_bytes > capacity]
+    beyond = found.pool.bound_s[found.pool.legal & (found.pool.memory_bytes > capacity)]
     least = float(np.min(beyond)) if len(beyond) else best
     limit = {"constraint": "memory", "allowed": f"{capacity / 1e9:.1f} GB", "step_time_s": min(least, best), "level": "bound"}
     rows.append(limit | {"costs_s": max(best - least, 0.0)})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from simulator.planning.priced import Estimates, Passes, Priced
-from simulator.planning.space import Space, kinds_of, legal_table
+from simulator.planning.space import Space, kinds_of, legal_table, placeable
 from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 
@@ -24,9 +24,9 @@ class Pool:
     Parameters
     ----------
     priced : list of Priced
-        One table for each sharding, precision, dispatcher and overlap, all with the same n rows.
+        One table for each sharding, precision, dispatcher, overlap and placement, all with the same n rows.
     bound_s, memory_bytes, estimate_s : ndarray (kinds * n,)
-        Estimates are infinite until they are made.
+        Estimates are infinite until they are made; all three are for plans that a kind's placement is illegal for.
     """
 
     priced: list[Priced]
@@ -51,7 +51,9 @@ class Pool:
             if same not in passes:
                 passes[same] = Passes.of(scenario, own)
             priced.append(Priced.of(scenario, own, passes[same]))
-            bounds[number], memory[number] = priced[-1].bounds(), priced[-1].peak_memory()
+            legal = placeable(own.plans)
+            bounds[number] = np.where(legal, priced[-1].bounds(), np.inf)
+            memory[number] = np.where(legal, priced[-1].peak_memory(), np.inf)
         tell("bound", bounds.size, bounds.size)
         return cls(priced, bounds.ravel(), memory.ravel())
 
@@ -62,6 +64,11 @@ class Pool:
         """Return one of the plans."""
         kind, row = divmod(int(index), len(self.priced[0].table))
         return self.priced[kind].table.row(row)
+
+    @property
+    def legal(self) -> np.ndarray:
+        """Which plans are legal."""
+        return np.isfinite(self.bound_s)
 
     @property
     def estimated(self) -> np.ndarray:

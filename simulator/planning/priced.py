@@ -25,8 +25,8 @@ from simulator.lower_bound import (
     sharding_table,
     sizes_table,
 )
-from simulator.planning.space import Table, grouped
-from simulator.pricing import op_s
+from simulator.planning.space import Table, grouped, numbered
+from simulator.pricing import Known, op_s
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, repeating, schedule
@@ -48,12 +48,10 @@ CHUNK = 8192
 
 def distinct(plans: PlanColumns, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return the first row of each combination of `names`, and for every row the number of its combination."""
-    code = np.zeros(len(plans), dtype=np.int64)
-    for name in names:
-        values, inverse = np.unique(getattr(plans, name), return_inverse=True)
-        code = code * len(values) + inverse
-    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
-    return first, inverse
+    number, count = numbered(*(getattr(plans, name) for name in names))
+    first = np.empty(count, dtype=np.int64)
+    first[number[::-1]] = np.arange(len(plans))[::-1]  # the last to be written is the first row
+    return first, number
 
 
 def _like(plans: PlanColumns, like: Plan) -> PlanColumns:
@@ -102,10 +100,11 @@ class Passes:
         """Price the blocks of `table`."""
         first, inverse = distinct(table.plans, _TOKENS)
         plans, parts, sizes = table.plans.take(first), [], []
+        known = Known(scenario.model, plans, scenario.cluster)
         for recompute, modules in table.recomputes:
             columns = _like(plans, plans.like.model_copy(update={"recompute": recompute, "recompute_modules": modules}))
             own = blocks(scenario.model, columns, scenario.job)
-            found = passes_table(own, scenario.model, columns, scenario.cluster) | sizes_table(own)
+            found = passes_table(own, scenario.model, columns, scenario.cluster, known) | sizes_table(own)
             parts.append({name: np.broadcast_to(values, (len(first), len(own))) for name, values in found.items()})
             sizes.append({name: replace(block, forward=(), backward=()) for name, block in own.items()})
         tables = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from simulator.errors import PlanError, Problem, ProfileError
 from simulator.planning.pool import Pool, Progress
 from simulator.planning.space import Space
 from simulator.result import StepResult
-from simulator.scenario.plan import Plan
+from simulator.scenario.plan import COLUMNS, Plan
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 
@@ -87,6 +88,35 @@ class Search:
         found = pd.DataFrame(list(rows.values())).sort_values(["estimate_s", "peak_memory_bytes"], ignore_index=True)
         return found[found["peak_memory_bytes"] <= found["peak_memory_bytes"].cummin()].reset_index(drop=True)
 
+    def cells(self, *names: str) -> pd.DataFrame:
+        """Return the fastest plan, by estimate, of every combination of the values of some degrees.
+
+        Parameters
+        ----------
+        *names : str
+            Degrees, ``"pp", "ep"``.
+
+        Returns
+        -------
+        DataFrame
+            One row per combination: the degrees, ``legal`` and ``fits`` (how many plans),
+            ``estimate_s`` and ``peak_memory_bytes`` of the fastest that fits, NaN when none does.
+        """
+        unknown = [name for name in names if name not in COLUMNS]
+        if unknown or not names:
+            raise ProfileError(f"no cells over {', '.join(unknown) or 'nothing'}; choose among {', '.join(COLUMNS)}")
+        pool, plans = self.pool, self.pool.priced[0].table.plans
+        value = {name: np.tile(np.asarray(getattr(plans, name)), len(pool.priced)) for name in names}
+        fits, rows = pool.memory_bytes <= self.scenario.cluster.accelerator.hbm_bytes, []
+        for combination in product(*(np.unique(v).tolist() for v in value.values())):
+            legal = np.logical_and.reduce([pool.legal, *(value[name] == one for name, one in zip(names, combination, strict=True))])
+            some = np.flatnonzero(legal & fits)
+            best = int(pool.settle(some, 1)[0]) if len(some) else None
+            figures = [np.nan, np.nan] if best is None else [float(pool.estimate_s[best]), float(pool.memory_bytes[best])]
+            counts = {"legal": int(legal.sum()), "fits": len(some)}
+            rows.append(dict(zip(names, combination, strict=True)) | counts | dict(zip(("estimate_s", "peak_memory_bytes"), figures)))
+        return pd.DataFrame(rows)
+
 
 def candidate_row(scenario: Scenario, pool: Pool, index: int) -> dict[str, Any]:
     """Return one plan of a pool as a row, its figures from the estimate."""
@@ -98,7 +128,7 @@ def candidate_row(scenario: Scenario, pool: Pool, index: int) -> dict[str, Any]:
 
 def degrees(plan: Plan) -> dict[str, Any]:
     """Return what a row of a table says of a plan."""
-    found = {name: getattr(plan, name) for name in DEGREES + CHOICES} | {"layout": plan.layout or "even"}
+    found = {name: getattr(plan, name) for name in DEGREES + CHOICES} | {"layout": plan.layout or "even", "order": plan.placement.order}
     return found | ({"recompute": "+".join(plan.recompute_modules)} if plan.recompute == "selective" else {})
 
 
@@ -131,6 +161,9 @@ def search(scenario: Scenario, top: int = 10, progress: Progress | None = None, 
     space, tell = space or Space(), progress or (lambda stage, done, total: None)
     pool = Pool.of(scenario, space, tell)
     fits = np.flatnonzero(pool.memory_bytes <= scenario.cluster.accelerator.hbm_bytes)
+    if not pool.legal.any():
+        orders = " or ".join(place.order for place in space.placements(scenario))
+        raise PlanError([Problem("some plan is legal", f"order = {orders} leaves none: its meshes disagree", "free or widen order")])
     if not len(fits):
         raise PlanError([_nothing_fits(scenario, space, pool)])
     results: dict[int, StepResult] = {}
@@ -148,7 +181,7 @@ def search(scenario: Scenario, top: int = 10, progress: Progress | None = None, 
         at_least = best
     order = sorted(results, key=lambda i: results[i].step_time_s)[:top]
     table = pd.DataFrame([_row(results[i], pool, i) for i in order])
-    return Search(table, [results[i] for i in order], scenario, space, len(pool), len(fits), len(pool.estimated), pool)
+    return Search(table, [results[i] for i in order], scenario, space, int(pool.legal.sum()), len(fits), len(pool.estimated), pool)
 
 
 def _row(result: StepResult, pool: Pool, index: int) -> dict[str, Any]:

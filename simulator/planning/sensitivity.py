@@ -79,7 +79,8 @@ def tornado(found: Search, inputs: Sequence[Input] = INPUTS) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Widest first: ``input``, ``low``, ``high`` (factors), ``low_s`` and ``high_s`` (estimated step of the chosen plan),
+        Widest first: ``input``, ``low``, ``high`` (factors), ``base_s`` (estimated step of the chosen plan with every input as it
+        is), ``low_s`` and ``high_s`` (at the ends),
         ``best_low_s``, ``best_high_s``, ``winner_low``, ``winner_high`` (the candidate that is best there), ``changes`` (whether
         that is another one than chosen) and ``regret`` (what keeping the chosen plan costs, the larger share), ``why``.
 
@@ -91,7 +92,7 @@ def tornado(found: Search, inputs: Sequence[Input] = INPUTS) -> pd.DataFrame:
     if not inputs:
         raise ProfileError("no input to vary; give at least one")
     plans = [scenario.plan for scenario in found.scenarios]
-    rows = []
+    base, rows = _estimate(found.scenario, found.scenario.cluster, plans[0]), []
     for one in inputs:
         ends = {}
         for side, factor in (("low", one.low), ("high", one.high)):
@@ -100,7 +101,7 @@ def tornado(found: Search, inputs: Sequence[Input] = INPUTS) -> pd.DataFrame:
             ends[side] = steps[0], min(steps), steps.index(min(steps))
         regret = max(chosen / best - 1 for chosen, best, _ in ends.values())
         rows.append(
-            {"input": one.name, "low": one.low, "high": one.high}
+            {"input": one.name, "low": one.low, "high": one.high, "base_s": base}
             | {f"{side}_s": chosen for side, (chosen, _, _) in ends.items()}
             | {f"best_{side}_s": best for side, (_, best, _) in ends.items()}
             | {f"winner_{side}": str(plans[winner]) for side, (_, _, winner) in ends.items()}

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from simulator.errors import PlanError, Problem, nearest
 from simulator.scenario.facts import Frozen
 from simulator.scenario.model import Model
+from simulator.scenario.placement import ORDER, PIPELINE_INSIDE, Placement
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Module, Overlap, Plan, PlanColumns, Precision, Schedule
 from simulator.scenario.scenario import Scenario
 from simulator.workload.stages import stages_of
@@ -24,6 +25,8 @@ CHUNKS, MICRO_BATCHES, EXPERT_TENSOR, CONTEXT = (1, 2, 3, 4, 6, 8), (1, 2, 4, 8)
 #: (interleaved-overlapped, dualpipe, dualpipev), which need a trainer that interleaves two passes and whose bound is loose, so that
 #: many must be estimated; zb-1p and zb-2p, because each of their tables is itself the result of a search
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "interleaved-zb", "zb-h1", "zb-h2", "zb-v")
+#: orders of the axes that launchers know
+ORDERS = (ORDER, PIPELINE_INSIDE)
 #: modules in the order in which selective recompute takes them on: cheapest seconds per byte first
 LADDER: tuple[Module, ...] = ("layernorm", "mlp_act", "moe_act", "mla_up_proj", "core_attn")
 Recomputes = tuple[tuple[str, tuple[Module, ...]], ...]
@@ -47,6 +50,9 @@ class Space(Frozen):
         ``even``, ``balanced`` by FLOP, or stages in letters.
     dp_replicate, precision, dispatcher, overlap : tuple, optional
         None keeps the scenario's plan: they change the numerics or need other software.
+    order : tuple of str, optional
+        Orders of the axes on the cluster, as in `Placement`. Free: the scenario's, and where some tier of the fabric is
+        oversubscribed also `ORDERS`.
     """
 
     tp: tuple[int, ...] | None = None
@@ -64,6 +70,7 @@ class Space(Frozen):
     precision: tuple[Precision, ...] | None = None
     dispatcher: tuple[str, ...] | None = None
     overlap: tuple[Overlap, ...] | None = None
+    order: tuple[str, ...] | None = None
 
     @field_validator("recompute")
     @classmethod
@@ -90,6 +97,15 @@ class Space(Frozen):
     def without(self, name: str) -> Space:
         """Return the space in which one choice is free again."""
         return self.model_copy(update={name: getattr(Space(), name)})
+
+    def placements(self, scenario: Scenario) -> tuple[Placement, ...]:
+        """Return the placements to try: that of the scenario in each order; one by hand is kept as it is."""
+        own = scenario.plan.placement
+        if own.accelerators is not None:
+            return (own,)
+        thin = any(tier.oversubscription > 1 for tier in scenario.cluster.fabric.tiers)
+        orders = self.order or (own.order, *(ORDERS if thin else ()))
+        return tuple(Placement.model_validate(own.model_dump() | {"order": order}) for order in dict.fromkeys(orders))
 
     def recomputes(self, model: Model) -> Recomputes:
         """Return the kinds of recompute as a plan writes them: (recompute, modules)."""
@@ -152,12 +168,37 @@ class Table:
         return grouped(self.shape, self.plans.pp, self.plans.vpp)
 
 
+def numbered(*keys: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return for every row the number of its combination of whole numbers, in their order, and how many combinations there are.
+
+    Notes
+    -----
+    What sorting would give, by marking what occurs: linear in the rows. A new key makes at most as many codes as there are
+    combinations so far times its values, and they are numbered anew each time.
+    """
+    code, count = _dense(keys[0])
+    for key in keys[1:]:
+        own, values = _dense(key)
+        code, count = _dense(code * values + own)
+    return code, count
+
+
+def _dense(key: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the place of every whole number among those that occur, and how many do."""
+    if not len(key):
+        return np.zeros(0, dtype=np.int64), 0
+    from_zero = key - key.min()
+    occurs = np.zeros(int(from_zero.max()) + 1, dtype=bool)
+    occurs[from_zero] = True
+    place = np.cumsum(occurs) - 1
+    return place[from_zero], int(place[-1]) + 1
+
+
 def grouped(*keys: np.ndarray) -> list[np.ndarray]:
     """Return the indices of rows that agree in all `keys`."""
-    code = np.zeros(len(keys[0]), dtype=np.int64)
-    for key in keys:
-        _, inverse = np.unique(key, return_inverse=True)
-        code = code * (int(inverse.max(initial=0)) + 1) + inverse
+    code, count = numbered(*keys)
+    if count <= np.iinfo(np.uint16).max:
+        code = code.astype(np.uint16)  # which numpy sorts by its digits
     order = np.argsort(code, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(code[order])) + 1) if len(code) else []
 
@@ -271,11 +312,31 @@ def _table(scenario: Scenario, space: Space) -> Table | str:
     return Table(plans.take(np.tile(index, kinds)), np.tile(shape, kinds), np.repeat(np.arange(kinds), len(index)), shapes, recomputes)
 
 
+def placeable(p: PlanColumns) -> np.ndarray:
+    """Return which plans the order of their placement is legal for, as `simulator.feasibility.structure` has it."""
+    order = p.placement.order.split("-")
+    at, before = order.index, order[: order.index("pp")]
+    dense, expert = ({"tp": p.tp, "cp": p.cp, "dp": p.dp}, {"tp": p.etp, "ep": p.ep, "dp": p.edp})
+    meshes = [np.prod([of[axis] for axis in before if axis in of] or [np.ones_like(p.tp)], axis=0) for of in (dense, expert)]
+    legal = (p.pp == 1) | (meshes[0] == meshes[1])
+    if at("cp") > at("dp") or at("cp") < at("tp") < at("dp"):
+        legal &= (p.cp == 1) | (p.dp == 1)
+    if at("dp") < max(at("tp"), at("ep")):
+        legal &= p.dp_replicate == 1
+    return legal
+
+
 def kinds_of(scenario: Scenario, space: Space) -> list[dict[str, Any]]:
-    """Return the combinations of sharding, precision, dispatcher and overlap that the accelerator can compute."""
+    """Return the combinations of sharding, precision, dispatcher, overlap and placement that the accelerator can compute."""
     like = scenario.plan
-    choices = [space.precision or (like.precision,), space.dispatcher or (like.dispatcher,), space.overlap or (like.overlap,), space.zero]
-    found = [dict(zip(("precision", "dispatcher", "overlap", "zero"), values, strict=True)) for values in product(*choices)]
+    choices = {
+        "precision": space.precision or (like.precision,),
+        "dispatcher": space.dispatcher or (like.dispatcher,),
+        "overlap": space.overlap or (like.overlap,),
+        "placement": space.placements(scenario),
+        "zero": space.zero,
+    }
+    found = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
     peaks = scenario.cluster.accelerator.peak_flop_per_s
     able = [kind for kind in found if kind["precision"].gemm in peaks]
     if not able:

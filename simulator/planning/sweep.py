@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,8 +17,9 @@ import pandas as pd
 from simulator.closed_forms import estimate
 from simulator.errors import PlanError, ProfileError, SimulatorError
 from simulator.executors import finished
-from simulator.feasibility import check, memory
+from simulator.feasibility import check
 from simulator.lower_bound import bound
+from simulator.outcome import Outcome
 from simulator.planning.results import Answers, canonical, key_of, stored_answers
 from simulator.scenario.scenario import Scenario, change
 from simulator.simulate import simulate_step
@@ -25,6 +27,45 @@ from simulator.simulate import simulate_step
 Level = Literal["simulate", "estimate", "bound"]
 #: what a row can be: answered; refused by `check`; no scenario at all; stopped by an error of Myriad's own
 STATUS = ("answered", "infeasible", "invalid", "failed")
+
+
+@dataclass(frozen=True)
+class ClosedForm(Outcome):
+    """A step whose seconds come from a formula: `estimate` or `bound`.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    seconds : float
+    level : str
+    """
+
+    scenario: Scenario
+    seconds: float
+    level: str
+
+    @classmethod
+    def of(cls, scenario: Scenario, level: str) -> ClosedForm:
+        """Return the step by the formula that `level` names.
+
+        Raises
+        ------
+        PlanError
+            When the scenario cannot run.
+        """
+        problems = check(scenario)
+        if problems:
+            raise PlanError(problems)
+        return cls(scenario, float(estimate(scenario) if level == "estimate" else bound(scenario)), level)
+
+    @property
+    def step_time_s(self) -> float:
+        """Seconds by the formula."""
+        return self.seconds
+
+    def breakdown(self) -> pd.DataFrame:
+        """Return the step as one part: a formula does not say which part of it hides another."""
+        return pd.DataFrame([{"part": "step", "seconds": self.seconds, "share": 1.0, "hidden_s": 0.0}])
 
 
 def grid(base: Scenario | Mapping[str, Any], vary: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -168,19 +209,8 @@ def _answer(question: str) -> str:
 
 
 def _figures(scenario: Scenario, level: str) -> dict[str, float]:
-    if level == "simulate":
-        summary = simulate_step(scenario).summary()
-        return {name: float(v) for name, v in summary.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    problems = check(scenario)
-    if problems:
-        raise PlanError(problems)
-    seconds = float(estimate(scenario) if level == "estimate" else bound(scenario))
-    job = scenario.job
-    return {
-        "step_time_s": seconds,
-        "tokens_per_s_per_accelerator": job.tokens_per_step / seconds / scenario.cluster.accelerators,
-        "peak_memory_bytes": float(max(memory(scenario)["total"])),
-    }
+    found = simulate_step(scenario) if level == "simulate" else ClosedForm.of(scenario, level)
+    return {name: float(v) for name, v in found.summary().items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def _row(key: str, question: str, answer: Mapping[str, Any]) -> dict[str, Any]:

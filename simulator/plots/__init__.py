@@ -8,6 +8,7 @@ from simulator.plots.accuracy import plot_accuracy, plot_residuals
 from simulator.plots.calibration import plot_collectives, plot_fits, plot_parts, plot_proof, plot_roofline
 from simulator.plots.measured import plot_measured
 from simulator.plots.networks import plot_fabric_costs, plot_fabrics, plot_shares
+from simulator.plots.plans import plot_differences, plot_front, plot_heat, plot_intervals, plot_scaling, plot_tornado
 from simulator.plots.style import COLOURS, WORDS
 from simulator.plots.tables import plot_breakdown, plot_comparison, plot_memory, plot_plans
 from simulator.plots.timeline import ACTIONS, KINDS, bars, plot_schedule, plot_timeline
@@ -22,9 +23,13 @@ __all__ = [
     "plot_breakdown",
     "plot_collectives",
     "plot_comparison",
+    "plot_differences",
     "plot_fabric_costs",
     "plot_fabrics",
     "plot_fits",
+    "plot_front",
+    "plot_heat",
+    "plot_intervals",
     "plot_measured",
     "plot_memory",
     "plot_parts",
@@ -32,7 +37,9 @@ __all__ = [
     "plot_proof",
     "plot_residuals",
     "plot_roofline",
+    "plot_scaling",
     "plot_schedule",
     "plot_shares",
     "plot_timeline",
+    "plot_tornado",
 ]

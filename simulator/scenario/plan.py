@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from simulator.scenario.facts import Frozen
 from simulator.scenario.framework import Framework
 from simulator.scenario.kernels import Kernels
-from simulator.scenario.placement import Placement
+from simulator.scenario.placement import ORDER, Placement
 from simulator.units import Bytes
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
@@ -290,6 +290,7 @@ class Plan(Frozen, _Degrees):
         parts = [f"{a}{getattr(self, a)}" for a in axes if getattr(self, a) > 1 or a in ("tp", "pp", "dp")]
         parts += [f"zero{self.zero}", f"mbs{self.micro_batch}"]
         parts += [] if self.schedule in ("1f1b", "interleaved") else [self.schedule]  # vpp tells these two apart
+        parts += [] if self.placement.order == ORDER else [self.placement.order]
         return " ".join(parts + ([] if self.recompute == "none" else [self.recompute]))
 
 
