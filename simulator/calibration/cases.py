@@ -216,8 +216,40 @@ def group_sizes(world: int) -> list[int]:
     return [n for n in range(2, world + 1) if world % n == 0]
 
 
-#: attention by itself: sequence lengths; 8 query and 4 key-value heads of width 64
-LENGTHS = (128, 192, 256, 384, 512, 640, 760, 768, 1024, 1536)
-#: products for the roofline: (m, n, k) of a linear layer, and rows per expert of eight experts
-PRODUCTS = ((32, 512, 512), (256, 1024, 512), (512, 1024, 1024), (1024, 1024, 256), (1024, 2048, 1024))
-GROUPED = ((32, 512, 512), (256, 1024, 512))
+@dataclass(frozen=True)
+class Scan:
+    """What is measured by itself on a kind of device: large enough that work and not its launch takes the time.
+
+    Parameters
+    ----------
+    lengths : tuple of int
+        Sequence lengths of attention.
+    tokens : int
+        Tokens that shorter sequences are batched to.
+    heads, kv_heads, width : int
+        Of attention.
+    products, grouped : tuple of (int, int, int)
+        m, n, k of a linear layer, and rows per expert, n, k of eight experts, for the roofline.
+    """
+
+    lengths: tuple[int, ...]
+    tokens: int
+    heads: int
+    kv_heads: int
+    width: int
+    products: tuple[tuple[int, int, int], ...]
+    grouped: tuple[tuple[int, int, int], ...]
+
+
+SCANS = {
+    "cpu": Scan(
+        lengths=(128, 192, 256, 384, 512, 640, 760, 768, 1024, 1536), tokens=768, heads=8, kv_heads=4, width=64,
+        products=((32, 512, 512), (256, 1024, 512), (512, 1024, 1024), (1024, 1024, 256), (1024, 2048, 1024)),
+        grouped=((32, 512, 512), (256, 1024, 512)),
+    ),
+    "cuda": Scan(
+        lengths=(512, 1024, 2048, 2560, 4096, 5120, 8192), tokens=2048, heads=32, kv_heads=8, width=128,
+        products=((256, 4096, 4096), (2048, 4096, 4096), (4096, 8192, 4096), (8192, 8192, 2048), (8192, 8192, 8192)),
+        grouped=((256, 4096, 2048), (2048, 4096, 4096)),
+    ),
+}  # fmt: skip

@@ -60,8 +60,8 @@ def device_of(kind: str, rank: int) -> torch.device:
 def own_core(rank: int, world: int) -> None:
     """Bind this process to a core of its own.
 
-    Unbound, the thread that moves a collective's data is often woken on the core where the other rank computes, and waits there
-    for a tick of the scheduler (4 ms): collectives then take 0.4 or 4 ms, and no model of their size can tell which.
+    Seen without: the same small collective takes 0.4 or 4 ms, and no model of its size can tell which. The longer one is a tick of
+    the scheduler; that the thread which moves the data then waits behind the other rank's kernels is our reading, not measured.
     """
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

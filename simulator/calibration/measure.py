@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from simulator.calibration import kernels
-from simulator.calibration.cases import COLLECTIVES, GROUPED, LENGTHS, PRODUCTS, Case, Row, counts, ops_of
+from simulator.calibration.cases import COLLECTIVES, SCANS, Case, Row, counts, ops_of
 from simulator.calibration.launch import Tell, device_of
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
@@ -159,8 +159,10 @@ def collective(kind: str, dtype: str, size: int, group: dist.ProcessGroup, ranks
 
 def attentions(device: torch.device, world: int, turn: int) -> Iterator[Row]:
     """Yield the rows of attention by itself, forward and backward, by sequence length."""
-    for length in LENGTHS:
-        batches, heads, kv, width = max(1, 768 // length), 8, 4, 64
+    scan = SCANS[device.type]
+    heads, kv, width = scan.heads, scan.kv_heads, scan.width
+    for length in scan.lengths:
+        batches = max(1, scan.tokens // length)
         tokens = batches * length
         qkv = torch.randn(tokens, (heads + 2 * kv) * width, device=device).bfloat16().requires_grad_()
         run = partial(kernels.grouped_query, qkv, (batches, length, heads + 2 * kv, width), heads)
@@ -182,12 +184,13 @@ def singles(device: torch.device, world: int, turn: int) -> Iterator[Row]:
         middle, spread, cpu, repeats = repeated(run, device, KERNEL_S)
         return Row("single", case, name, world, calls, flop, size, middle, spread, cpu, repeats, turn)
 
+    scan = SCANS[device.type]
     for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for m, n, k in PRODUCTS if label == "bf16" else PRODUCTS[-1:]:
+        for m, n, k in scan.products if label == "bf16" else scan.products[-1:]:
             x, w = torch.zeros(m, k, dtype=dtype, device=device), torch.zeros(n, k, dtype=dtype, device=device)
             run = partial(kernels.linear, x, w)
             yield row(f"{m}x{n}x{k}", f"product.{label}", run, 1, 2.0 * m * n * k, (m * k + n * k + m * n) * dtype.itemsize)
-    for m, n, k in GROUPED:
+    for m, n, k in scan.grouped:
         x, w = torch.zeros(8 * m, k, dtype=torch.bfloat16, device=device), torch.zeros(8, n, k, dtype=torch.bfloat16, device=device)
         run, size = partial(kernels.grouped, x, w, [m] * 8), 16.0 * (m * k + n * k + m * n)
         yield row(f"8x{m}x{n}x{k}", "grouped.bf16", run, 8, 16.0 * m * n * k, size)

@@ -107,6 +107,8 @@ def show(table: pd.DataFrame, title: str | None = None) -> None:
 def _cell(name: str, value: Any) -> str:
     if isinstance(value, str):
         return escape(value)
+    if name not in ("network_usd", "network_w") and value != value:  # those say what is missing
+        return "–"
     return COLUMNS[name][1](value) if name in COLUMNS else f"{value:g}" if isinstance(value, float) else str(value)
 
 
