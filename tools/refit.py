@@ -47,7 +47,7 @@ def main() -> None:
 def write(silicon: str, parameters: list[Parameter], result: Fitted) -> None:
     """Write the parameters of one silicon into the profiles of its accelerators and hosts, with their source."""
     index = {p.name.removeprefix("in_training."): i for i, p in enumerate(parameters)}
-    names = [n for n in ACCELERATORS.names() if SILICON[next(s for s in SILICON if n.startswith(s))] == silicon]
+    names = [n for n in ACCELERATORS.names() if silicon in (of for start, of in SILICON.items() if n.startswith(start))]
     of = f"{result.rows} complete published rows on {silicon}"
     for name in names:
         path = PROFILES / "accelerators" / f"{name}.yaml"
