@@ -52,7 +52,7 @@ class Verdict:
         return compare({"best": self.best, "published": self.published}).differences()
 
     def row(self) -> dict[str, object]:
-        """Return the verdict as a row; ``term`` is the part on which most of the difference rests, where there is one."""
+        """Return the verdict as a row: ``close`` if it fits and takes at most `CLOSE` more; ``term`` is what most of that rests on."""
         more = self.terms.sort_values("seconds", ascending=False).iloc[0]
         return {
             "accelerators": self.best.scenario.cluster.accelerators,
@@ -61,7 +61,7 @@ class Verdict:
             "published_s": self.published.step_time_s,
             "best_s": self.best.step_time_s,
             "excess": self.excess,
-            "close": self.excess <= CLOSE,
+            "close": not self.problems and self.excess <= CLOSE,
             "term": more["part"] if self.excess > 0 else "",
             "term_s": float(more["seconds"]) if self.excess > 0 else 0.0,
             "fitting": self.fitting,
