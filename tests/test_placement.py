@@ -117,7 +117,7 @@ def test_spare_hosts_are_left_out_and_paid_for():
     [
         ({"accelerators": (0, 1, 2, 1)}, "accelerator 1 is used twice, for rank 1 and rank 3; give each its own"),
         ({"hosts": (5, 5)}, "host 5 is used twice, for block of ranks 0 and block of ranks 1"),
-        ({"order": "tp-cp-dp-pp"}, "'tp-cp-dp-pp' must name tp, cp, ep, dp, pp once each; did you mean tp-"),
+        ({"order": "tp-cp-dp-pp"}, "'tp-cp-dp-pp' must name tp, cp, ep, dp, pp once each, or be fewest-bytes; did you mean tp-"),
         ({"hosts": (1,), "spare_hosts": 1}, "spare_hosts = 1: 0 or more, and only without a list"),
         ({"hosts": (-1,)}, "hosts[0] = -1: counted from 0"),
         ({"hosts": (1,), "accelerators": (1,)}, "give one"),
