@@ -205,6 +205,18 @@ def test_shipped_profiles_load_and_simulate():
         assert again.cluster.accelerator.kernels.keys() == shipped.cluster.accelerator.kernels.keys()
 
 
+def test_a_collective_whose_time_does_not_grow_moves_at_the_fastest_rate_seen():
+    rows = made_up(0.0, 0, turns=1)
+    rows = rows[rows["part"] != "together"]
+    flat = rows.assign(seconds=rows["seconds"].where(rows["part"] != "collective", 1e-3))
+    fits = fit.fit_collectives(flat)
+    assert fits
+    for found in fits.values():
+        cost = found.collective()
+        assert cost.latency_s == pytest.approx(1e-3, rel=1e-6)
+        assert cost.bytes_per_s == pytest.approx(flat.loc[flat["part"] == "collective", "bytes"].max() / 1e-3)
+
+
 def test_an_h100_runs_as_its_profile_says():
     """Steps that the profile was not fitted to, measured in the same session by ``--check``: the host's launches, which the profile
     lacks, make the three that its noise marks longer than predicted."""

@@ -254,7 +254,9 @@ def fit_collectives(rows: pd.DataFrame) -> dict[str, Fit]:
             bent = linear(key, columns, seconds)
             if set(bent.values) == set(columns) and bent.residual**2 < 0.5 * best.residual**2:
                 best = Fit(key, bent.values | {"knee_bytes": knee}, bent.low, bent.high, bent.rows, bent.residual)
-        fits[key] = Fit(key, {"latency_s": 0.0} | best.values, best.low, best.high, best.rows, best.residual)
+        # in noise a time may not grow with its buffer: nothing is then known to move faster than the fastest seen
+        known = {"latency_s": 0.0, "bytes_per_s": float(np.max(size / seconds))}
+        fits[key] = Fit(key, known | best.values, best.low, best.high, best.rows, best.residual)
     return fits
 
 
