@@ -13,15 +13,15 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import yaml
+from command_line import data
 
 import simulator as sim
 from simulator import plots
-from simulator.cli import app, main
+from simulator.cli import app
 from simulator.outcome import sources
 from simulator.scenario.profiles import CLUSTERS
 from simulator.validation import collectives, memory, published, report
@@ -45,32 +45,6 @@ FILES = [
     "breakdown.csv", "breakdown.png", "memory.csv", "memory.png", "scenario.yaml", "sources.csv", "summary.json", "timeline.png",
     "trace.json.gz",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "question.yaml"
-    path.write_text(yaml.safe_dump(QUESTION, sort_keys=False), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def myriad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Return a function that runs the command line and returns its exit code and what it wrote."""
-
-    def run(*words: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["myriad", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=end.value.code or 0, out=out, err=err)
-
-    return run
-
-
-def data(ran: SimpleNamespace):
-    assert ran.code == 0, ran.err
-    return json.loads(ran.out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
 def started(*words: object) -> subprocess.Popen:

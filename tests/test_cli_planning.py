@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import yaml
+from command_line import data
 
 import simulator as sim
-from simulator.cli import main
 from simulator.planning.advice import advise
 from simulator.planning.compare import compare
 from simulator.planning.layouts import judge
@@ -25,32 +23,6 @@ QUESTION = {
     "job": {"tokens": 10**9, "global_batch": 64, "sequence_length": 4096},
     "plan": {"tp": 8, "pp": 8, "zero": 1, "recompute": "selective"},
 }
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "question.yaml"
-    path.write_text(yaml.safe_dump(QUESTION, sort_keys=False), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def myriad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Return a function that runs the command line and returns its exit code and what it wrote."""
-
-    def run(*words: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["myriad", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=end.value.code or 0, out=out, err=err)
-
-    return run
-
-
-def data(ran: SimpleNamespace) -> dict:
-    assert ran.code == 0, ran.err
-    return json.loads(ran.out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
 def told(ran: SimpleNamespace) -> str:

@@ -50,6 +50,16 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def timed(step: MoEStep, tokens: torch.Tensor, device: torch.device) -> Spent:
+    """Run one step that all ranks begin together, and return what it took on this one."""
+    wait(device)
+    dist.barrier()
+    begin = now()
+    step.run(tokens)
+    wait(device)
+    return now().less(begin)
+
+
 def repeated(run: Callable[[], object], device: torch.device, at_least_s: float) -> tuple[float, float, float, int]:
     """Return median seconds, spread, processor seconds and repeats of `run`, all ranks together.
 
@@ -93,12 +103,7 @@ def probe(case: Case, world: int, device: torch.device, repeats: int, turn: int)
     taken: dict[str, list[Spent]] = defaultdict(list)
     step.recorder.take()
     for _ in range(repeats):
-        dist.barrier()
-        wait(device)
-        first = now()
-        step.run(tokens)
-        wait(device)
-        whole = now().less(first)
+        whole = timed(step, tokens, device)
         found = step.recorder.take()
         for name, spent in found.items():
             taken[name].append(spent)

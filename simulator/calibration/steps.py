@@ -13,10 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from simulator.calibration.cases import Case
 from simulator.calibration.check import Measured, part_of
 from simulator.calibration.launch import Tell, device_of
-from simulator.calibration.measure import STILL, batch, wait
+from simulator.calibration.measure import STILL, batch, timed
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
-from simulator.calibration.recorder import now
 
 WARM = 1
 
@@ -73,12 +72,7 @@ def _turn(case: Case, rank: int, device: torch.device, repeats: int) -> tuple[li
     step.recorder.on = True
     step.recorder.take()
     for _ in range(repeats):
-        wait(device)
-        dist.barrier()
-        begin = now()
-        step.run(tokens)
-        wait(device)
-        taken.append(now().less(begin).wall_s)
+        taken.append(timed(step, tokens, device).wall_s)
         for name, spent in step.recorder.take().items():
             parts[part_of(name)] += spent.wall_s / repeats
     counts = [(layer / repeats).long().tolist() for layer in step.routed()]

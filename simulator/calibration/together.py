@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from simulator.calibration.cases import Case, Row, counts, ops_of
-from simulator.calibration.measure import STILL, batch, quartiles, wait
+from simulator.calibration.measure import STILL, batch, quartiles, timed
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
-from simulator.calibration.recorder import Call, Spent, now
+from simulator.calibration.recorder import Call, Spent
 
 #: steps before the first that counts
 WARM = 1
@@ -74,12 +74,7 @@ def together(case: Case, rank: int, device: torch.device, repeats: int, turn: in
     taken: dict[tuple[str, float], list[Spent]] = defaultdict(list)
     number: dict[tuple[str, float], int] = {}
     for _ in range(repeats):
-        wait(device)
-        dist.barrier()
-        begin = now()
-        step.run(tokens)
-        wait(device)
-        whole, calls = now().less(begin), step.recorder.calls()
+        whole, calls = timed(step, tokens, device), step.recorder.calls()
         kernels = {name: spent for name, spent in step.recorder.take().items() if name.split(".")[0] not in TALK}
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (kernels | {"step": whole}, calls))
