@@ -63,6 +63,7 @@ class Shape:
     etp: Number
     sequence_parallel: bool
     ulysses: bool
+    pieces: bool
 
     @classmethod
     def of(cls, plan: Plan, job: Job) -> Shape:
@@ -70,7 +71,18 @@ class Shape:
         tokens = plan.micro_batch * job.sequence_length / plan.cp
         split = tokens / plan.tp if plan.sequence_parallel else tokens
         ulysses = plan.context_parallel == "all_to_all"
-        return cls(tokens, split, job.sequence_length, plan.tp, plan.cp, plan.ep, plan.etp, plan.sequence_parallel, ulysses)
+        return cls(
+            tokens,
+            split,
+            job.sequence_length,
+            plan.tp,
+            plan.cp,
+            plan.ep,
+            plan.etp,
+            plan.sequence_parallel,
+            ulysses,
+            plan.overlap.tp == "pieces",
+        )
 
 
 def attended(sequence: Number, window: int | None, causal: bool = True) -> Number:
@@ -96,7 +108,7 @@ def _builder(plan: Plan) -> BlockBuilder:
         ELEMENT_BYTES[gemm],
         plan.recompute,
         plan.recomputed,
-        plan.overlap.tp,
+        bool(plan.overlap.tp),
         ELEMENT_BYTES[plan.precision.gradients],
         plan.kernels,
     )
@@ -146,6 +158,37 @@ def _leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[s
         b.collective(scatter, gather, modules)
     else:
         b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
+
+
+def _column_parallel(
+    b: BlockBuilder, part: str, name: str, x: Shape, width: int, n: Number, modules: tuple[str, ...] = (), saved: Number = 0.0
+) -> None:
+    """Append a column-parallel linear layer with the collectives of its rows, as the plan overlaps them.
+
+    In pieces, rows are gathered in the datatype of the product, as Transformer Engine's buffers are (``fp8_buf``), by copy
+    engines (``use_ce``).
+    """
+    if not x.pieces:
+        beside = _enter_tp(b, part, x, width, modules)
+        b.linear(name, x.tokens, width, n, saved=saved, modules=modules, beside=beside)
+        return
+    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype)
+    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
+    beside = replace(gather, grad="weight"), scatter
+    b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp)
+
+
+def _row_parallel(
+    b: BlockBuilder, part: str, name: str, x: Shape, k: Number, width: int, modules: tuple[str, ...] = (), saved: Number = 0.0
+) -> None:
+    """Append a row-parallel linear layer and the sum of its partial rows, as the plan overlaps them."""
+    if not x.pieces:
+        b.linear(name, x.tokens, k, width, saved=saved, modules=modules)
+        _leave_tp(b, part, x, width, modules)
+        return
+    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
+    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype, grad="input")
+    b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), replace(gather, apart=True)), pieces=x.tp)
 
 
 def _core_attention(
@@ -216,13 +259,11 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
     _norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
     local_heads, local_kv = heads / x.tp, np.maximum(kv / x.tp, 1.0)
     width = (local_heads + 2 * local_kv) * dim
-    beside = _enter_tp(b, "attn", x, h)
-    b.linear("attn.qkv", x.tokens, h, width, beside=beside)
+    _column_parallel(b, "attn", "attn.qkv", x, h, width)
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
     _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
-    b.linear("attn.out", x.tokens, local_heads * dim, h, saved=_twice(b, x.tokens * local_heads * dim))
-    _leave_tp(b, "attn", x, h)
+    _row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, saved=_twice(b, x.tokens * local_heads * dim))
     b.dense_parameters = b.dense_parameters + h * width + local_heads * dim * h
     b.dense_parameters = b.dense_parameters + (width if model.attention_bias else 0) + (h if model.output_bias else 0)
     b.dense_parameters = b.dense_parameters + (2 * dim if model.qk_norm else 0) + (local_heads if model.sinks else 0)
@@ -272,8 +313,7 @@ def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) 
     b.linear("attn.kv_up", x.tokens, mla.kv_rank, keys_values, saved=x.tokens * heads * (qk + mla.v_dim) * BF16, modules=up)
     _rotary(b, x.tokens * heads * 2 * qk * BF16, 0.0, up)
     _core_attention(b, x, model, heads, qk, mla.v_dim, heads * (qk + mla.v_dim), kind.window)
-    b.linear("attn.out", x.tokens, heads * mla.v_dim, h, saved=_twice(b, x.tokens * heads * mla.v_dim))
-    _leave_tp(b, "attn", x, h)
+    _row_parallel(b, "attn", "attn.out", x, heads * mla.v_dim, h, saved=_twice(b, x.tokens * heads * mla.v_dim))
     q_down = h * mla.q_rank if mla.q_rank else 0
     b.dense_parameters = b.dense_parameters + q_down + q_input * heads * qk + h * latent + mla.kv_rank * keys_values + heads * mla.v_dim * h
 
@@ -281,14 +321,12 @@ def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) 
 def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: tuple[str, ...], kept: Dtype) -> None:
     """Dense MLP, column- then row-parallel: up (and gate), activation, down; the up-projection is `kept` for the backward."""
     h, local, mats = model.hidden, ffn / x.tp, 2 if model.gated else 1
-    beside = _enter_tp(b, name, x, h, modules)
     saved, cast = _kept(x.tokens * mats * local, kept)
-    b.linear(f"{name}.up", x.tokens, h, mats * local, saved=saved, modules=modules, beside=beside)
+    _column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
     size = x.tokens * local * BF16
     _activation(b, name, mats, size, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
     b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
-    b.linear(f"{name}.down", x.tokens, local, h, modules=modules)
-    _leave_tp(b, name, x, h, modules)
+    _row_parallel(b, name, f"{name}.down", x, local, h, modules)
     bias = (mats * local + h) if model.mlp_bias else 0
     b.dense_parameters = b.dense_parameters + (mats + 1) * h * local + bias
 
@@ -401,7 +439,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16 gradient, the rows it gathers again,
     their gradient and, unless it is added in place, the gradient of its matrix.
     """
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp, kernels=plan.kernels)
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=bool(plan.overlap.tp), kernels=plan.kernels)
     vocab = model.vocab / x.tp
     _norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = _enter_tp(b, "head", x, model.hidden)

@@ -128,7 +128,28 @@ def _working(stage: StageBlocks, blocks: Mapping[str, Block]) -> Number:
     return most
 
 
-def _buffers(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan, places: np.ndarray, layerwise: bool) -> Number:
+def _whole_rows(plan: Plan, job: Job, hidden: int) -> Number:
+    """Return the buffers from which tensor-parallel collectives in pieces send and into which they receive.
+
+    Notes
+    -----
+    Transformer Engine keeps one of the whole rows for every product that a collective runs beside
+    (``initialize_ub``, transformer_engine/pytorch/module/base.py): six that gather, in the datatype of the product, and four
+    that reduce-scatter.
+    """
+    rows = plan.micro_batch * job.sequence_length / plan.cp * hidden
+    return np.where(np.asarray(plan.tp) > 1, rows * (6 * min(ELEMENT_BYTES[plan.precision.gemm], AUTOGRAD) + 4 * AUTOGRAD), 0.0)
+
+
+def _buffers(
+    stages: tuple[StageBlocks, ...],
+    blocks: Mapping[str, Block],
+    plan: Plan,
+    job: Job,
+    hidden: int,
+    places: np.ndarray,
+    layerwise: bool,
+) -> Number:
     """Return what a rank holds beside states and saved activations: temporaries, gathered state, placeholders, scratch.
 
     In a pair that goes layer by layer, the forward has saved a block before the backward gives one back.
@@ -140,6 +161,8 @@ def _buffers(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan:
     if plan.framework.weight_gradients == "placeholders" and plan.zero < 2:
         held = [_placeholders(tuple(stages[i] for i in places[:, rank]), blocks) for rank in range(places.shape[1])]
         found = found + np.stack(np.broadcast_arrays(*held), axis=-1)
+    if plan.overlap.tp == "pieces":
+        found = found + np.asarray(_whole_rows(plan, job, hidden))[..., None]
     return found + plan.reserve.workspace + plan.framework.bucket_elements * ELEMENT_BYTES[plan.precision.gradients]
 
 
@@ -259,7 +282,7 @@ def memory_per_stage(
     by_rank = counts.reshape(*counts.shape[:2], -1).swapaxes(1, 2)  # (ranks, 2 vpp, moments)
     peaks = np.stack([of_rank @ moments for of_rank, moments in zip(flat, by_rank, strict=True)], axis=-2)  # (..., ranks, moments)
     parts["activations"] = peaks.max(axis=-1)
-    parts["buffers"] = _buffers(stages, blocks, plan, places, order.layerwise)
+    parts["buffers"] = _buffers(stages, blocks, plan, job, model.hidden, places, order.layerwise)
     reserve = plan.reserve
     parts["fragmentation"] = sum(parts.values()) * (reserve.fragmentation / (1 - reserve.fragmentation))
     if plan.framework.weight_gradients == "copied":
