@@ -18,6 +18,7 @@ from simulator.placing import fewest_bytes
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
 from simulator.scenario.plan import Plan
+from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 from simulator.units import parse_quantity, readable
@@ -128,6 +129,14 @@ CASES: dict[str, tuple[Scenario, Problem]] = {
     "more than all tokens on one rank": (
         question(GENTLE, routing="natural", expert_load=5.0),
         Problem("expert load is at most ep", "expert_load = 5.0, ep = 4", "use expert_load of at most 4"),
+    ),
+    "slots of experts": (
+        question(GENTLE).model_copy(update={"routing": Routing(distribution="zipf", exponent=1.0, redundant_experts=3)}),
+        Problem(
+            "expert slots divide by ep",
+            "8 experts + 3 redundant ones = 11 slots do not divide over ep = 4",
+            "use redundant_experts of 0 plus a multiple of 4",
+        ),
     ),
     "batch": (
         question(GENTLE, global_batch=20),

@@ -101,7 +101,7 @@ def attended(sequence: Number, window: int | None, causal: bool = True) -> Numbe
     return w * (sequence - (w - 1) / 2) / sequence
 
 
-def _builder(plan: Plan) -> BlockBuilder:
+def _builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
     gemm = plan.precision.gemm
     return BlockBuilder(
         gemm,
@@ -111,6 +111,7 @@ def _builder(plan: Plan) -> BlockBuilder:
         bool(plan.overlap.tp),
         ELEMENT_BYTES[plan.precision.gradients],
         plan.kernels,
+        load,
     )
 
 
@@ -286,7 +287,7 @@ def _activation(
 ) -> None:
     """Activate the up-projection, gated or not; eagerly the gate's activation is a kernel of its own, whose output is kept."""
     if mats == 2 and b.kernels.pointwise == "eager":
-        b.add([], [], size, modules)
+        b.add([], [], size * (b.load if routed else 1.0), modules)
     eager = (2, 4) if b.kernels.pointwise == "eager" else (0, 0)
     there, back = mats + 1 + eager[0], 2 * mats + 1 + eager[1]
     launches = (2, 3) if b.kernels.pointwise == "eager" else (1, 1)
@@ -369,23 +370,24 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     )
     b.collective(gather, scatter, moe)
     per_expert, (saved, kept) = rows / local, _kept(rows * mats * ffn, precision.activations)
+    taken = rows * b.load  # what stays in memory is of the tokens that really come
     fused = b.kernels.experts == "fused"
     b.linear(
         "moe.up",
         per_expert,
         h,
         mats * ffn,
-        saved=copies * x.etp * b.element + saved,
+        saved=(copies * x.etp * b.element + saved) * b.load,
         modules=moe,
         groups=local,
         routed=True,
         arrives=(cast, fused),
     )
     if fused:
-        b.add([], [], rows * ffn * b.element, ("moe", "moe_act"))
+        b.add([], [], taken * ffn * b.element, ("moe", "moe_act"))
     else:
-        _activation(b, "moe", mats, rows * ffn * BF16, kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
-    b.works(rows * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
+        _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.element, ("moe", "moe_act"), routed=True)
+    b.works(taken * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(fused, cast))
     b.collective(scatter, gather, moe)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
@@ -400,9 +402,9 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
         b.dense_parameters = b.dense_parameters + (h if e.shared_gate else 0)
 
 
-def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job) -> Block:
-    """Return the block of one transformer layer of `kind`."""
-    x, b, h = Shape.of(plan, job), _builder(plan), model.hidden
+def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job, load: Number = 1.0) -> Block:
+    """Return the block of one transformer layer of `kind`; its experts keep `load` times the mean of the tokens."""
+    x, b, h = Shape.of(plan, job), _builder(plan, load), model.hidden
     layer_input = x.split_tokens * h * BF16
     b.add([], [], layer_input)
     (_latent_attention if model.latent else _attention)(b, model, kind, x)
@@ -459,7 +461,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     return b.build(x.split_tokens * model.hidden * BF16)
 
 
-def mtp_layer(model: Model, plan: Plan, job: Job) -> Block:
+def mtp_layer(model: Model, plan: Plan, job: Job, load: Number = 1.0) -> Block:
     """Return the block of one multi-token-prediction layer: two norms, a 2h -> h projection, a layer and its loss.
 
     Embedding and output projection are shared with the main model; the projection and loss are computed again.
@@ -469,7 +471,7 @@ def mtp_layer(model: Model, plan: Plan, job: Job) -> Block:
         _norm(b, name, x.split_tokens, h, model, x.split_tokens * h * BF16, ())
     b.linear("mtp.project", x.split_tokens, 2 * h, h, saved=x.split_tokens * 2 * h * b.element)
     own = b.build(x.split_tokens * 2 * h * BF16)
-    layer, loss = transformer_layer(model, model.layer_kinds[-1], plan, job), head(model, plan, job)
+    layer, loss = transformer_layer(model, model.layer_kinds[-1], plan, job, load), head(model, plan, job)
     shared = model.vocab * h / x.tp if not model.tied_embeddings else 0
     return Block(
         own.forward + layer.forward + loss.forward,

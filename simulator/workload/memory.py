@@ -17,7 +17,7 @@ import numpy as np
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan, single
-from simulator.schedules import repeating, schedule
+from simulator.schedules import Schedule, repeating, schedule
 from simulator.units import Number
 from simulator.workload.ops import Block
 from simulator.workload.stages import StageBlocks
@@ -183,11 +183,18 @@ class _Held(NamedTuple):
     layerwise: bool
 
 
+def goes_layerwise(order: Schedule) -> bool:
+    """Return whether the backward of a pair gives back what its forward takes, layer by layer, as in Megatron.
+
+    The report of DualPipe counts both parts of a pair whole (DeepSeek-V3, table 2: pp + 1).
+    """
+    return order.pairs and order.name not in ("dualpipe", "dualpipev")
+
+
 def _held(plan: Plan, micro_batches: int) -> _Held:
     """Return what every rank of a schedule holds."""
     order = schedule(plan.schedule, single(plan.pp), single(plan.vpp), micro_batches_kept(plan, micro_batches), plan.table)
-    # the report of DualPipe counts both parts of a pair whole (DeepSeek-V3, table 2: pp + 1); Megatron goes layer by layer
-    layerwise = order.pairs and plan.schedule not in ("dualpipe", "dualpipev")
+    layerwise = goes_layerwise(order)
     counts = order.resident if layerwise else order.in_flight
     if plan.schedule == "gpipe":  # holds every micro-batch; no need to write them all down
         counts = np.array([micro_batches, 0.0]).reshape(1, 1, 2, 1).repeat(single(plan.pp), axis=0)
@@ -214,6 +221,16 @@ def _decisive(plan: Plan, micro_batches: int, stages: tuple[StageBlocks, ...]) -
     return _Held(held.stages[ranks], held.counts[ranks], held.layerwise)
 
 
+def kept_bytes(model: Model, plan: Plan, job: Job, stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block]) -> tuple[Number, Number]:
+    """Return what a micro-batch leaves on each stage, (..., stages): from the forward on, and for the weight gradient alone."""
+    saved, rest = (_of_stages(stages, lambda s, f=f: sum((getattr(blocks[n], f) for n in s), 0.0)) for f in ("saved_bytes", "weight_bytes"))
+    if plan.framework.keeps_outputs:
+        sent = plan.micro_batch * job.sequence_length / plan.cp / (plan.tp if plan.sequence_parallel else 1) * model.hidden * AUTOGRAD
+        saved = saved + np.asarray(sent)[..., None] * (np.arange(len(stages)) < len(stages) - 1)
+    saved = saved * (1 - min(plan.framework.offloaded_layers / model.layers, 1))
+    return saved, np.minimum(*np.broadcast_arrays(saved, rest))  # what recompute dropped is not there for the weight gradient either
+
+
 def memory_per_stage(
     model: Model,
     plan: Plan,
@@ -222,6 +239,7 @@ def memory_per_stage(
     blocks: Mapping[str, Block],
     micro_batches: int,
     decisive: bool = False,
+    activations: np.ndarray | None = None,
 ) -> dict[str, Number]:
     """Return the peak bytes of each pipeline rank, part by part.
 
@@ -235,6 +253,8 @@ def memory_per_stage(
         Micro-batches per step, the same for every plan here.
     decisive : bool
         Look only at ranks that may need the most, instead of all.
+    activations : ndarray (ranks,), optional
+        The peak of saved activations where it is known better, as of ranks whose experts are loaded unevenly.
 
     Returns
     -------
@@ -271,17 +291,12 @@ def memory_per_stage(
     parts = state_bytes(dense, expert, columns, job)
     layers = sum(held(f, _ENDS).sum(axis=-2) for f in ("dense_parameters", "expert_parameters"))
     parts["weights"] = parts["weights"] + low_precision_copies(plan) * layers
-    kept = [held("saved_bytes"), held("weight_bytes")]
-    if plan.framework.keeps_outputs:
-        sent = plan.micro_batch * job.sequence_length / plan.cp / (plan.tp if plan.sequence_parallel else 1) * model.hidden * AUTOGRAD
-        kept[0] = kept[0] + np.asarray(sent)[..., None, None] * (places < len(stages) - 1)
-    kept[0] = kept[0] * (1 - min(plan.framework.offloaded_layers / model.layers, 1))
-    kept[1] = np.minimum(*np.broadcast_arrays(*kept))  # what recompute dropped is not there for the weight gradient either
+    kept = (of_stages[..., places] for of_stages in kept_bytes(model, plan, job, stages, blocks))
     saved = np.stack(np.broadcast_arrays(*kept), axis=-3)  # (..., 2, vpp, ranks)
     flat = np.moveaxis(saved.reshape(*saved.shape[:-3], -1, places.shape[1]), -1, 0)  # (ranks, ..., 2 vpp)
     by_rank = counts.reshape(*counts.shape[:2], -1).swapaxes(1, 2)  # (ranks, 2 vpp, moments)
     peaks = np.stack([of_rank @ moments for of_rank, moments in zip(flat, by_rank, strict=True)], axis=-2)  # (..., ranks, moments)
-    parts["activations"] = peaks.max(axis=-1)
+    parts["activations"] = peaks.max(axis=-1) if activations is None else activations
     parts["buffers"] = _buffers(stages, blocks, plan, job, model.hidden, places, order.layerwise)
     reserve = plan.reserve
     parts["fragmentation"] = sum(parts.values()) * (reserve.fragmentation / (1 - reserve.fragmentation))

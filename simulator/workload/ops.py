@@ -248,6 +248,9 @@ class BlockBuilder:
         Bytes of one element of the main gradients, to which every weight gradient is added in place.
     kernels : Kernels
         Which kernels the layer runs.
+    load : Number
+        Tokens that the rank's experts receive, over the mean: what they keep grows with it. FLOP and traffic are for the mean;
+        `simulator.pricing.loaded` makes them grow.
     """
 
     dtype: str
@@ -257,6 +260,7 @@ class BlockBuilder:
     overlap: bool = True
     gradient: float = FP32
     kernels: Kernels = Kernels()
+    load: Number = 1.0
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
@@ -322,7 +326,7 @@ class BlockBuilder:
         """
         d, e, groups = dtype or self.dtype, BF16 if dtype else self.element, more.get("groups", 1.0)
         routed = more.get("routed", False)
-        self.weight_bytes = self.weight_bytes + groups * m * (k + n) * e
+        self.weight_bytes = self.weight_bytes + groups * m * (k + n) * e * (self.load if routed else 1.0)
         self.matrices[name] = k * n
         there, dgrad = (lambda rows: gemm(name, rows, k, n, d, e, **more)), (lambda rows: gemm(name, rows, n, k, d, e, "input", **more))
         wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
