@@ -113,6 +113,8 @@ class Host(Facts):
     reduction_share : float, optional
         Share of the scale-up link at which the data of one accelerator passes through the reduction in the scale-up
         switches (NVLS); none without.
+    reduction_channels : int, optional
+        Channels over which a library runs that reduction, each with a chunk per member under way; none: filling them is free.
     mesh : bool
         Whether the links go straight to each peer of the domain, an equal share to each, and not to switches: a group
         that leaves out peers leaves out their links.
@@ -139,6 +141,7 @@ class Host(Facts):
     scale_up_bytes_per_s: BytesPerS
     bus_bytes_per_s: dict[Collective, BytesPerS]
     reduction_share: Fraction | None = None
+    reduction_channels: int | None = Field(default=None, gt=0)
     mesh: bool = False
     nic_bytes_per_s: BytesPerS
     base_latency_s: Protocols
