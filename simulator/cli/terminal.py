@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from simulator.ranks import RanksResult
-    from simulator.result import StepResult
+    from simulator.results.ranks import RanksResult
+    from simulator.results.step import StepResult
 
 out = Console(width=None if sys.stdout.isatty() else 110)
 err = Console(stderr=True)
@@ -115,8 +115,8 @@ def _cell(name: str, value: Any) -> str:
 
 def headline(result: StepResult | RanksResult) -> None:
     """Print the figures of one step, where it goes, and what it rests on."""
-    from simulator.energy import BASIS
-    from simulator.outcome import facts_by_grade
+    from simulator.results.energy import BASIS
+    from simulator.results.outcome import facts_by_grade
     from simulator.units import readable
 
     s = result.scenario
@@ -162,7 +162,7 @@ def _all_at_once(folder: Path) -> Iterator[Path]:
 def write(result: StepResult | RanksResult, folder: Path, tables: dict[str, pd.DataFrame]) -> list[Path]:
     """Write `tables` and everything about one step below `folder`; return the files."""
     from simulator import plots
-    from simulator.result import StepResult
+    from simulator.results.step import StepResult
 
     events = isinstance(result, StepResult)  # a replay of every rank has no spans to draw, but ranks to list
     tables = tables | {"breakdown": result.breakdown(), "memory": result.memory(), "sources": result.sources()}

@@ -52,7 +52,7 @@ class Accelerator(Facts):
     older_attention : dict
         Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
     kernels : dict
-        Measured cost by kind of kernel (`simulator.pricing.kernel_name`); what is here replaces the general model above.
+        Measured cost by kind of kernel (`simulator.pricing.operations.kernel_name`); what is here replaces the general model above.
     in_training : dict
         Speed in a training step over that of the benchmarks above, where power, clocks and caches are shared: ``gemm`` in 16 and
         32 bits, ``gemm_low`` in 8 and 4 bits, ``grouped`` on top of either, ``attention``, ``memory``; 1 where left out.
