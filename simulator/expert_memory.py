@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.durations import Uneven, uneven
+from simulator.pricing.durations import Uneven, uneven
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
 from simulator.schedules import Action, Schedule, actions, schedule

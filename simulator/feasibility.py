@@ -125,7 +125,7 @@ def _model(s: Scenario) -> Iterator[Problem]:
     extra = s.routing.redundant_experts if s.routing else 0
     if extra and (e.count + extra) % p.ep:
         numbers = f"{e.count} experts + {extra} redundant ones = {e.count + extra} slots do not divide over ep = {p.ep}"
-        yield Problem("expert slots divide by ep", numbers, f"use redundant_experts of {-e.count % p.ep} plus a multiple of {p.ep}")
+        yield Problem("expert slots divide by ep", numbers, f"use redundant_experts: {p.ep * -(-(e.count + extra) // p.ep) - e.count}")
     if s.job.routing == "natural" and s.job.expert_load > p.ep > 1:
         yield Problem("expert load is at most ep", f"expert_load = {s.job.expert_load}, ep = {p.ep}", f"use expert_load of at most {p.ep}")
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from small import any_schedule, moe, roomy, scenario
 
-from simulator.durations import Uneven
 from simulator.expert_memory import RankActivations, memory_per_rank
 from simulator.feasibility import check, memory
+from simulator.pricing.durations import Uneven
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.simulate import simulate_ranks, simulate_step

@@ -135,7 +135,7 @@ CASES: dict[str, tuple[Scenario, Problem]] = {
         Problem(
             "expert slots divide by ep",
             "8 experts + 3 redundant ones = 11 slots do not divide over ep = 4",
-            "use redundant_experts of 0 plus a multiple of 4",
+            "use redundant_experts: 4",
         ),
     ),
     "batch": (
@@ -292,6 +292,7 @@ APPLIED = {
     "dp inside cp": lambda s: [s.with_plan(placement={"order": order}) for order in ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp")],
     "replicas inside": lambda s: [s.with_plan(placement={"order": "tp-cp-ep-dp-pp"})],
     "meshes with stages of their own": lambda s: [s.with_plan(placement={"order": "tp-cp-ep-dp-pp"}), s.with_plan(etp=2)],
+    "slots of experts": lambda s: [s.model_copy(update={"routing": s.routing.model_copy(update={"redundant_experts": 4})})],
     "datatype": lambda s: [s.with_plan(precision={"gemm": dtype}) for dtype in ("fp32", "bf16", "fp16", "fp8")],
 }
 

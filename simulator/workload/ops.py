@@ -250,7 +250,7 @@ class BlockBuilder:
         Which kernels the layer runs.
     load : Number
         Tokens that the rank's experts receive, over the mean: what they keep grows with it. FLOP and traffic are for the mean;
-        `simulator.pricing.loaded` makes them grow.
+        `simulator.pricing.operations.loaded` makes them grow.
     """
 
     dtype: str
