@@ -191,8 +191,8 @@ class RanksResult(Outcome):
             taken = float(np.broadcast_to(taken, self.order.ranks)[index])
             when = np.broadcast_to((begin if taken > 0 else end)[str(action)], self.order.ranks)[index]
             moments.append((float(when), taken))
-        time, taken = np.array(sorted(moments)).T  # given back before taken at the same moment
-        table = pd.DataFrame({"time_s": time, "activations_bytes": np.cumsum(taken)})
+        time, taken = np.array(moments).T  # in the order of the schedule, whatever rounding says
+        table = pd.DataFrame({"time_s": np.maximum.accumulate(time), "activations_bytes": np.cumsum(taken)})
         return table.groupby("time_s", sort=True).last().reset_index()
 
     def slowest(self, count: int = 10) -> pd.DataFrame:
