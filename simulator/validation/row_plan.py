@@ -10,7 +10,7 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Module, Overlap, Plan, Precision
 from simulator.validation.row import Row
-from simulator.validation.row_kernels import kernels_of
+from simulator.validation.row_kernels import BEFORE_2022, kernels_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
@@ -302,7 +302,8 @@ def _precision(row: Row) -> Precision:
 
 def _overlap(row: Row, degrees: dict[str, int]) -> Overlap:
     notes = row.text("overlap_notes")
-    tp = not row.has("torchtitan", "source")  # PyTorch's own tensor parallelism gathers nothing again beside a gradient
+    # PyTorch's own tensor parallelism gathers nothing again beside a gradient; Megatron-LM reduces beside one since 2022
+    tp = not row.has(f"torchtitan|{BEFORE_2022}", "source")
     pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")
     if not pp:
         row.assume("messages between stages not printed: none beside compute, as in the authors' script; their own schedules send aside")

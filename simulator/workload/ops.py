@@ -268,12 +268,16 @@ class BlockBuilder:
         there = gemm(name, m, k, n, d, e, **more)
         dgrad = gemm(name, m, n, k, d, e, grad="input", **more)
         wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
-        wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (2 * self.gradient - BF16))
+        if self.kernels.accumulation == "fused":
+            wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (2 * self.gradient - BF16))
         forward: list[Segment] = [(there,)]
         backward: list[Segment] = []
         for grad, other in zip((dgrad, wgrad), beside, strict=True):
             ops = (grad, other) if other else (grad,)
             backward += [ops] if self.overlap else [(op,) for op in ops]
+        if self.kernels.accumulation == "separate":
+            added = groups * k * n * (BF16 + 2 * self.gradient)
+            backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
         if e < BF16:
             host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
             there, back = (0.0 if known else BF16 + e for known in arrives)
