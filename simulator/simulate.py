@@ -7,18 +7,20 @@ from typing import Literal, overload
 
 import numpy as np
 
-from simulator.beside import Beside
-from simulator.contention import shares, stretched
-from simulator.durations import RankDurations, spans, uneven, variants
 from simulator.engine.events import run
 from simulator.engine.order import prepare
 from simulator.engine.ranks import replay_ranks
+from simulator.engine.timeline import Timeline
 from simulator.errors import PlanError, Problem, ProfileError
 from simulator.feasibility import check
 from simulator.placing import settled
-from simulator.pricing import op_s
-from simulator.ranks import RanksResult
-from simulator.result import StepResult, StepsResult
+from simulator.pricing.beside import Beside
+from simulator.pricing.contention import shares, stretched
+from simulator.pricing.durations import RankDurations, spans, uneven, variants
+from simulator.pricing.operations import op_s
+from simulator.pricing.stage_times import pass_beside
+from simulator.results.ranks import RanksResult
+from simulator.results.step import StepResult, StepsResult
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.mesh import accelerator_of
 from simulator.scenario.plan import Plan
@@ -26,8 +28,6 @@ from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
 from simulator.schedules import schedule
-from simulator.stage_times import pass_beside
-from simulator.timeline import Timeline
 from simulator.workload.build import build_step
 from simulator.workload.classes import RankClasses, rank_classes, rank_loads
 from simulator.workload.stages import blocks, stage_blocks
@@ -64,7 +64,7 @@ def simulate_step(
         For ``all``: as for `simulate_ranks`.
     contention : bool
         For ``classes``: let collectives of different kinds that overlap in time slow each other where they share links
-        (`simulator.contention`); that all groups of one kind share them is always in.
+        (`simulator.pricing.contention`); that all groups of one kind share them is always in.
 
     Raises
     ------
@@ -212,7 +212,7 @@ def node_seconds(program: StepProgram, scenario: Scenario, slow: np.ndarray | No
 def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
     """Return the factor by which communication slows each node beside it: one for each pass of a block and each pair of stages.
 
-    Found beforehand from even load and full speed (`simulator.beside`); 1 for what belongs to no pass. The wait for the host is
+    Found beforehand from even load and full speed (`simulator.pricing.beside`); 1 for what belongs to no pass. The wait for the host is
     that of the kernels as slow as they are there.
     """
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster

@@ -22,7 +22,7 @@ from command_line import data
 import simulator as sim
 from simulator import plots
 from simulator.cli import app
-from simulator.outcome import sources
+from simulator.results.outcome import sources
 from simulator.scenario.profiles import CLUSTERS
 from simulator.validation import collectives, memory, published, report
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.compute import attention_s, gemm_s, gemm_shape_efficiency, memory_s, peak_flop_per_s
+from simulator.pricing.compute import attention_s, gemm_s, gemm_shape_efficiency, memory_s, peak_flop_per_s
 from simulator.scenario.profiles import ACCELERATORS
 
 #: 1 PFLOP/s bf16 of which half is reached, 1 TB/s of which half; 4 processors of 128 x 256 tiles; nothing shorter than 1 us

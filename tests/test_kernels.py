@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from simulator.closed_forms import estimate
-from simulator.compute import host_wait_s
 from simulator.lower_bound import bound
-from simulator.pricing import op_s, segments_s
+from simulator.pricing.compute import host_wait_s
+from simulator.pricing.operations import op_s, segments_s
 from simulator.scenario.kernels import Kernels
 from simulator.scenario.plan import Plan, Precision
 from simulator.simulate import simulate_step

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import H100
 
+from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, LatentAttention, Model
 from simulator.scenario.plan import COLUMNS, Overlap, Plan, PlanColumns, Precision
-from simulator.stage_times import price_blocks
 from simulator.workload.layers import ATTENTION_BACKWARD_FLOP, attended, embedding, head, transformer_layer
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Block, Op, Segment, total

@@ -17,7 +17,7 @@ from simulator.lower_bound import bound, passes_table
 from simulator.planning.priced import Priced, distinct
 from simulator.planning.search import search
 from simulator.planning.space import CHUNKS, CONTEXT, EXPERT_TENSOR, MICRO_BATCHES, SCHEDULES, Space, grouped, legal_table, numbered
-from simulator.pricing import Known
+from simulator.pricing.operations import Known
 from simulator.scenario.model import Model
 from simulator.scenario.placement import ORDER, PIPELINE_INSIDE
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Overlap, Plan, PlanColumns, Precision

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from simulator.cli.question import AsJson, OutDir
-from simulator.cli.terminal import err, print_json, progress, report_files, say, show
+from simulator.cli.terminal import err, print_json, progress, report_files, save_picture, say, show
 from simulator.errors import ProfileError
 
 if TYPE_CHECKING:
@@ -82,11 +82,6 @@ def _own(files: dict[str, list[Path] | None]) -> tuple[dict[str, pd.DataFrame] |
 
 def _write(report: Report, folder: Path) -> list[Path]:
     """Write the rows and the pictures below `folder`; return the files."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib.figure import Figure
-
     from simulator import plots
     from simulator.files import write_atomically
 
@@ -95,8 +90,5 @@ def _write(report: Report, folder: Path) -> list[Path]:
     for name, draw, size in (("accuracy", plots.plot_accuracy, (7, 6.5)), ("residuals", plots.plot_residuals, (12, 7))):
         if report.rows.empty:
             continue
-        figure = Figure(figsize=size, layout="constrained")
-        draw(report.rows, figure)
-        files.append(folder / f"{name}.png")
-        write_atomically(files[-1], lambda f, figure=figure: figure.savefig(f, format="png", dpi=130), "wb")
+        files.append(save_picture(folder / f"{name}.png", lambda figure, draw=draw: draw(report.rows, figure), size))
     return files

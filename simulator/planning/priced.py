@@ -26,11 +26,11 @@ from simulator.lower_bound import (
     sizes_table,
 )
 from simulator.planning.space import Table, grouped, numbered
-from simulator.pricing import Known, op_s
+from simulator.pricing.operations import Known, op_s
+from simulator.pricing.stage_times import BlockPrice, price_blocks, stage_times
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, repeating, schedule
-from simulator.stage_times import BlockPrice, price_blocks, stage_times
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Block
 from simulator.workload.stages import StageBlocks, blocks, stages_of

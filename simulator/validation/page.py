@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from simulator.confidence import NEAR
-from simulator.result import NOT_MODELLED
+from simulator.results.confidence import NEAR
+from simulator.results.step import NOT_MODELLED
 from simulator.validation.causes import cause
 from simulator.validation.choosing import SWEEP
 from simulator.validation.collectives import summarise_collectives
@@ -224,8 +224,8 @@ def _intervals(report: Report) -> Section:
     words = (
         "80 % intervals from the residuals of comparable rows, for every row from rows of other (model × accelerator) alone. Rows weigh "
         "less the farther they are in model, machine, layout and precision; a prediction is inside the validated range when a row is "
-        f"as near as {NEAR:g} units (`simulator.confidence`). Wanted: 75 to 85 % inside, half-width 12 % anchored and 25 % cold, and a "
-        "lower score than any constant width."
+        f"as near as {NEAR:g} units (`simulator.results.confidence`). Wanted: 75 to 85 % inside, half-width 12 % anchored and 25 % cold, "
+        "and a lower score than any constant width."
     )
     return Section("Intervals", words, pd.DataFrame(lines))
 

@@ -18,9 +18,9 @@ import pandas as pd
 from simulator.closed_forms import estimate_s, orders
 from simulator.errors import ProfileError, SimulatorError
 from simulator.fitting import Fitted, Parameter, fit, leave_out
+from simulator.pricing.stage_times import price_blocks, stage_times
 from simulator.scenario.plan import COLUMNS, PlanColumns
 from simulator.scenario.scenario import Scenario
-from simulator.stage_times import price_blocks, stage_times
 from simulator.validation.published import scenario_from_row
 from simulator.workload.stages import blocks, stage_blocks
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simulator.durations import RankDurations
 from simulator.engine.order import RankProgram
 from simulator.engine.ranks import Replay, critical_path, replay_ranks
-from simulator.outcome import Outcome, divided
+from simulator.pricing.durations import RankDurations
+from simulator.results.outcome import Outcome, divided
 from simulator.scenario.mesh import accelerator_of
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from simulator import compute
 from simulator.network import collectives
 from simulator.network.sharing import share
+from simulator.pricing import compute
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.mesh import placed
 from simulator.scenario.model import Model
@@ -40,7 +40,7 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         Ask the cluster's graph what concurrent groups leave each other (`simulator.network.sharing`; a single plan only), not
         the oversubscription of its tiers.
     slow : float
-        How many times as long kernels take beside communication (`simulator.beside`); the host launches more meanwhile.
+        How many times as long kernels take beside communication (`simulator.pricing.beside`); the host launches more meanwhile.
 
     Returns
     -------

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from simulator.compute import peak_flop_per_s
-from simulator.confidence import Interval, interval
-from simulator.energy import carbon_kg, energy_kwh
 from simulator.feasibility import memory
+from simulator.pricing.compute import peak_flop_per_s
+from simulator.results.confidence import Interval, interval
+from simulator.results.energy import carbon_kg, energy_kwh
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.plan import RESERVE_SOURCES, Reserve
 from simulator.scenario.scenario import Scenario
@@ -109,7 +109,7 @@ class Outcome(ABC):
 
     @property
     def energy_kwh(self) -> float:
-        """Energy of accelerators, hosts and building for the job, kWh: see `simulator.energy`."""
+        """Energy of accelerators, hosts and building for the job, kWh: see `simulator.results.energy`."""
         return energy_kwh(self.scenario.cluster, self.accelerator_hours)
 
     @property

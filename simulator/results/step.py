@@ -8,10 +8,10 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from simulator.engine.timeline import Timeline
 from simulator.network.sharing import Share
-from simulator.outcome import Outcome, divided
+from simulator.results.outcome import Outcome, divided
 from simulator.scenario.scenario import Scenario
-from simulator.timeline import Timeline
 
 #: mechanisms that a real step has and this one does not
 NOT_MODELLED = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from simulator.pricing import device_bytes
+from simulator.pricing.operations import device_bytes
 from simulator.scenario.cluster import Accelerator, Cluster
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
