@@ -27,6 +27,7 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
     ("InternEvo", {"attention": "flash1"}, "InternEvo of 2023: first FlashAttention, fused norms"),
     ("Aleph-Alpha", {"norm": "eager", "pointwise": "eager"}, "eager rotary embedding, activation and loss"),
     ("torchtitan", {"attention": "flash2"}, "PyTorch's attention is FlashAttention-2; torch.compile fuses the rest"),
+    ("Llama 3 Herd|NeMo24.03", {"attention": "flash2"}, "early 2024: FlashAttention-2's speed on Hopper, before FlashAttention-3"),
 ]
 #: Aleph-Alpha's ``kernel=`` -> fields
 _NAMED: dict[str, dict[str, str]] = {
@@ -41,7 +42,7 @@ def kernels_of(row: Row) -> Kernels:
     """Return the kernels of a published row; what the row does not print is added to its assumptions."""
     fields: dict[str, Any] = {}
     for source, found, said in _STACKS:
-        if row.has(source, "source"):
+        if row.has(source, "source", "provenance"):
             fields |= found
             row.assume(f"kernels not printed: {said}")
     named = re.search(r"kernel=([^;]*)", row.text("overlap_notes"))
