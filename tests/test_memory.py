@@ -211,8 +211,8 @@ def test_kernels_that_keep_more(kernels, more):
 
 def test_unfused_attention_is_korthikantis_formula():
     """Equation 1 with sequence parallelism: s b h (34 + 5 a s / h) / t for a plain MLP of 4 h, heads as many as in the hidden width."""
-    s, h, a, t = 16, 8, 4, 2
-    gpt = DENSE.model_copy(update={"gated": False, "layer_norm": True, "kv_heads": 4, "ffn": 4 * h})
+    s, h, a, t = 16, 8, 8, 2
+    gpt = DENSE.model_copy(update={"gated": False, "layer_norm": True, "heads": a, "kv_heads": a, "head_dim": h // a, "ffn": 4 * h})
     p = plan(pp=4, tp=t, kernels={"attention": "unfused", "dropout": True})
     assert measured(gpt, p)["activations"][1] == 3 * s * h * (34 + 5 * a * s / h) / t
 

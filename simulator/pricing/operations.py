@@ -81,7 +81,10 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op), kept)
     if op.kind in ("gemm", "grouped_gemm"):
         grouped = op.kind == "grouped_gemm" and plan.kernels.experts == "grouped"
-        return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)
+        whole = compute.whole_vectors(op.m if op.grad == "weight" else op.k, op.n, op.dtype)  # the rest counts tokens: no row
+        batched = op.kind == "gemm" and np.any(np.asarray(op.groups) > 1)
+        shape = op.m, op.n, op.k, op.groups, op.dtype
+        return compute.gemm_s(op.flop, op.bytes, *shape, grouped, cluster.accelerator, whole, batched)
     if op.kind == "attention":
         width, backward = (op.k + op.n) / 2, op.grad == "input"
         return compute.attention_s(op.flop, op.bytes, width, backward, cluster.accelerator, plan.kernels.attention)

@@ -10,7 +10,7 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Module, Overlap, Plan, Precision
 from simulator.validation.row import Row
-from simulator.validation.row_kernels import kernels_of
+from simulator.validation.row_kernels import BEFORE_2022, kernels_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
@@ -304,7 +304,8 @@ def _precision(row: Row) -> Precision:
 
 def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Overlap:
     notes = row.text("overlap_notes")
-    tp: bool | Literal["pieces"] = not row.has("torchtitan", "source")  # whose own gathers nothing again beside a gradient
+    # PyTorch's own tensor parallelism gathers nothing again beside a gradient; Megatron-LM reduces beside one since 2022
+    tp: bool | Literal["pieces"] = not row.has(f"torchtitan|{BEFORE_2022}", "source")
     if degrees["tp"] > 1 and sequence_parallel and row.has(_IN_PIECES, "overlap_notes", "notes"):
         tp = "pieces"
     pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")

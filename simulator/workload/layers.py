@@ -13,6 +13,7 @@ DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024 (MLA, fine-grained experts, FP
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,11 @@ ATTENTION_BACKWARD_FLOP = 2.5
 #: bytes per score that softmax moves, forward and backward: as one kernel in bf16 (read, write; read twice, write), or
 #: scale, mask, cast, fp32 softmax and cast on their own, and their gradients
 SCORE_BYTES: dict[str, tuple[float, float]] = {"unfused": (4.0, 6.0), "eager": (29.0, 35.0)}
+#: kernels of that softmax and its gradient
+SCORE_LAUNCHES = {"unfused": 1, "eager": 5}
+#: the fused softmax takes this many products per block: another number of sequences times heads goes the eager way (Megatron-LM,
+#: megatron/model/fused_softmax.py, is_kernel_available)
+SOFTMAX_BLOCK = 4
 #: bytes per element of an RMSNorm written in PyTorch: cast, square, mean, scale, cast back, weight; and their gradients
 EAGER_NORM_BYTES = (36.0, 100.0)
 #: times that eager rotary embedding reads or writes its rows, most of them in fp32
@@ -211,7 +217,7 @@ def _core_attention(
     forward, backward = ([(segments[0][0], beside), *segments[1:]] for segments, beside in zip(cores, passed, strict=True))
     scores = x.tokens * x.sequence * heads
     if b.kernels.attention in SCORE_SAVED:
-        saved = scores * (SCORE_SAVED[b.kernels.attention] + (MASK + BF16 if b.kernels.dropout else 0.0))
+        saved = scores * (_of_softmax(b, x, heads, SCORE_SAVED) + (MASK + BF16 if b.kernels.dropout else 0.0))
         works = scores * 2 * BF16
     else:
         saved = x.tokens * heads * FP32
@@ -220,6 +226,12 @@ def _core_attention(
         saved = saved + np.where(np.asarray(x.cp) > 1, x.tokens * heads * v_dim * BF16, 0.0)
     b.add(forward, backward, saved, ("core_attn",))
     b.works(works)
+
+
+def _of_softmax(b: BlockBuilder, x: Shape, heads: Number, what: dict[str, Any]) -> Number:
+    """Return what the softmax costs as the stack runs it: eagerly also where the fused kernel does not take the shape."""
+    ragged = np.mod(x.tokens * x.cp / x.sequence * heads, SOFTMAX_BLOCK) > 0
+    return np.where(ragged, what["eager"], what[b.kernels.attention])
 
 
 def _fused_core(
@@ -241,14 +253,15 @@ def _unfused_core(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: 
     elements, see `SCORE_BYTES`.
     """
     scores, products, rows = x.tokens * x.sequence * heads, x.tokens / x.sequence * x.cp * heads, x.sequence / x.cp
-    there, back = SCORE_BYTES[b.kernels.attention]
+    there, back = (_of_softmax(b, x, heads, {name: both[i] for name, both in SCORE_BYTES.items()}) for i in (0, 1))
     drop = 2 * BF16 + MASK if b.kernels.dropout else 0.0
+    launches = _of_softmax(b, x, heads, SCORE_LAUNCHES) + 1  # scaling the scores or, with dropout, dropping them out
 
     def product(name: str, k: Number, n: Number, grad: str = "") -> Segment:
         op = gemm(f"attn.core.{name}", rows, k, n, "bf16", BF16, grad, groups=products)
         return (replace(op, kind="gemm", launches=1.0),)  # one batch without weights: as fast as a single product
 
-    softmax = Op("attn.core.softmax", "memory", bytes=scores * (there + drop), launches=2)
+    softmax = Op("attn.core.softmax", "memory", bytes=scores * (there + drop), launches=launches)
     values, keys = product("values", v_dim, x.sequence, "input"), product("scores", x.sequence, qk_dim, "input")
     forward = [product("scores", qk_dim, x.sequence), (softmax,), product("values", x.sequence, v_dim)]
     gradient = replace(softmax, bytes=scores * (back + drop), grad="input")

@@ -330,7 +330,8 @@ class BlockBuilder:
         self.matrices[name] = k * n
         there, dgrad = (lambda rows: gemm(name, rows, k, n, d, e, **more)), (lambda rows: gemm(name, rows, n, k, d, e, "input", **more))
         wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
-        wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (2 * self.gradient - BF16))
+        if self.kernels.accumulation == "fused":
+            wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (2 * self.gradient - BF16))
         forward: list[Segment] = [(there(m),)]
         backward: list[Segment] = []
         for grad, other in zip((dgrad(m), wgrad), beside, strict=True):
@@ -341,6 +342,9 @@ class BlockBuilder:
         if scatter:
             forward = leaving(there, m, scatter[0], np.where(np.asarray(pieces) > 1, SPLITS, 1.0))
             backward = [*arriving(dgrad, m, scatter[1], pieces), (wgrad,)]
+        if self.kernels.accumulation == "separate":
+            added = groups * k * n * (BF16 + 2 * self.gradient)
+            backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
         if e < BF16:
             host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
             in_cast, back = (0.0 if known else BF16 + e for known in arrives)
