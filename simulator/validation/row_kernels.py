@@ -8,12 +8,19 @@ from typing import Any
 from simulator.scenario.kernels import Kernels
 from simulator.validation.row import Row
 
+#: sources on Megatron-LM of 2021 or forks of it: no --gradient-accumulation-fusion, no asynchronous all-reduce of an input gradient
+BEFORE_2022 = "vTrain|SC'21|BLOOM|MT-NLG"
 #: sources of one software generation -> its kernels and why
 _STACKS: list[tuple[str, dict[str, Any], str]] = [
     (
         "vTrain|SC'21|Korthikanti|MT-NLG|Zero Bubble",
         {"attention": "unfused", "dropout": True},
         "Megatron-LM before FlashAttention: scores in memory, fused softmax, dropout",
+    ),
+    (
+        BEFORE_2022,
+        {"accumulation": "separate"},
+        "forks of Megatron-LM before 2022: gradients added to those of earlier micro-batches by a kernel of its own",
     ),
     ("BLOOM", {"attention": "unfused"}, "Megatron-DeepSpeed before FlashAttention: scores in memory, fused softmax, no dropout"),
     ("MosaicML", {"attention": "flash1", "pointwise": "eager"}, "llm-foundry of 2023: first FlashAttention in Triton, eager PyTorch"),
