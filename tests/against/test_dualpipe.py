@@ -14,14 +14,17 @@ Target: the step within 10 %, each phase above 1 s (forwards, backwards, pairs, 
 fitted to this row, published in brackets:
 
     routing   step            1F              1B              1F1B            bubble          1W            optimizer
-    balanced  16.95 (-15.0 %) 1.10  (-3 %)    1.60 (-20 %)    12.59 (-10 %)   1.15 (-44 %)    0.25 (-47 %)  0.25
-    natural   19.35  (-2.9 %) 1.29 (+14 %)    1.82  (-9 %)    14.27  (+2 %)   1.43 (-31 %)    0.25 (-47 %)  0.28
+    balanced  17.52 (-12.1 %) 1.13  (+0 %)    1.65 (-17 %)    13.07  (-6 %)   1.15 (-44 %)    0.27 (-44 %)  0.25
+    natural   20.01  (+0.4 %) 1.33 (+18 %)    1.88  (-6 %)    14.82  (+6 %)   1.43 (-31 %)    0.27 (-44 %)  0.28
 
 So with natural routing, as the run was, the step and all phases but the bubble are met; with balanced experts the step is
-15 % short. Missed: the bubble, by a third to nearly a half, and the weight gradients on their own, half of the published
-time (0.48 s, below 1 s, so not a target): our FP8 efficiency is that of large library GEMMs, not of ones with fine-
-grained scales. DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives 0.8 s with the published times of the phases:
-what is published beyond that is waiting for stages and micro-batches that differ, and jitter explains little of it
+12 % short. Missed: the bubble, by a third to nearly a half, and the weight gradients on their own, little more than half of the
+published time (0.48 s, below 1 s, so not a target): our FP8 efficiency is that of large library GEMMs, not of ones with fine-
+grained scales.
+
+The bubble is what DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives with our mean times of an action: 1.11 s balanced,
+1.31 s natural (`test_bubble_is_the_formulas`). With the published times it gives 0.98 s, half of what is published: the rest is
+waiting for stages, ranks and micro-batches that differ, which the source does not describe; jitter explains little of it
 (`test_jitter`).
 """
 
@@ -33,6 +36,7 @@ import pytest
 
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
+from simulator.schedules import Pair, schedule
 from simulator.simulate import simulate_step
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deepseek-v3-2048-h800.yaml"
@@ -80,7 +84,7 @@ def test_step(step):
     if step.scenario.job.routing == "natural":
         assert abs(miss) < 0.10
     else:
-        assert miss == pytest.approx(-0.150, abs=0.05)
+        assert miss == pytest.approx(-0.121, abs=0.05)
 
 
 def test_phases(step):
@@ -89,6 +93,22 @@ def test_phases(step):
     if step.scenario.job.routing == "natural":
         assert max(abs(found[name]) for name in ("forward_s", "backward_s", "pair_s")) < 0.20
     assert found["bubble_s"] == pytest.approx(-0.38, abs=0.15)
+
+
+def formula_s(phase: dict[str, float]) -> float:
+    """Return DualPipe's bubble for the mean seconds that a rank spends in each phase; B is a whole backward, I and W."""
+    order, count = schedule("dualpipe", 16, 2, 120), dict.fromkeys("FBIW+", 0.0)
+    for entry in (entry for row in order.table for entry in row):
+        count["+" if isinstance(entry, Pair) else entry.kind] += 1 / 16
+    pair, weight = phase["pair_s"] / count["+"], phase["weight_s"] / count["W"]
+    whole = (phase["backward_s"] + count["I"] * weight) / (count["B"] + count["I"])
+    return 7 * (pair + whole - 3 * weight)
+
+
+def test_bubble_is_the_formulas(step):
+    """Of our times within 10 %; of the published ones half of the published bubble: what we lack is not in the schedule."""
+    assert phases(step)["bubble_s"] == pytest.approx(formula_s(phases(step)), rel=0.10)
+    assert formula_s(PUBLISHED) == pytest.approx(0.98, abs=0.01)
 
 
 def test_small_phases_have_the_right_size(step):
