@@ -47,8 +47,7 @@ def kernels_of(row: Row) -> Kernels:
     if row.has(r"\beager\b", "overlap_notes"):
         fields |= {"norm": "eager", "pointwise": "eager"}
     graphs = _graphs(row)
-    plain = not row.text("model").startswith("GPT-OSS")  # the fused kernels know no clamped activation with biases
-    if row.text("arch") == "moe" and plain and (row.has("cutedsl", "overlap_notes") or "full" in graphs):
+    if row.text("arch") == "moe" and (row.has("cutedsl", "overlap_notes") or "full" in graphs):
         # loads that the host reads back cannot be captured: a whole step as a graph needs products that read them on the device
         if not row.has("cutedsl", "overlap_notes"):
             row.assume("experts' kernels not printed: fused, because the whole step is a CUDA graph")

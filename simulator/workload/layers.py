@@ -20,6 +20,7 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import LayerKind, Model
 from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, Precision
 from simulator.units import Number
+from simulator.workload.experts import rows_sorted
 from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op, Segment, gemm
 
 #: bytes of the softmax that unfused attention saves per score: in 16 bits, or in fp32 and cast
@@ -46,8 +47,16 @@ SCORE_BYTES: dict[str, tuple[float, float]] = {"unfused": (4.0, 6.0), "eager": (
 EAGER_NORM_BYTES = (36.0, 100.0)
 #: times that eager rotary embedding reads or writes its rows, most of them in fp32
 EAGER_ROTARY_PASSES = 14
-#: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order
-ROUTER_LAUNCHES, PERMUTE_LAUNCHES = (20, 15), (8, 8)
+#: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order, for
+#: which a map of rows is made first; of moving whole chunks of rows
+ROUTER_LAUNCHES, PERMUTE_LAUNCHES, SORT_LAUNCHES = (20, 15), (8, 8), (3, 2)
+#: bytes per element that adding the last bias of experts moves, forward and backward, in separate operations of PyTorch: the bias
+#: times the probability (write), the sum (read twice, write), one tensor of all experts (read, write); backward the tensor
+#: again, and the gradient times the probability and times the bias (read, write each), summed up (read each). Megatron-Core,
+#: megatron/core/transformer/moe/experts.py, ``TEGroupedMLP._apply_bias``
+EXPERT_BIAS_BYTES = (12.0, 16.0)
+#: kernels of that for every expert
+EXPERT_BIAS_LAUNCHES = (3, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +228,8 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
     beside = _enter_tp(b, "attn", x, h)
     b.linear("attn.qkv", x.tokens, h, width, beside=beside)
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
+    if model.qk_norm:
+        b.memory("attn.qk_norm", 2 * rotated, 3 * rotated, rotated, launches=(2, 4))
     _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
     b.linear("attn.out", x.tokens, local_heads * dim, h, saved=_twice(b, x.tokens * local_heads * dim))
@@ -299,7 +310,7 @@ def _kept(elements: Number, dtype: Dtype) -> tuple[Number, Number]:
     return saved, (saved if dtype != "bf16" else 0.0)
 
 
-def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> None:
+def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, dispatcher: str) -> None:
     """Router, dispatch, grouped experts, combine; shared experts beside them as a dense MLP.
 
     Notes
@@ -317,15 +328,18 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     scores = x.split_tokens * e.count * FP32
     b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
     b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES)
-    copies, rows_moved = received * h, (x.split_tokens + received) * h
+    copies = received * h
     # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
     cast = precision.dispatch == b.dtype != "bf16"
-    there, back = (rows_moved * ELEMENT_BYTES[p] for p in (precision.dispatch if cast else "bf16", "bf16"))
+    sent, arrived = (x.split_tokens * h * rows for rows in rows_sorted(e, dispatcher, x.ep))
+    element = ELEMENT_BYTES[precision.dispatch if cast else "bf16"]
+    sort = PERMUTE_LAUNCHES if dispatcher == "deepep" else SORT_LAUNCHES
     if cast:
         b.memory("moe.dispatch.cast", x.split_tokens * h * (BF16 + b.element), 0.0, modules=moe)
-    b.memory("moe.permute", there, back, modules=moe, launches=PERMUTE_LAUNCHES)
+    b.memory("moe.permute", sent * element, sent * BF16, modules=moe, launches=PERMUTE_LAUNCHES)
     out, back = (x.split_tokens * h * ELEMENT_BYTES[p] for p in (precision.dispatch, precision.combine))
     b.exchange("moe.dispatch", out, back, moe)
+    b.memory("moe.arrived.permute", arrived * element, arrived * BF16, modules=moe, routed=True, launches=sort)
     gather, scatter = (
         Op("moe.etp", kind, bytes=copies * x.etp * BF16, axis="etp", routed=True) for kind in ("all_gather", "reduce_scatter")
     )
@@ -349,9 +363,13 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
         _activation(b, "moe", mats, rows * ffn * BF16, kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
     b.works(rows * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(fused, cast))
+    if model.mlp_bias and not fused:
+        launches = tuple(1 + each * local for each in EXPERT_BIAS_LAUNCHES)
+        b.memory("moe.bias", *(rows * h * each for each in EXPERT_BIAS_BYTES), modules=moe, routed=True, launches=launches)
     b.collective(scatter, gather, moe)
+    b.memory("moe.arrived.unpermute", arrived * BF16, arrived * element, modules=moe, routed=True, launches=sort)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
-    b.memory("moe.unpermute", rows_moved * BF16, there, modules=moe, launches=PERMUTE_LAUNCHES)
+    b.memory("moe.unpermute", sent * BF16, sent * element, modules=moe, launches=PERMUTE_LAUNCHES)
     if cast:
         b.memory("moe.combine.cast", 0.0, x.split_tokens * h * (BF16 + b.element), modules=moe)
     expert = (mats + 1) * h * ffn + ((mats * ffn + h) if model.mlp_bias else 0)
@@ -372,7 +390,7 @@ def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job) -> Bl
     b.add([], [], layer_input)  # of the second norm
     _norm(b, "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
     if kind.moe:
-        _experts(b, model, x, plan.precision)
+        _experts(b, model, x, plan.precision, plan.dispatcher)
     else:
         _mlp(b, model, x, "mlp", model.ffn, ("mlp",), plan.precision.activations)
     _residual(b, x, model)
