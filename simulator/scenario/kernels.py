@@ -6,8 +6,8 @@ from typing import Literal
 
 from simulator.scenario.facts import Frozen
 
-#: ``flash`` is the fastest fused attention for the hardware; the other three are what older stacks run
-Attention = Literal["flash", "flash2", "flash1", "unfused", "eager"]
+#: ``flash`` is the fastest fused attention for the hardware; ``flash_fp8`` the same in 8 bits; the others are what older stacks run
+Attention = Literal["flash", "flash_fp8", "flash2", "flash1", "unfused", "eager"]
 Fusion = Literal["fused", "eager"]
 #: parts of a layer, in the words of Megatron's ``cuda_graph_scope``; ``full`` is the whole iteration
 #: how the experts of a rank are multiplied
@@ -31,7 +31,8 @@ class Kernels(Frozen):
     Parameters
     ----------
     attention : str
-        ``flash``: the fastest fused kernel (FlashAttention-3, cuDNN). ``flash2``, ``flash1``: those generations.
+        ``flash``: the fastest fused kernel (FlashAttention-3, cuDNN). ``flash_fp8``: the same with products in 8 bits.
+        ``flash2``, ``flash1``: those generations.
         ``unfused``: scores in memory, with one kernel for scale, mask and softmax (Megatron-LM up to 2022).
         ``eager``: scores in memory, a kernel for each of scale, mask, fp32 softmax (plain PyTorch).
     norm, pointwise : str

@@ -21,6 +21,9 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
     ("Aleph-Alpha", {"norm": "eager", "pointwise": "eager"}, "eager rotary embedding, activation and loss"),
     ("torchtitan", {"attention": "flash2"}, "PyTorch's attention is FlashAttention-2; torch.compile fuses the rest"),
 ]
+#: recipes whose table prints none of their options: NVIDIA-NeMo/Megatron-Bridge src/megatron/bridge/perf_recipes/gpt_oss,
+#: ``_apply_gpt_oss_120b_full_iter_fp8mx_configs``
+FULL_ITERATION_RECIPE = r"gpt_oss_120b_pretrain_64gpu_gb[23]00_fp8mx_config"
 #: Aleph-Alpha's ``kernel=`` -> fields
 _NAMED: dict[str, dict[str, str]] = {
     "torch": {"attention": "eager"},
@@ -37,6 +40,8 @@ def kernels_of(row: Row) -> Kernels:
         if row.has(source, "source"):
             fields |= found
             row.assume(f"kernels not printed: {said}")
+    if row.has("fp8 dot-product attention|fp8 attention", "overlap_notes", "notes"):
+        fields["attention"] = "flash_fp8"
     named = re.search(r"kernel=([^;]*)", row.text("overlap_notes"))
     if named:
         for name, found in _NAMED.items():
@@ -47,7 +52,8 @@ def kernels_of(row: Row) -> Kernels:
     if row.has(r"\beager\b", "overlap_notes"):
         fields |= {"norm": "eager", "pointwise": "eager"}
     graphs = _graphs(row)
-    if row.text("arch") == "moe" and (row.has("cutedsl", "overlap_notes") or "full" in graphs):
+    plain = not row.text("model").startswith("GPT-OSS")  # the fused kernels know no clamped activation with biases
+    if row.text("arch") == "moe" and plain and (row.has("cutedsl", "overlap_notes") or "full" in graphs):
         # loads that the host reads back cannot be captured: a whole step as a graph needs products that read them on the device
         if not row.has("cutedsl", "overlap_notes"):
             row.assume("experts' kernels not printed: fused, because the whole step is a CUDA graph")
@@ -57,6 +63,9 @@ def kernels_of(row: Row) -> Kernels:
 
 def _graphs(row: Row) -> tuple[str, ...]:
     """Return the parts of a layer that run from CUDA graphs, in Megatron's words for their scope."""
+    if row.has(FULL_ITERATION_RECIPE, "provenance") and not row.text("overlap_notes"):
+        row.assume("options not in the table: full-iteration CUDA graph, HybridEP and all-to-all overlap, as the recipe says")
+        return ("full",)
     notes = f"{row.text('overlap_notes')}; {row.text('notes')}"
     if re.search(r"full[-_]iteration|FULL_CUDA_GRAPH=1", notes) and not re.search(r"cuda_graph=none", notes):
         return ("full",)

@@ -333,7 +333,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     cast = precision.dispatch == b.dtype != "bf16"
     sent, arrived = (x.split_tokens * h * rows for rows in rows_sorted(e, dispatcher, x.ep))
     element = ELEMENT_BYTES[precision.dispatch if cast else "bf16"]
-    sort = PERMUTE_LAUNCHES if dispatcher == "deepep" else SORT_LAUNCHES
+    sort = tuple(n * (arrived > 0) for n in (PERMUTE_LAUNCHES if dispatcher == "deepep" else SORT_LAUNCHES))
     if cast:
         b.memory("moe.dispatch.cast", x.split_tokens * h * (BF16 + b.element), 0.0, modules=moe)
     b.memory("moe.permute", sent * element, sent * BF16, modules=moe, launches=PERMUTE_LAUNCHES)
@@ -363,7 +363,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
         _activation(b, "moe", mats, rows * ffn * BF16, kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
     b.works(rows * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(fused, cast))
-    if model.mlp_bias and not fused:
+    if model.mlp_bias and not fused and "full" not in b.kernels.graphs:  # a graph of everything cannot split by the experts' loads
         launches = tuple(1 + each * local for each in EXPERT_BIAS_LAUNCHES)
         b.memory("moe.bias", *(rows * h * each for each in EXPERT_BIAS_BYTES), modules=moe, routed=True, launches=launches)
     b.collective(scatter, gather, moe)
