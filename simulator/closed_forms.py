@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from simulator.beside import Beside
 from simulator.engine.replay import Lap, Runs, replay, replay_streams
+from simulator.pricing.beside import Beside
+from simulator.pricing.stage_times import PASSES, BlockPrice, StageTimes, price_blocks, slowed, stage_times
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, schedule
-from simulator.stage_times import PASSES, BlockPrice, StageTimes, price_blocks, slowed, stage_times
 from simulator.units import Number
 from simulator.workload.stages import blocks, stage_blocks
 
