@@ -14,7 +14,7 @@ from typing import Any
 
 from simulator.errors import PlanError, Problem, nearest
 from simulator.formats.launch import Launch, loaded, refuse, refuse_unsaid
-from simulator.scenario.plan import Plan
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Plan
 from simulator.scenario.profiles import validated
 from simulator.scenario.scenario import Scenario
 
@@ -177,8 +177,9 @@ def _recompute(c: _Config, warnings: list[str]) -> dict[str, Any]:
         return {"recompute": "full"}
     if mode == "none":
         return {"recompute": "none"}
-    warnings.append(f"activation_checkpoint.mode = {mode} chooses by operation: priced as recompute of the attention core")
-    return {"recompute": "selective", "recompute_modules": ["core_attn"]}
+    if mode == "memory_budget":
+        warnings.append(f"activation_checkpoint.mode = {mode} lets the compiler choose: priced as recompute of every other product")
+    return {"recompute": "selective", "recompute_modules": list(EVERY_OTHER_PRODUCT)}
 
 
 def _sequences(c: _Config, key: str, length: int | None) -> int | None:
@@ -283,8 +284,8 @@ def _unsayable(plan: Plan) -> dict[str, str]:
         found[f"schedule: {plan.schedule}"] = f"choose from {', '.join(_WRITTEN)}"
     if plan.layout is not None:
         found[f"layout: {plan.layout}"] = "leave it out; torchtitan divides the layers evenly"
-    if plan.recompute == "selective":
-        found["recompute: selective"] = "use none or full; torchtitan's selective chooses by operation"
+    if plan.recompute == "selective" and plan.recompute_modules != EVERY_OTHER_PRODUCT:
+        found["recompute_modules"] = f"torchtitan chooses by operation: use {', '.join(EVERY_OTHER_PRODUCT)}, or none or full"
     return found
 
 

@@ -24,7 +24,10 @@ Schedule = Literal[
 INTERLEAVED, TWO_CHUNKS = ("interleaved", "interleaved-overlapped", "interleaved-zb"), ("zb-v", "dualpipe", "dualpipev")
 Recompute = Literal["none", "selective", "full"]
 #: parts of a layer whose activations selective recompute may drop, in Megatron's words; mlp_act is moe_act for a dense MLP
-Module = Literal["core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj", "mlp", "moe"]
+Module = Literal["core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj", "mlp", "moe", "attn_out", "mlp_gate", "tp_gather"]
+#: modules that torchtitan's checkpointing by operation computes again: of each layer's products it keeps the first, third, fifth
+#: and seventh (query, value, gate, down), and attention (torchtitan/distributed/activation_checkpoint.py)
+EVERY_OTHER_PRODUCT: tuple[Module, ...] = ("layernorm", "tp_gather", "attn_out", "mlp_gate", "mlp_act")
 
 #: bytes of one element; fp8 and fp4 carry one scale per 128 and per 16 elements
 ELEMENT_BYTES: dict[str, float] = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4 / 128, "fp4": 0.5 + 1 / 16}
@@ -117,6 +120,9 @@ class Overlap(Frozen):
     tp : bool
         Gather a linear layer's input again beside its input gradient, and reduce-scatter that beside its weight gradient:
         what Megatron and Transformer Engine always do, and PyTorch's own tensor parallelism does not.
+    tp_pipelined : bool
+        Gather and reduce-scatter beside the product that needs or makes the rows, in slices, too (Transformer Engine's user buffers,
+        Megatron ``--tp-comm-overlap``; torchtitan's asynchronous tensor parallelism); only with sequence parallelism.
     pp : bool
         Send to other stages beside the next action. False starts it only when the message has left, as Megatron does without
         interleaving or with ``--no-overlap-p2p-communication``.
@@ -127,6 +133,7 @@ class Overlap(Frozen):
     multiprocessors: float = Field(default=20 / 132, ge=0, lt=1)
     collective_multiprocessors: float = Field(default=16 / 132, ge=0, lt=1)
     tp: bool = True
+    tp_pipelined: bool = False
     pp: bool = True
 
 

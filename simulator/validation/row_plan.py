@@ -6,15 +6,15 @@ import re
 from typing import Any, get_args
 
 from simulator.errors import ProfileError
+from simulator.scenario.framework import Framework
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
-from simulator.scenario.plan import Module, Overlap, Plan, Precision
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Overlap, Plan, Precision
 from simulator.validation.row import Row
 from simulator.validation.row_kernels import BEFORE_2022, kernels_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
-    r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|async TP": "tensor-parallel communication beside compute",
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
     r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
@@ -25,6 +25,8 @@ _NOT_MODELLED = {
     r"grouped_gemm=false": "one GEMM per expert instead of a grouped one",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
+#: words for gathers and reduce-scatters of tensor parallelism beside the products that need or make their rows
+_TP_PIPELINED = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|async TP"
 #: words for expert all-to-all beside the compute of another micro-batch
 _PAIRED = (
     r"moe_a2a_overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap|overlap_moe_expert_parallel_comm=True|A2A_OVERLAP=1|DualPipe overlaps"
@@ -54,8 +56,7 @@ def plan_of(row: Row, model: Model) -> Plan:
     """
     degrees = _degrees(row, model)
     for pattern, mechanism in _NOT_MODELLED.items():
-        inert = mechanism.startswith("tensor-parallel") and degrees["tp"] == 1
-        if not inert and row.has(pattern, "overlap_notes", "notes", "pp_schedule", "precision"):
+        if row.has(pattern, "overlap_notes", "notes", "pp_schedule", "precision"):
             row.assume(f"not modelled: {mechanism}")
     recompute, modules = _recompute(row, model)
     table = None
@@ -79,6 +80,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         precision=_precision(row),
         overlap=_overlap(row, degrees),
         kernels=kernels_of(row),
+        framework=Framework(cross_entropy="gathered") if row.has("Aleph-Alpha", "source") else Framework(),
     )
 
 
@@ -239,7 +241,10 @@ def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
             row.assume(f"not modelled: recompute of {word}")
     if modules:
         return "selective", modules
-    # torchtitan's per-operation checkpointing keeps attention and every other matmul; no module list says that
+    if "per-op SAC" in printed:
+        # of each layer's products it keeps the first, third, fifth ...: q, v, gate and down; and attention and what is reduce-scattered
+        row.assume("recompute of every other product: output projection, one of gate and up, and all that is no product (torchtitan)")
+        return "selective", EVERY_OTHER_PRODUCT
     row.assume(f"not modelled: recompute '{printed}' (taken as norms only)")
     return "selective", ("layernorm",)
 
@@ -283,6 +288,8 @@ def _precision(row: Row) -> Precision:
     elif "fp16" in printed and "bf16" not in printed:
         row.assume("gradient precision not printed: fp16")
         fields |= dict.fromkeys(("parameters", "gradients", "gemm", "dispatch", "combine", "gradient_reduce"), "fp16")
+    if row.has("Aleph-Alpha", "source"):
+        fields["gradients"] = "bf16"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
         fields["parameters"] = "fp8"
     if row.has("1x128 act", "precision"):
@@ -303,22 +310,27 @@ def _precision(row: Row) -> Precision:
 def _overlap(row: Row, degrees: dict[str, int]) -> Overlap:
     notes = row.text("overlap_notes")
     # PyTorch's own tensor parallelism gathers nothing again beside a gradient; Megatron-LM reduces beside one since 2022
-    tp = not row.has(f"torchtitan|{BEFORE_2022}", "source")
+    # autograd functions of their own reduce it after both gradients in Aleph-Alpha/scaling (src/scaling/core/nn/linear/utils.py)
+    tp = not row.has(f"torchtitan|Aleph-Alpha|{BEFORE_2022}", "source")
+    tp_pipelined = degrees["tp"] > 1 and row.has(_TP_PIPELINED, "overlap_notes", "notes")
     pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")
     if not pp:
         row.assume("messages between stages not printed: none beside compute, as in the authors' script; their own schedules send aside")
     if degrees["dp_shard"] * degrees["dp_replicate"] == 1:
-        return Overlap(tp=tp, pp=pp)
+        return Overlap(tp=tp, tp_pipelined=tp_pipelined, pp=pp)
     if re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, tp_pipelined=tp_pipelined)
     if row.has(_NO_GRADIENT_OVERLAP, "source"):
         # --overlap-grad-reduce came at the end of 2023; MegaScale's ablation adds it to its baseline
         row.assume("gradient reduction not printed: after the backward (Megatron-LM before 2024)")
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, tp_pipelined=tp_pipelined)
+    if row.has("Aleph-Alpha", "source"):
+        row.assume("gradient reduction not printed: in fp32 after the backward (Aleph-Alpha/scaling, src/scaling/core/optimizer)")
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, tp_pipelined=tp_pipelined)
     if "(DeepSpeed)" in row.text("pp_schedule"):
         # its pipeline engine reduces gradients in an instruction after the last backward
         row.assume("gradient reduction not printed: after the backward (DeepSpeed pipeline)")
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, tp_pipelined=tp_pipelined)
     if not re.search(r"overlap_grad_reduce=True|grad/param sync overlap|FSDP", notes, re.IGNORECASE):
         row.assume("gradient overlap not printed: on")
-    return Overlap(tp=tp)
+    return Overlap(tp=tp, tp_pipelined=tp_pipelined)

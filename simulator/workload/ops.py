@@ -174,6 +174,10 @@ class _Entry:
     saved: Number
     modules: frozenset[str]
 
+    @property
+    def multiplies(self) -> bool:
+        return any(op.kind == "gemm" for segment in self.forward for op in segment)
+
 
 @dataclass(slots=True)
 class BlockBuilder:
@@ -193,6 +197,8 @@ class BlockBuilder:
         Bytes of one element of the main gradients, to which every weight gradient is added in place.
     kernels : Kernels
         Which kernels the layer runs.
+    pipelined : bool
+        Whether collectives at the ends of a tensor-parallel region run beside its first and last product.
     """
 
     dtype: str
@@ -202,11 +208,13 @@ class BlockBuilder:
     overlap: bool = True
     gradient: float = FP32
     kernels: Kernels = Kernels()
+    pipelined: bool = False
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
     matrices: dict[str, Number] = field(default_factory=dict)
     _entries: list[_Entry] = field(default_factory=list)
+    _ahead: Op | None = None
     _working: list[tuple[int, Number]] = field(default_factory=list)
 
     def add(self, forward: Iterable[Segment], backward: Iterable[Segment], saved: Number = 0.0, modules: Iterable[str] = ()) -> None:
@@ -270,7 +278,8 @@ class BlockBuilder:
         wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
         if self.kernels.accumulation == "fused":
             wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (2 * self.gradient - BF16))
-        forward: list[Segment] = [(there,)]
+        forward: list[Segment] = [(there, self._ahead) if self._ahead else (there,)]
+        self._ahead = None
         backward: list[Segment] = []
         for grad, other in zip((dgrad, wgrad), beside, strict=True):
             ops = (grad, other) if other else (grad,)
@@ -291,6 +300,22 @@ class BlockBuilder:
     def collective(self, forward: Op, backward: Op, modules: Iterable[str] = ()) -> None:
         """Append a collective and the one that its gradient needs."""
         self.add([(forward,)], [(replace(backward, grad="input"),)], modules=modules)
+
+    def enter(self, gather: Op, modules: Iterable[str]) -> None:
+        """Append the gather of the next product's rows, or run it beside that product in slices."""
+        if self.pipelined:
+            self._ahead = gather
+        else:
+            self.add([(gather,)], [], modules=modules)
+
+    def leave(self, forward: Op, backward: Op, modules: Iterable[str] = ()) -> None:
+        """Append the collective of the last product's rows and the one that its gradient needs, or run them beside it in slices."""
+        if not self.pipelined or not self._entries or not self._entries[-1].multiplies:
+            self.collective(forward, backward, modules)
+            return
+        last = self._entries[-1]
+        last.forward = _beside(last.forward, forward)
+        last.backward = _beside(last.backward, replace(backward, grad="input"))
 
     def exchange(self, name: str, forward: Number, backward: Number, modules: Iterable[str] = ()) -> None:
         """Append an expert all-to-all that carries `forward` and `backward` bytes per copy of the local tokens."""
@@ -321,6 +346,12 @@ class BlockBuilder:
         saved = layer_input if self.recompute == "full" else kept
         sizes = (self.dense_parameters, self.expert_parameters, saved, everything - saved, self.weight_bytes, self._fullest())
         return Block(forward, tuple(backward), *sizes, matrices=tuple(self.matrices.items()))
+
+
+def _beside(segments: tuple[Segment, ...], other: Op) -> tuple[Segment, ...]:
+    """Return segments with `other` beside the first product."""
+    first = next(i for i, segment in enumerate(segments) if any(op.kind == "gemm" for op in segment))
+    return (*segments[:first], (*segments[first], other), *segments[first + 1 :])
 
 
 def _again(segments: Iterable[Segment]) -> list[Segment]:
