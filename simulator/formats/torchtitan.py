@@ -104,7 +104,8 @@ def plan_from_torchtitan(source: str | Path | Mapping[str, Any], layers: int | N
     warnings: list[str] = []
     pp = c.whole("parallelism", "pipeline_parallel_degree", 1)
     fields = _degrees(c) | _pipeline(c, pp, layers, warnings) | _recompute(c, warnings) | _batch(c, pp, warnings)
-    fields |= {"zero": _sharding(c, pp, fields["dp_shard"], fields["cp"]), "precision": _precision(c), "framework": "fsdp"}
+    fields |= {"zero": _sharding(c, pp, fields["dp_shard"], fields["cp"]), "precision": _precision(c)}
+    fields |= {"framework": "fsdp", "kernels": {"gate": "separate"}}
     length = c.whole("training", "seq_len", None, "max_context_length")
     job = {"global_batch": c.whole("training", "global_batch_size", None, least=-1), "sequence_length": length}
     if job["global_batch"] is None:
