@@ -30,6 +30,7 @@ from simulator.scenario.variation import Variation
 from simulator.schedules import schedule
 from simulator.workload.build import build_step
 from simulator.workload.classes import RankClasses, rank_classes, rank_loads
+from simulator.workload.memory import kept_bytes
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import StepProgram
 
@@ -275,16 +276,15 @@ def _timeline(program: StepProgram, scenario: Scenario, start: np.ndarray, end: 
 
 
 def taken_bytes(program: StepProgram, scenario: Scenario) -> dict[tuple[int, str], float]:
-    """Return the activations that each (class, action) takes, or gives back (negative)."""
+    """Return the activations that each (class, action) takes, or gives back (negative); more where experts receive more."""
     model, plan, job = scenario.model, scenario.plan, scenario.job
     order = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
-    all_blocks, stages = blocks(model, plan, job), stage_blocks(model, plan, job)
-    saved, rest = ([sum(float(getattr(all_blocks[n], f)) for n in names) for names in stages] for f in ("saved_bytes", "weight_bytes"))
-    rest = [min(both) for both in zip(saved, rest, strict=True)]
+    stages, load = stage_blocks(model, plan, job), program.classes.load.tolist()
+    kept = {one: kept_bytes(model, plan, job, stages, blocks(model, plan, job, one)) for one in set(load)}
     takes = {}
     for c, action in dict.fromkeys(zip(program.rank_class, program.label, strict=True)):
         if action is not None:
             part = order.held[program.classes.stage[c]][action.chunk]
-            given = {"F": saved[part], "B": -saved[part], "I": rest[part] - saved[part], "W": -rest[part]}
-            takes[c, str(action)] = given[action.kind]
+            saved, rest = (float(of_stages[part]) for of_stages in kept[load[c]])
+            takes[c, str(action)] = {"F": saved, "B": -saved, "I": rest - saved, "W": -rest}[action.kind]
     return takes

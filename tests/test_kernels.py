@@ -90,15 +90,6 @@ def test_every_other_product_is_computed_again():
     assert sum(op.kind == "all_gather" for op in again) == 3
 
 
-def test_pipelined_collectives_run_beside_the_product_at_their_end():
-    plan = {"tp": 4, "overlap": Overlap(tp_pipelined=True)}
-    block, plain = layer(Kernels(), **plan), layer(Kernels(), tp=4)
-    for segments, before in ((block.forward, plain.forward), (block.backward, plain.backward)):
-        assert total(segments, lambda op: op.bytes) == total(before, lambda op: op.bytes)
-        assert not any(len(segment) == 1 and segment[0].axis == "tp" for segment in segments)
-    assert any(len(segment) == 1 and segment[0].axis == "tp" for segment in plain.forward)
-
-
 def test_gathered_logits_are_seen_by_every_rank():
     model, loss = dense(2, 256), lambda op: op.bytes if op.name == "head.loss" else 0.0
     heads = {

@@ -479,6 +479,15 @@ def test_mistake_minimum_accelerators_of_a_known_plan(ep, etp, least):
     assert minimum_accelerators(plan(tp=8, pp=16, ep=ep, etp=etp)) == least
 
 
+def test_buffers_of_collectives_in_pieces():
+    """Whole rows ten times over (Transformer Engine): six in the datatype of the product, four in bf16; none for one rank."""
+    pieces = Overlap(tp="pieces")
+    for tp, gemm, more in ((1, "bf16", 0), (2, "bf16", 10 * 2), (2, "fp8", 6 * (1 + 4 / 128) + 4 * 2)):
+        both = (plan(tp=tp, precision=Precision(gemm=gemm), overlap=overlap) for overlap in (Overlap(), pieces))
+        without, found = (only(measured(DENSE, p), "buffers") for p in both)
+        assert found - without == pytest.approx(16 * 8 * more, rel=1e-12)  # tokens times hidden
+
+
 # --- ZeRO-2 and ZeRO-3 in a pipeline ---
 
 

@@ -46,13 +46,12 @@ CONVERTED = {
 }
 #: why rows that are not complete are out of reach; the other 264 of 446 become scenarios
 SKIPPED = {
-    "non-standard architecture": 50,
+    "non-standard architecture": 51,
     "fine-tuning, not pre-training": 24,
     "not printed: heads": 16,
-    "not printed: tp": 14,
+    "not printed: tp": 17,
     "not printed: layers": 12,
-    "not printed: gbs": 11,
-    "no accelerator profile: MI355X": 11,
+    "not printed: gbs": 14,
     "not printed: gpus": 7,
     "no step time follows from tflops_per_gpu": 5,
     "no accelerator profile: TPU v6e (Trillium)": 5,
@@ -69,9 +68,10 @@ SKIPPED = {
     "no accelerator profile: A800-SXM-80GB": 1,
     "no accelerator profile: TPU v4": 1,
     "pipeline schedule not modelled: ZB-B": 1,
-    "pipeline schedule not modelled: ZB-V": 1,
-    "pipeline schedule not modelled: V-half": 1,
-    "pipeline schedule not modelled: V-min": 1,
+    "pipeline schedule not modelled: ZB-V": 2,
+    "pipeline schedule not modelled: V-half": 2,
+    "pipeline schedule not modelled: V-min": 2,
+    "pipeline schedule not modelled: zero-bubble": 1,
 }
 PAPER = "mcoremoe-dsv3-gb200-mxfp8-4096"
 
@@ -199,8 +199,6 @@ def test_an_fsdp_row_field_by_field(runs):
     assert "clock under 500 W: products slow with the cube root of the power" in assumptions
     full = ACCELERATORS.load("h100-sxm5-80")
     assert accelerator.peak_flop_per_s["fp8"] == pytest.approx(full.peak_flop_per_s["fp8"] * (5 / 7) ** (1 / 3), rel=1e-14)
-    assert not plan.overlap.tp_pipelined
-    assert scenario_from_row(row(runs, "tt-70b-256-asynctp"))[0].plan.overlap.tp_pipelined
 
 
 def test_layers_that_columns_alone_describe(runs):

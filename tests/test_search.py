@@ -39,6 +39,7 @@ SCENARIOS = {
     "gpipe": question(dense(4), 8, 96, plan=Plan(schedule="gpipe")),
     "odd rounds": question(dense(12), 8, 120),
     "not split": question(moe(4), 8, 16, plan=Plan(sequence_parallel=False, overlap=Overlap(grad_reduce=False, param_gather=False))),
+    "in pieces": question(dense(4), 8, 16, plan=Plan(overlap=Overlap(tp="pieces"))),
     "natural": question(moe(4), 8, 16, routing="natural", expert_load=3.0),
     "experts only": question(moe(4, leading=0, ffn=99), 8, 16),
 }

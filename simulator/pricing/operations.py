@@ -50,7 +50,9 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     if op.routed and (np.ndim(load) > 0 or load != 1.0):
         op = loaded(op, load)
     if op.kind in COMPUTE:
-        return slow * _kernel_s(op, plan, cluster)
+        one = replace(op, flop=op.flop / op.turns, bytes=op.bytes / op.turns) if np.any(np.not_equal(op.turns, 1.0)) else op
+        kept = 1.0 - plan.overlap.collective_multiprocessors * np.asarray(op.apart)
+        return slow * op.turns * _kernel_s(one, plan, cluster) / kept
     if op.kind == HOST:
         return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph, slow), cluster.host.dispatch_s)
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
@@ -103,7 +105,7 @@ class Known:
         """Return `op_s` of an operation."""
         if op.kind == HOST:
             return op_s(op, *self._of)
-        numbers = (np.asarray(getattr(op, name)) for name in ("flop", "bytes", "m", "n", "k", "groups", "launches"))
+        numbers = (np.asarray(getattr(op, name)) for name in ("flop", "bytes", "m", "n", "k", "groups", "turns", "launches", "apart"))
         words = (op.name, op.kind, op.axis, op.dtype, op.grad if op.grad in ("input", "weight") else "")  # again is forward
         key = (*words, *((value.dtype.char, value.shape, value.tobytes()) for value in numbers))
         if key not in self._seconds:

@@ -81,11 +81,14 @@ class Outcome(ABC):
 
     def memory(self) -> pd.DataFrame:
         """Return peak bytes per pipeline stage: one row per stage, a column per part, ``total_bytes`` and ``capacity_bytes``."""
-        parts = memory(self.scenario)
+        parts = self._memory()
         table = pd.DataFrame({f"{name}_bytes": np.asarray(parts[name], dtype=float) for name in (*PARTS, "total")})
         table["capacity_bytes"] = self.scenario.cluster.accelerator.hbm_bytes
         table.insert(0, "stage", range(len(table)))
         return table
+
+    def _memory(self) -> dict[str, Any]:
+        return memory(self.scenario)
 
     @property
     def peak_memory_bytes(self) -> float:

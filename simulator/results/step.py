@@ -17,7 +17,6 @@ from simulator.scenario.scenario import Scenario
 NOT_MODELLED = (
     "failures, restarts and checkpoints (training days are of uninterrupted steps)",
     "overlap of expert all-to-all with compute outside pairs of forward and backward",
-    "overlap of tensor-parallel collectives with anything but gradients",
     "contention between different kinds of collectives on one link (simulate_step adds it with contention=True)",
     "jitter and clock or power limits",
     "input pipeline and logging",

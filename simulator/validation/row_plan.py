@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from simulator.errors import ProfileError
 from simulator.scenario.framework import Framework
@@ -15,6 +15,7 @@ from simulator.validation.row_kernels import BEFORE_2022, kernels_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
+    r"async TP": "PyTorch's asynchronous tensor parallelism",
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
     r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
@@ -25,8 +26,8 @@ _NOT_MODELLED = {
     r"grouped_gemm=false": "one GEMM per expert instead of a grouped one",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
-#: words for gathers and reduce-scatters of tensor parallelism beside the products that need or make their rows
-_TP_PIPELINED = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|async TP"
+#: words for tensor-parallel collectives in pieces beside their products
+_IN_PIECES = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True"
 #: words for expert all-to-all beside the compute of another micro-batch
 _PAIRED = (
     r"moe_a2a_overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap|overlap_moe_expert_parallel_comm=True|A2A_OVERLAP=1|DualPipe overlaps"
@@ -59,6 +60,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         if row.has(pattern, "overlap_notes", "notes", "pp_schedule", "precision"):
             row.assume(f"not modelled: {mechanism}")
     recompute, modules = _recompute(row, model)
+    sequence_parallel = _sequence_parallel(row, degrees["tp"])
     table = None
     schedule = _schedule(row, degrees)
     if schedule == "dualpipe":
@@ -75,10 +77,10 @@ def plan_of(row: Row, model: Model) -> Plan:
         layout=_layout(row, model, degrees["pp"] * (1 if schedule == "dualpipe" else degrees["vpp"])),
         recompute=recompute,
         recompute_modules=modules,
-        sequence_parallel=_sequence_parallel(row, degrees["tp"]),
+        sequence_parallel=sequence_parallel,
         dispatcher=_dispatcher(row, model),
         precision=_precision(row),
-        overlap=_overlap(row, degrees),
+        overlap=_overlap(row, degrees, sequence_parallel),
         kernels=kernels_of(row),
         framework=Framework(cross_entropy="gathered") if row.has("Aleph-Alpha", "source") else Framework(),
     )
@@ -307,30 +309,31 @@ def _precision(row: Row) -> Precision:
     return Precision(**fields)
 
 
-def _overlap(row: Row, degrees: dict[str, int]) -> Overlap:
+def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Overlap:
     notes = row.text("overlap_notes")
     # PyTorch's own tensor parallelism gathers nothing again beside a gradient; Megatron-LM reduces beside one since 2022
     # autograd functions of their own reduce it after both gradients in Aleph-Alpha/scaling (src/scaling/core/nn/linear/utils.py)
-    tp = not row.has(f"torchtitan|Aleph-Alpha|{BEFORE_2022}", "source")
-    tp_pipelined = degrees["tp"] > 1 and row.has(_TP_PIPELINED, "overlap_notes", "notes")
+    tp: bool | Literal["pieces"] = not row.has(f"torchtitan|Aleph-Alpha|{BEFORE_2022}", "source")
+    if degrees["tp"] > 1 and sequence_parallel and row.has(_IN_PIECES, "overlap_notes", "notes"):
+        tp = "pieces"
     pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")
     if not pp:
         row.assume("messages between stages not printed: none beside compute, as in the authors' script; their own schedules send aside")
     if degrees["dp_shard"] * degrees["dp_replicate"] == 1:
-        return Overlap(tp=tp, tp_pipelined=tp_pipelined, pp=pp)
+        return Overlap(tp=tp, pp=pp)
     if re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp, tp_pipelined=tp_pipelined)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
     if row.has(_NO_GRADIENT_OVERLAP, "source"):
         # --overlap-grad-reduce came at the end of 2023; MegaScale's ablation adds it to its baseline
         row.assume("gradient reduction not printed: after the backward (Megatron-LM before 2024)")
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp, tp_pipelined=tp_pipelined)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
     if row.has("Aleph-Alpha", "source"):
         row.assume("gradient reduction not printed: in fp32 after the backward (Aleph-Alpha/scaling, src/scaling/core/optimizer)")
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp, tp_pipelined=tp_pipelined)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
     if "(DeepSpeed)" in row.text("pp_schedule"):
         # its pipeline engine reduces gradients in an instruction after the last backward
         row.assume("gradient reduction not printed: after the backward (DeepSpeed pipeline)")
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp, tp_pipelined=tp_pipelined)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
     if not re.search(r"overlap_grad_reduce=True|grad/param sync overlap|FSDP", notes, re.IGNORECASE):
         row.assume("gradient overlap not printed: on")
-    return Overlap(tp=tp, tp_pipelined=tp_pipelined)
+    return Overlap(tp=tp)

@@ -69,6 +69,7 @@ class Shape:
     etp: Number
     sequence_parallel: bool
     ulysses: bool
+    pieces: bool
 
     @classmethod
     def of(cls, plan: Plan, job: Job) -> Shape:
@@ -76,7 +77,18 @@ class Shape:
         tokens = plan.micro_batch * job.sequence_length / plan.cp
         split = tokens / plan.tp if plan.sequence_parallel else tokens
         ulysses = plan.context_parallel == "all_to_all"
-        return cls(tokens, split, job.sequence_length, plan.tp, plan.cp, plan.ep, plan.etp, plan.sequence_parallel, ulysses)
+        return cls(
+            tokens,
+            split,
+            job.sequence_length,
+            plan.tp,
+            plan.cp,
+            plan.ep,
+            plan.etp,
+            plan.sequence_parallel,
+            ulysses,
+            plan.overlap.tp == "pieces",
+        )
 
 
 def attended(sequence: Number, window: int | None, causal: bool = True) -> Number:
@@ -95,17 +107,17 @@ def attended(sequence: Number, window: int | None, causal: bool = True) -> Numbe
     return w * (sequence - (w - 1) / 2) / sequence
 
 
-def _builder(plan: Plan) -> BlockBuilder:
+def _builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
     gemm = plan.precision.gemm
     return BlockBuilder(
         gemm,
         ELEMENT_BYTES[gemm],
         plan.recompute,
         plan.recomputed,
-        plan.overlap.tp,
+        bool(plan.overlap.tp),
         ELEMENT_BYTES[plan.precision.gradients],
         plan.kernels,
-        plan.overlap.tp_pipelined and plan.sequence_parallel,
+        load,
     )
 
 
@@ -140,7 +152,7 @@ def _enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tupl
     size = x.tokens * width * BF16
     if not x.sequence_parallel:
         return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input")
-    b.enter(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"), (*modules, "tp_gather"))
+    b.add([(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"),)], [], modules=(*modules, "tp_gather"))
     again = Op(f"{name}.gather", "all_gather", bytes=size, axis="tp", grad="weight")
     return again, Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
 
@@ -150,9 +162,40 @@ def _leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[s
     size = x.tokens * width * BF16
     if x.sequence_parallel:
         scatter, gather = (Op(f"{name}.{kind.split('_')[-1]}", kind, bytes=size, axis="tp") for kind in ("reduce_scatter", "all_gather"))
-        b.leave(scatter, gather, modules)
+        b.collective(scatter, gather, modules)
     else:
         b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
+
+
+def _column_parallel(
+    b: BlockBuilder, part: str, name: str, x: Shape, width: int, n: Number, modules: tuple[str, ...] = (), saved: Number = 0.0
+) -> None:
+    """Append a column-parallel linear layer with the collectives of its rows, as the plan overlaps them.
+
+    In pieces, rows are gathered in the datatype of the product, as Transformer Engine's buffers are (``fp8_buf``), by copy
+    engines (``use_ce``).
+    """
+    if not x.pieces:
+        beside = _enter_tp(b, part, x, width, modules)
+        b.linear(name, x.tokens, width, n, saved=saved, modules=modules, beside=beside)
+        return
+    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype)
+    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
+    beside = replace(gather, grad="weight"), scatter
+    b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp)
+
+
+def _row_parallel(
+    b: BlockBuilder, part: str, name: str, x: Shape, k: Number, width: int, modules: tuple[str, ...] = (), saved: Number = 0.0
+) -> None:
+    """Append a row-parallel linear layer and the sum of its partial rows, as the plan overlaps them."""
+    if not x.pieces:
+        b.linear(name, x.tokens, k, width, saved=saved, modules=modules)
+        _leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"))  # by operation, what is reduce-scattered is kept
+        return
+    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
+    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype, grad="input")
+    b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), replace(gather, apart=True)), pieces=x.tp)
 
 
 def _core_attention(
@@ -230,14 +273,12 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
     _norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
     local_heads, local_kv = heads / x.tp, np.maximum(kv / x.tp, 1.0)
     width = (local_heads + 2 * local_kv) * dim
-    beside = _enter_tp(b, "attn", x, h)
-    b.linear("attn.qkv", x.tokens, h, width, beside=beside)
+    _column_parallel(b, "attn", "attn.qkv", x, h, width)
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
     _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
     b.add([], [], _twice(b, x.tokens * local_heads * dim))  # attention's output, the projection's input
-    b.linear("attn.out", x.tokens, local_heads * dim, h, modules=("attn_out",))
-    _leave_tp(b, "attn", x, h)
+    _row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, ("attn_out",))
     b.dense_parameters = b.dense_parameters + h * width + local_heads * dim * h
     b.dense_parameters = b.dense_parameters + (width if model.attention_bias else 0) + (h if model.output_bias else 0)
     b.dense_parameters = b.dense_parameters + (2 * dim if model.qk_norm else 0) + (local_heads if model.sinks else 0)
@@ -260,7 +301,7 @@ def _activation(
 ) -> None:
     """Activate the up-projection, gated or not; eagerly the gate's activation is a kernel of its own, whose output is kept."""
     if mats == 2 and b.kernels.pointwise == "eager":
-        b.add([], [], size, modules)
+        b.add([], [], size * (b.load if routed else 1.0), modules)
     eager = (2, 4) if b.kernels.pointwise == "eager" else (0, 0)
     there, back = mats + 1 + eager[0], 2 * mats + 1 + eager[1]
     launches = (2, 3) if b.kernels.pointwise == "eager" else (1, 1)
@@ -287,8 +328,7 @@ def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) 
     b.linear("attn.kv_up", x.tokens, mla.kv_rank, keys_values, saved=x.tokens * heads * (qk + mla.v_dim) * BF16, modules=up)
     _rotary(b, x.tokens * heads * 2 * qk * BF16, 0.0, up)
     _core_attention(b, x, model, heads, qk, mla.v_dim, heads * (qk + mla.v_dim), kind.window)
-    b.linear("attn.out", x.tokens, heads * mla.v_dim, h, saved=_twice(b, x.tokens * heads * mla.v_dim))
-    _leave_tp(b, "attn", x, h)
+    _row_parallel(b, "attn", "attn.out", x, heads * mla.v_dim, h, saved=_twice(b, x.tokens * heads * mla.v_dim))
     q_down = h * mla.q_rank if mla.q_rank else 0
     b.dense_parameters = b.dense_parameters + q_down + q_input * heads * qk + h * latent + mla.kv_rank * keys_values + heads * mla.v_dim * h
 
@@ -298,18 +338,14 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     h, local, mats = model.hidden, ffn / x.tp, 2 if model.gated else 1
     saved, cast = _kept(x.tokens * mats * local, kept)
     if mats == 2 and b.kernels.gate == "separate":
-        for part in ("gate", "up"):
-            own = (*modules, "mlp_gate") if part == "gate" else modules
-            b.linear(
-                f"{name}.{part}", x.tokens, h, local, saved=saved / 2, modules=own, beside=_enter_tp(b, f"{name}.{part}", x, h, modules)
-            )
+        _column_parallel(b, f"{name}.gate", f"{name}.gate", x, h, local, (*modules, "mlp_gate"), saved / 2)
+        _column_parallel(b, f"{name}.up", f"{name}.up", x, h, local, modules, saved / 2)
     else:
-        b.linear(f"{name}.up", x.tokens, h, mats * local, saved=saved, modules=modules, beside=_enter_tp(b, name, x, h, modules))
+        _column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
     size = x.tokens * local * BF16
     _activation(b, name, mats, size, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
     b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
-    b.linear(f"{name}.down", x.tokens, local, h, modules=modules)
-    _leave_tp(b, name, x, h, modules)
+    _row_parallel(b, name, f"{name}.down", x, local, h, modules)
     bias = (mats * local + h) if model.mlp_bias else 0
     b.dense_parameters = b.dense_parameters + (mats + 1) * h * local + bias
 
@@ -352,23 +388,24 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     )
     b.collective(gather, scatter, moe)
     per_expert, (saved, kept) = rows / local, _kept(rows * mats * ffn, precision.activations)
+    taken = rows * b.load  # what stays in memory is of the tokens that really come
     fused = b.kernels.experts == "fused"
     b.linear(
         "moe.up",
         per_expert,
         h,
         mats * ffn,
-        saved=copies * x.etp * b.element + saved,
+        saved=(copies * x.etp * b.element + saved) * b.load,
         modules=moe,
         groups=local,
         routed=True,
         arrives=(cast, fused),
     )
     if fused:
-        b.add([], [], rows * ffn * b.element, ("moe", "moe_act"))
+        b.add([], [], taken * ffn * b.element, ("moe", "moe_act"))
     else:
-        _activation(b, "moe", mats, rows * ffn * BF16, kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
-    b.works(rows * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
+        _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.element, ("moe", "moe_act"), routed=True)
+    b.works(taken * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(fused, cast))
     b.collective(scatter, gather, moe)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
@@ -383,9 +420,9 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
         b.dense_parameters = b.dense_parameters + (h if e.shared_gate else 0)
 
 
-def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job) -> Block:
-    """Return the block of one transformer layer of `kind`."""
-    x, b, h = Shape.of(plan, job), _builder(plan), model.hidden
+def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job, load: Number = 1.0) -> Block:
+    """Return the block of one transformer layer of `kind`; its experts keep `load` times the mean of the tokens."""
+    x, b, h = Shape.of(plan, job), _builder(plan, load), model.hidden
     layer_input = x.split_tokens * h * BF16
     b.add([], [], layer_input)
     (_latent_attention if model.latent else _attention)(b, model, kind, x)
@@ -422,7 +459,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     bytes of each are kept, and live at its fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16
     gradient, the rows it gathers again, their gradient and, unless it is added in place, the gradient of its matrix.
     """
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp, kernels=plan.kernels)
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=bool(plan.overlap.tp), kernels=plan.kernels)
     vocab = model.vocab / x.tp
     _norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = _enter_tp(b, "head", x, model.hidden)
@@ -443,7 +480,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     return b.build(x.split_tokens * model.hidden * BF16)
 
 
-def mtp_layer(model: Model, plan: Plan, job: Job) -> Block:
+def mtp_layer(model: Model, plan: Plan, job: Job, load: Number = 1.0) -> Block:
     """Return the block of one multi-token-prediction layer: two norms, a 2h -> h projection, a layer and its loss.
 
     Embedding and output projection are shared with the main model; the projection and loss are computed again.
@@ -453,7 +490,7 @@ def mtp_layer(model: Model, plan: Plan, job: Job) -> Block:
         _norm(b, name, x.split_tokens, h, model, x.split_tokens * h * BF16, ())
     b.linear("mtp.project", x.split_tokens, 2 * h, h, saved=x.split_tokens * 2 * h * b.element)
     own = b.build(x.split_tokens * 2 * h * BF16)
-    layer, loss = transformer_layer(model, model.layer_kinds[-1], plan, job), head(model, plan, job)
+    layer, loss = transformer_layer(model, model.layer_kinds[-1], plan, job, load), head(model, plan, job)
     shared = model.vocab * h / x.tp if not model.tied_embeddings else 0
     return Block(
         own.forward + layer.forward + loss.forward,
