@@ -123,6 +123,9 @@ class Overlap(Frozen):
         products that gather before them or reduce-scatter behind them, so that their pieces run beside those of the collective
         (Transformer Engine's userbuffers, Megatron ``--tp-comm-overlap``; `simulator.workload.ops.arriving`). PyTorch's asynchronous
         tensor parallelism is not that: torchtitan measured 4 to 14 % less time, a third of what pieces save on the same plans.
+    prefetch : int
+        Blocks whose parameters ZeRO-3 gathers ahead of the one that runs. The default is what FSDP2 does by itself, and so
+        torchtitan; more (``set_modules_to_forward_prefetch``) hides longer gathers and holds as many more blocks, 0 hides none.
     pp : bool
         Send to other stages beside the next action. False starts it only when the message has left, as Megatron does without
         interleaving or with ``--no-overlap-p2p-communication``.
@@ -133,6 +136,7 @@ class Overlap(Frozen):
     multiprocessors: float = Field(default=20 / 132, ge=0, lt=1)
     collective_multiprocessors: float = Field(default=16 / 132, ge=0, lt=1)
     tp: bool | Literal["pieces"] = True
+    prefetch: int = Field(default=1, ge=0)
     pp: bool = True
 
 
