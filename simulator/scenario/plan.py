@@ -219,6 +219,9 @@ class Plan(Frozen, _Degrees):
         between: E embedding, t layer, m MTP layer, L head, e.g. ``Et*3|t*4|t*4|tmL`` or ``Et*3|(t*4|)*2tmL``.
     recompute : str
         ``none``, ``selective`` (the `recompute_modules`) or ``full``.
+    recompute_modules : tuple of str
+        In Megatron's words; and ``attn_out`` and ``mlp_gate``, the output projection of attention and the gate's (of `kernels` that
+        keep the gate apart), ``tp_gather``, the gathered rows of tensor parallelism.
     sequence_parallel : bool
         Split norms and residuals over tp, as Megatron does.
     dispatcher : str
