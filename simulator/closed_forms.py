@@ -104,7 +104,7 @@ def _ends(plan: Plan | PlanColumns, t: StageTimes, order: Schedule) -> tuple[Num
         ends = replay(order, {kind: t.pass_s(kind) for kind in PASSES}, t.hop_s, ready, not plan.overlap.pp)
         return ends, ends.max(axis=-1)
     args = order, lambda what: _laps(plan, t, what), t.forward_s.shape[:-1], t.hop_s
-    return replay_streams(*args, ready, busy, not plan.overlap.pp)
+    return replay_streams(*args, ready, busy, not plan.overlap.pp, plan.overlap.prefetch if plan.zero >= 3 else 1)
 
 
 def _laps(plan: Plan | PlanColumns, t: StageTimes, what: tuple[tuple[str, int], ...]) -> list[list[Lap]]:

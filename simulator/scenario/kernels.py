@@ -13,6 +13,8 @@ Fusion = Literal["fused", "eager"]
 Grouping = Literal["grouped", "fused"]
 #: how a weight gradient is added to what earlier micro-batches left
 Accumulation = Literal["fused", "separate"]
+#: how the gate and the up-projection of an MLP are multiplied
+Gate = Literal["fused", "separate"]
 #: parts of a layer, in the words of Megatron's ``cuda_graph_scope``; ``full`` is the whole iteration
 Graph = Literal["attn", "moe_router", "moe_preprocess", "moe", "mlp", "full"]
 
@@ -49,6 +51,9 @@ class Kernels(Frozen):
     accumulation : str
         ``fused``: the product itself adds a weight gradient to the main gradients (Megatron since 2022, Transformer Engine).
         ``separate``: it writes the gradient, which a kernel of its own then adds to them.
+    gate : str
+        ``fused``: gate and up-projection of a dense MLP are one linear layer. ``separate``: two, each with its own tensor-parallel
+        collectives (Aleph-Alpha/scaling, src/scaling/core/nn/mlp.py; torchtitan).
     graphs : tuple of str
         Parts of a layer whose kernels are captured in CUDA graphs, so that the host does not launch them one by one.
     """
@@ -59,6 +64,7 @@ class Kernels(Frozen):
     dropout: bool = False
     experts: Grouping = "grouped"
     accumulation: Accumulation = "fused"
+    gate: Gate = "fused"
     graphs: tuple[Graph, ...] = ()
 
     def captured(self, name: str) -> bool:

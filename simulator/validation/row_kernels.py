@@ -25,8 +25,16 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
     ("BLOOM", {"attention": "unfused"}, "Megatron-DeepSpeed before FlashAttention: scores in memory, fused softmax, no dropout"),
     ("MosaicML", {"attention": "flash1", "pointwise": "eager"}, "llm-foundry of 2023: first FlashAttention in Triton, eager PyTorch"),
     ("InternEvo", {"attention": "flash1"}, "InternEvo of 2023: first FlashAttention, fused norms"),
-    ("Aleph-Alpha", {"norm": "eager", "pointwise": "eager"}, "eager rotary embedding, activation and loss"),
-    ("torchtitan", {"attention": "flash2"}, "PyTorch's attention is FlashAttention-2; torch.compile fuses the rest"),
+    (
+        "Aleph-Alpha",
+        {"norm": "eager", "pointwise": "eager", "gate": "separate", "accumulation": "separate"},
+        "eager rotary embedding, activation and loss, gate and up-projection apart (Aleph-Alpha/scaling)",
+    ),
+    (
+        "torchtitan",
+        {"attention": "flash2", "gate": "separate"},
+        "PyTorch's attention is FlashAttention-2; torch.compile fuses the rest, but gate and up-projection stay apart",
+    ),
     ("Llama 3 Herd|NeMo24.03", {"attention": "flash2"}, "early 2024: FlashAttention-2's speed on Hopper, before FlashAttention-3"),
 ]
 #: recipes whose table prints none of their options: NVIDIA-NeMo/Megatron-Bridge src/megatron/bridge/perf_recipes/gpt_oss,

@@ -6,9 +6,10 @@ import re
 from typing import Any, Literal, get_args
 
 from simulator.errors import ProfileError
+from simulator.scenario.framework import Framework
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
-from simulator.scenario.plan import Module, Overlap, Plan, Precision
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Overlap, Plan, Precision
 from simulator.validation.row import Row
 from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, kernels_of
 
@@ -83,6 +84,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         precision=_precision(row),
         overlap=_overlap(row, degrees, sequence_parallel),
         kernels=kernels_of(row),
+        framework=Framework(cross_entropy="gathered") if row.has("Aleph-Alpha", "source") else Framework(),
     )
 
 
@@ -243,7 +245,10 @@ def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
             row.assume(f"not modelled: recompute of {word}")
     if modules:
         return "selective", modules
-    # torchtitan's per-operation checkpointing keeps attention and every other matmul; no module list says that
+    if "per-op SAC" in printed:
+        # of each layer's products it keeps the first, third, fifth ...: q, v, gate and down; and attention and what is reduce-scattered
+        row.assume("recompute of every other product: output projection, one of gate and up, and all that is no product (torchtitan)")
+        return "selective", EVERY_OTHER_PRODUCT
     row.assume(f"not modelled: recompute '{printed}' (taken as norms only)")
     return "selective", ("layernorm",)
 
@@ -292,6 +297,8 @@ def _precision(row: Row) -> Precision:
     elif "fp16" in printed and "bf16" not in printed:
         row.assume("gradient precision not printed: fp16")
         fields |= dict.fromkeys(("parameters", "gradients", "gemm", "dispatch", "combine", "gradient_reduce"), "fp16")
+    if row.has("Aleph-Alpha", "source"):
+        fields["gradients"] = "bf16"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
         fields["parameters"] = "fp8"
     if row.has("1x128 act", "precision"):
@@ -312,7 +319,8 @@ def _precision(row: Row) -> Precision:
 def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Overlap:
     notes = row.text("overlap_notes")
     # PyTorch's own tensor parallelism gathers nothing again beside a gradient; Megatron-LM reduces beside one since 2022
-    tp: bool | Literal["pieces"] = not row.has(f"torchtitan|{BEFORE_2022}", "source")
+    # autograd functions of their own reduce it after both gradients in Aleph-Alpha/scaling (src/scaling/core/nn/linear/utils.py)
+    tp: bool | Literal["pieces"] = not row.has(f"torchtitan|Aleph-Alpha|{BEFORE_2022}", "source")
     if degrees["tp"] > 1 and sequence_parallel and row.has(_IN_PIECES, "overlap_notes", "notes"):
         tp = "pieces"
     pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")
@@ -326,6 +334,9 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
     if row.has(_NO_GRADIENT_OVERLAP, "source"):
         # --overlap-grad-reduce came at the end of 2023; MegaScale's ablation adds it to its baseline
         row.assume("gradient reduction not printed: after the backward (Megatron-LM before 2024)")
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+    if row.has("Aleph-Alpha", "source"):
+        row.assume("gradient reduction not printed: in fp32 after the backward (Aleph-Alpha/scaling, src/scaling/core/optimizer)")
         return Overlap(grad_reduce=False, param_gather=False, tp=tp)
     if "(DeepSpeed)" in row.text("pp_schedule"):
         # its pipeline engine reduces gradients in an instruction after the last backward

@@ -161,7 +161,7 @@ def _enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tupl
     size = x.tokens * width * BF16
     if not x.sequence_parallel:
         return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input")
-    b.add([(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"),)], [], modules=modules)
+    b.add([(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"),)], [], modules=(*modules, "tp_gather"))
     again = Op(f"{name}.gather", "all_gather", bytes=size, axis="tp", grad="weight")
     return again, Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
 
@@ -200,7 +200,7 @@ def _row_parallel(
     """Append a row-parallel linear layer and the sum of its partial rows, as the plan overlaps them."""
     if not x.pieces:
         b.linear(name, x.tokens, k, width, saved=saved, modules=modules)
-        _leave_tp(b, part, x, width, modules)
+        _leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"))  # by operation, what is reduce-scattered is kept
         return
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
     gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype, grad="input")
@@ -288,7 +288,8 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
         b.memory("attn.qk_norm", 2 * rotated, 3 * rotated, rotated, launches=(2, 4))
     _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
-    _row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, saved=_twice(b, x.tokens * local_heads * dim))
+    b.add([], [], _twice(b, x.tokens * local_heads * dim))  # attention's output, the projection's input
+    _row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, ("attn_out",))
     b.dense_parameters = b.dense_parameters + h * width + local_heads * dim * h
     b.dense_parameters = b.dense_parameters + (width if model.attention_bias else 0) + (h if model.output_bias else 0)
     b.dense_parameters = b.dense_parameters + (2 * dim if model.qk_norm else 0) + (local_heads if model.sinks else 0)
@@ -347,7 +348,11 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     """Dense MLP, column- then row-parallel: up (and gate), activation, down; the up-projection is `kept` for the backward."""
     h, local, mats = model.hidden, ffn / x.tp, 2 if model.gated else 1
     saved, cast = _kept(x.tokens * mats * local, kept)
-    _column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
+    if mats == 2 and b.kernels.gate == "separate":
+        _column_parallel(b, f"{name}.gate", f"{name}.gate", x, h, local, (*modules, "mlp_gate"), saved / 2)
+        _column_parallel(b, f"{name}.up", f"{name}.up", x, h, local, modules, saved / 2)
+    else:
+        _column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
     size = x.tokens * local * BF16
     _activation(b, name, mats, size, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
     b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
@@ -440,7 +445,7 @@ def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job, load:
     b.add([], [], layer_input)
     (_latent_attention if model.latent else _attention)(b, model, kind, x)
     _residual(b, x, model)
-    b.add([], [], layer_input)  # of the second norm
+    b.add([], [], layer_input, ("attn_out",))  # of the second norm
     _norm(b, "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
     if kind.moe:
         _experts(b, model, x, plan.precision, plan.dispatcher)
@@ -468,25 +473,26 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
 
     Notes
     -----
-    The loss reads the logits for the maximum, the sum and the gradient. How many bytes of each are kept, and live at its
-    fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16 gradient, the rows it gathers again,
-    their gradient and, unless it is added in place, the gradient of its matrix.
+    The loss reads the logits for the maximum, the sum and the gradient, those of all tp ranks where it gathers them. How many
+    bytes of each are kept, and live at its fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16
+    gradient, the rows it gathers again, their gradient and, unless it is added in place, the gradient of its matrix.
     """
     x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=bool(plan.overlap.tp), kernels=plan.kernels)
     vocab = model.vocab / x.tp
     _norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = _enter_tp(b, "head", x, model.hidden)
-    logits = x.tokens * vocab
-    kept, most = (
-        size * logits * (x.tp if plan.framework.cross_entropy == "gathered" else 1.0) for size in LOGIT_BYTES[plan.framework.cross_entropy]
-    )
+    logits, gathered = x.tokens * vocab, plan.framework.cross_entropy == "gathered"
+    seen = logits * (x.tp if gathered else 1.0)  # by the loss of this rank
+    kept, most = (size * seen for size in LOGIT_BYTES[plan.framework.cross_entropy])
     b.linear("head.logits", x.tokens, model.hidden, vocab, saved=kept, beside=beside)
     written = 0.0 if plan.framework.weight_gradients == "fused" else model.hidden * vocab * BF16
     b.works(most - kept)
     b.works(logits * BF16 - kept + 2 * x.tokens * model.hidden * BF16 + written)
     b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
-    eager = logits * 3 * FP32 if plan.kernels.pointwise == "eager" else 0.0  # log-softmax writes, its gradient reads and writes
-    b.memory("head.loss", logits * (BF16 + 3 * FP32), logits * (FP32 + BF16) + eager)
+    if gathered:
+        b.add([(Op("head.gather", "all_gather", bytes=seen * BF16, axis="tp"),)], [])
+    eager = 3 * FP32 if plan.kernels.pointwise == "eager" else 0.0  # log-softmax writes, its gradient reads and writes
+    b.memory("head.loss", seen * (BF16 + 3 * FP32), seen * (FP32 + BF16 + eager))
     if not model.tied_embeddings:
         b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
     return b.build(x.split_tokens * model.hidden * BF16)
