@@ -22,7 +22,7 @@ STACKS = (
     Kernels(graphs=("attn", "moe_router")),
     Kernels(experts="fused", graphs=("full",)),
     Kernels(attention="unfused", dropout=True),
-    Kernels(attention="eager", norm="eager", pointwise="eager"),
+    Kernels(attention="eager", norm="eager", pointwise="eager", accumulation="separate", gate="separate"),
 )
 SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-1p", "zb-2p", *INTERLEAVED, *TWO_CHUNKS)
 H100 = CLUSTERS.load("h100-rail-10240")
