@@ -129,7 +129,7 @@ def test_what_ranks_lose_together_is_found():
     """Kernels at 0.8 of their speed, 5 % of skew, collectives three times as slow as by themselves: all three come out."""
     found = profile.build("x", beside(made_up(), 0.8, 0.05, 3.0), ABOUT, "a test", 0.0)
     shares = found.cluster.accelerator.in_training
-    assert shares == pytest.approx(dict.fromkeys(("gemm", "grouped", "attention", "memory"), 0.8 / 1.05), rel=0.02)
+    assert shares == pytest.approx(dict.fromkeys(("gemm", "grouped", "attention", "memory", "optimizer"), 0.8 / 1.05), rel=0.02)
     assert found.residuals()["skew"] == pytest.approx(0.0, abs=1e-9)
     talk = found.cluster.host.collectives["all_gather.bf16.2"]
     assert float(talk_s(2e6, talk)) == pytest.approx(3 * (LATENCY + 2e6 * WIRE), rel=0.02)
@@ -309,13 +309,15 @@ def test_a_call_costs_what_its_last_rank_spends():
     """By hand: the first of two ranks arrives 3 s early once, the second 1 s; small exchanges count with the large one."""
     pytest.importorskip("torch")
     from simulator.calibration.recorder import Call
-    from simulator.calibration.together import split
+    from simulator.calibration.together import split, waited
 
-    one = [Call("all_gather.bf16", 100, 5.0), Call("all_to_all.int64", 16, 1.0), Call("all_to_all.bf16", 1000, 4.0)]
-    two = [Call("all_gather.bf16", 100, 2.0), Call("all_to_all.int64", 16, 2.0), Call("all_to_all.bf16", 1200, 4.0)]
-    costs, waited = split([one, two])
-    assert costs == {("all_gather.bf16", 100): [2.0], ("all_to_all.bf16", 1100): [5.0]}
-    assert waited == pytest.approx((3 + 1) / 2)
+    one = [Call("all_gather.bf16", 100, 5.0, "dp"), Call("all_to_all.int64", 16, 1.0, "ep"), Call("all_to_all.bf16", 1000, 4.0, "ep")]
+    two = [Call("all_gather.bf16", 100, 2.0, "dp"), Call("all_to_all.int64", 16, 2.0, "ep"), Call("all_to_all.bf16", 1200, 4.0, "ep")]
+    assert split([one, two]) == {("all_gather.bf16", 100): [2.0], ("all_to_all.bf16", 1100): [5.0]}
+    assert waited([one, two]) == pytest.approx({"dp": 1.5, "ep": 0.5})
+    tensor = [[Call("all_gather.bf16", 100, 5.0, "tp")], [Call("all_gather.bf16", 100, 2.0, "tp")]]
+    assert split(tensor) == {("all_gather.bf16", 100): [3.5]}  # its waiting is its own
+    assert waited(tensor) == {"tp": 0.0}
 
 
 def test_a_collective_inside_a_kernel_is_not_the_kernels_on_cuda_either(monkeypatch: pytest.MonkeyPatch):
@@ -343,7 +345,7 @@ def test_a_collective_inside_a_kernel_is_not_the_kernels_on_cuda_either(monkeypa
     with recorder.region("loss.forward"), recorder.call("tp", "all_reduce", torch.float32, 64):
         pass
     assert not waited  # nothing waits for the device while the step runs
-    assert recorder.calls() == [Call("all_reduce.fp32", 64, 1e-3)]
+    assert recorder.calls() == [Call("all_reduce.fp32", 64, 1e-3, "tp")]
     assert {name: spent.wall_s for name, spent in recorder.take().items()} == pytest.approx({"loss.forward": 2e-3, "tp.all_reduce": 1e-3})
     assert len(waited) == 2
     assert not recorder.take()

@@ -104,8 +104,10 @@ def build(name: str, rows: pd.DataFrame, about: dict[str, Any], command: str, fo
     world, device = int(about["ranks"]), about["device"]
     kernels, talk = fit_kernels(rows, device), fit_collectives(rows)
     costs = {k: fit.kernel() for k, fit in kernels.items()} | attention_curve(rows, device)
-    keys = {case.name: (case.job.sequence_length + 1) / 2 for case in joint(world, device)}
-    kept, skew = fit_together(rows, costs, keys)
+    ranks = joint(world, device)
+    keys = {case.name: (case.job.sequence_length + 1) / 2 for case in ranks}
+    alike = {case.name for case in ranks if case.plan.tp == 1 and case.plan.ep == 1}
+    kept, skew = fit_together(rows, costs, keys, alike)
     source = f"{command}, torch {about['torch']}, commit {about['commit']}"
     lost = 1.0 + (skew.values["share"] if skew else 0.0)
     shares = {part: fit.values["share"] / lost for part, fit in kept.items()}
