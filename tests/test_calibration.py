@@ -12,7 +12,7 @@ import pytest
 
 from simulator.calibration import calibrate as calibration
 from simulator.calibration import check, fit, machine, profile
-from simulator.calibration.cases import COLLECTIVES, SCANS, Row, collective_sizes, counts, held_out, joint, ops_of, probes
+from simulator.calibration.cases import COLLECTIVES, SCANS, Row, collective_sizes, counts, held_out, joint, launches, ops_of, probes, tiny
 from simulator.compute import measured_s
 from simulator.errors import ProfileError
 from simulator.network.collectives import measured_s as talk_s
@@ -240,6 +240,40 @@ def test_two_disturbed_measurements_predict_alike():
             simulate_step(Scenario(model=case.model, cluster=p.cluster, plan=case.plan, job=case.job)).step_time_s for p in (first, second)
         )
         assert one == pytest.approx(two, rel=0.05)
+
+
+def test_a_hosts_launches_are_measured_and_make_a_short_step_longer():
+    """A made-up host of 0.5 ms a launch: the profile holds it, and a step of little work takes its launches' time."""
+    rows = pd.concat([made_up(), pd.DataFrame([asdict(Row("single", "tiny", "dispatch", 2, 500, 0, 0, 500 * 5e-4, 0, 0, 7, 0))])])
+    found = profile.build("x", rows.reset_index(drop=True), ABOUT, "a test", 0.0)
+    assert found.cluster.host.dispatch_s == pytest.approx(5e-4)
+    assert {row["grade"] for row in found.cluster.host.provenance() if row["fact"] == "dispatch_s"} == {"measured"}
+    case = tiny()
+    one = found.cluster.model_copy(update={"accelerators": 1})
+    without = one.model_copy(update={"host": one.host.model_copy(update={"dispatch_s": None})})
+    slow, fast = (simulate_step(Scenario(model=case.model, cluster=c, plan=case.plan, job=case.job)).step_time_s for c in (one, without))
+    assert slow > launches(case) * 5e-4 > fast
+
+
+def test_two_profiles_are_compared(exact: profile.MachineProfile, tmp_path: Path, monkeypatch, capsys):
+    from simulator.cli import main
+
+    slower = made_up()
+    slower["seconds"] *= 1.1
+    slower["cpu_s"] *= 1.1
+    other = profile.build("slower", slower, ABOUT, "a test", 0.0)
+    table = check.agreement(exact, other)
+    assert table["difference"].to_numpy() == pytest.approx(0.1, abs=0.01)
+    assert len(table) == len(held_out())
+    for made in (exact, other):
+        profile.save(made, made_up(), tmp_path / f"{made.name}.yaml")
+    words = ["--check", str(tmp_path / "made-up.yaml"), "--against", str(tmp_path / "slower.yaml")]
+    monkeypatch.setattr("sys.argv", ["myriad", "calibrate", *words])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"differ by {table['difference'].max():.1%} at most" in capsys.readouterr().out
+    with pytest.raises(machine.CalibrationError, match="compare profiles of the same"):
+        check.agreement(exact, profile.load("h100"))
 
 
 # --- the proof ---

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simulator.calibration.cases import Case
+from simulator.calibration.cases import Case, held_out
 from simulator.calibration.fit import NINETY
 from simulator.calibration.machine import FOREIGN, CalibrationError
 from simulator.calibration.profile import MachineProfile
@@ -92,6 +92,31 @@ def predict(measured: Measured, profile: MachineProfile) -> StepResult:
             f"{case.name} runs on {world} ranks, the profile {profile.name} was measured on {profile.cluster.accelerators}"
         )
     return simulate_step(Scenario(model=case.model, cluster=profile.cluster, plan=case.plan, job=job))
+
+
+def agreement(one: MachineProfile, other: MachineProfile) -> pd.DataFrame:
+    """Return what two profiles of a machine predict for the held-out steps, tokens spread evenly: ``case one_s other_s difference``.
+
+    Raises
+    ------
+    CalibrationError
+        When they were not measured on the same kind and number of devices.
+    """
+    if (one.about["device"], one.cluster.accelerators) != (other.about["device"], other.cluster.accelerators):
+        raise CalibrationError(
+            f"{one.name} is of {one.cluster.accelerators} ranks on {one.about['device']}, {other.name} of {other.cluster.accelerators} on "
+            f"{other.about['device']}; compare profiles of the same"
+        )
+    rows = []
+    for case in held_out(one.about["device"]):
+        if case.plan.world == one.cluster.accelerators:
+            first, second = (
+                simulate_step(Scenario(model=case.model, cluster=p.cluster, plan=case.plan, job=case.job)).step_time_s for p in (one, other)
+            )
+            rows.append({"case": case.name, "one_s": first, "other_s": second, "difference": second / first - 1})
+    if not rows:
+        raise CalibrationError(f"no held-out step runs on {one.cluster.accelerators} ranks")
+    return pd.DataFrame(rows)
 
 
 #: parts that are kernels; what has no name of its own is bandwidth-bound

@@ -52,7 +52,9 @@ def _gathered(value: object) -> list:
     return found
 
 
-def _memory(case: Case, rank: int, device: torch.device) -> float:
+def peak_memory(case: Case, rank: int, device: torch.device) -> float:
+    """Return the peak memory of a rank that makes a step and runs it once; all ranks together."""
+
     def one() -> None:
         steps.append(MoEStep(case.model, case.plan, case.job, rank, Options(), device))
         steps[0].ranks.settles = device.type == "cpu"
@@ -96,7 +98,7 @@ def run(rank: int, world: int, tell: Tell, cases: list[Case], kind: str, turns: 
     counts: dict[str, list] = {}
     peaks = {}
     for case in cases:
-        peaks[case.name] = tuple(_gathered(_memory(case, rank, device)))
+        peaks[case.name] = tuple(_gathered(peak_memory(case, rank, device)))
         tell("memory", len(peaks), len(cases))
     for turn in range(turns):
         for number, case in enumerate(cases):
