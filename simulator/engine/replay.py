@@ -133,6 +133,14 @@ class Passage:
     matrix: np.ndarray
     held: Number
 
+    def after(self, clocks: np.ndarray, messages: Sequence[Number | None]) -> np.ndarray:
+        """Return the clocks after an entry; no message is one that was there from the start."""
+        new = (self.matrix[:, :4] + clocks).max(axis=1)
+        for column, arrives in enumerate(messages, start=4):
+            if arrives is not None:
+                np.maximum(new, self.matrix[:, column] + arrives, out=new)
+        return new
+
     @classmethod
     def of(cls, laps: Sequence[Sequence[Lap]], held: Number, shape: tuple[int, ...]) -> Passage:
         """Return what an entry does: the laps of its action, or those of the two of a pair, which take turns by segments.
@@ -149,9 +157,7 @@ class Passage:
         unit[range(count), range(count)] = 0.0
         walk = _Walk(unit[0], unit[2], [(unit[3], held)])
         threads = [_Thread(unit[0], unit[1]) for _ in laps]
-        turns = [walk.steps(thread, row, message) for thread, row, message in zip(threads, laps, unit[4:], strict=True)]
-        while turns:
-            turns = [turn for turn in turns if next(turn, None) is not None]
+        walk.take_turns(threads, laps, unit[4:])
         last, earlier = (reduce(np.maximum, [getattr(thread, name) for thread in threads]) for name in ("last", "earlier"))
         behind, left = walk.waiting[-1] if walk.waiting else (last, 0.0)
         return cls(np.stack([last, earlier, walk.parallel, behind, *(thread.last for thread in threads)]), left)
@@ -171,6 +177,12 @@ class _Walk:
     def __init__(self, free: np.ndarray, parallel: np.ndarray, waiting: list[tuple[np.ndarray, Number]]):
         self.free, self.parallel, self.waiting = free, parallel, waiting
         self.streams: dict[str, np.ndarray] = {}
+
+    def take_turns(self, threads: Sequence[_Thread], laps: Sequence[Sequence[Lap]], messages: Sequence[np.ndarray]) -> None:
+        """Run the actions of an entry, a segment of each in turn."""
+        turns = [self.steps(thread, row, message) for thread, row, message in zip(threads, laps, messages, strict=True)]
+        while turns:
+            turns = [turn for turn in turns if next(turn, None) is not None]
 
     def steps(self, thread: _Thread, laps: Sequence[Lap], message: np.ndarray) -> Iterator[bool]:
         """Run the laps of one action; yields after each segment."""
@@ -202,6 +214,19 @@ class _Walk:
         self.parallel = np.where(np.asarray(seconds) > 0, done, self.parallel)
 
 
+def entry_s(laps: Sequence[Sequence[Lap]], shape: tuple[int, ...]) -> Number:
+    """Return how long an entry takes at least: with every message there and every stream free when it begins.
+
+    Parameters
+    ----------
+    laps, shape
+        As for `Passage.of`.
+    """
+    walk, threads = _Walk(np.zeros(shape), np.zeros(shape), []), [_Thread(np.zeros(shape), np.zeros(shape)) for _ in laps]
+    walk.take_turns(threads, laps, [np.zeros(shape)] * len(laps))
+    return reduce(np.maximum, [thread.last for thread in threads])
+
+
 def replay_streams(
     order: Schedule,
     laps: Callable[[tuple[tuple[str, int], ...]], Sequence[Sequence[Lap]]],
@@ -210,6 +235,7 @@ def replay_streams(
     ready: Number | None = None,
     busy: Number | float = 0.0,
     blocking: bool = False,
+    alike: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return when each chunk of each rank ends its last backward, and when each rank has reduced what it reduces on the way.
 
@@ -223,11 +249,14 @@ def replay_streams(
         That of all seconds, one per plan.
     busy : ndarray (..., pp)
         When the data-parallel stream of each rank is free for the first time.
+    alike : sequence of int, optional
+        For every stage one that has the same blocks; what their entries do is then found once.
 
     Returns
     -------
     ndarray (..., pp, vpp), ndarray (..., pp)
     """
+    alike = range(order.stages) if alike is None else alike
     busy = np.broadcast_to(busy, (*shape, order.pp))
     clocks = [np.stack([np.zeros(shape), np.zeros(shape), busy[..., r], np.zeros(shape)]) for r in range(order.pp)]
     held: list[tuple[tuple | None, Number]] = [(None, 0.0)] * order.pp  # whose reduction waits, and its seconds
@@ -236,20 +265,20 @@ def replay_streams(
     last: list[list[Number]] = [[np.zeros(shape)] * order.vpp for _ in range(order.pp)]
     for rank, entry in order.order:
         parts = tuple(actions((entry,)))
-        what = tuple((a.kind, order.held[rank][a.chunk]) for a in parts)
+        what = tuple((a.kind, alike[order.held[rank][a.chunk]]) for a in parts)
         key = (what, held[rank][0])
         if key not in known:
             known[key] = Passage.of(laps(what), held[rank][1], shape)
-        arrives = [mail.take(rank, a) for a in parts]
-        old = [*clocks[rank], *(np.zeros(shape) if x is None else np.broadcast_to(x, shape) for x in arrives)]
-        new = (known[key].matrix + np.stack(old)).max(axis=1)
+        new = known[key].after(clocks[rank], [mail.take(rank, a) for a in parts])
         for i, a in enumerate(parts, start=4):
             if ready is not None and a.kind == "F" and (rank, a.chunk) not in started:
                 started.add((rank, a.chunk))
                 new[i] = np.maximum(new[i], ready[..., rank, a.chunk])
                 new[0] = np.maximum(new[0], new[i])
-        clocks[rank], held[rank] = new[:4], (what, known[key].held)
-        for a, end in sorted(zip(parts, new[4:], strict=True), key=lambda part: float(np.mean(part[1]))):
+        left_over = known[key].held
+        clocks[rank], held[rank] = new[:4], (what if np.any(left_over) else None, left_over)
+        ended = list(zip(parts, new[4:], strict=True))
+        for a, end in sorted(ended, key=lambda part: float(part[1].sum())) if len(ended) > 1 else ended:
             if a.kind in "BW":
                 last[rank][a.chunk] = end
             left = mail.send(rank, a, end)
