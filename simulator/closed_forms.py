@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 
 from simulator.engine.replay import Lap, replay, replay_streams
+from simulator.pricing.stage_times import PASSES, BlockPrice, StageTimes, pair_runs, price_blocks, stage_times
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, schedule
-from simulator.stage_times import PASSES, BlockPrice, StageTimes, pair_runs, price_blocks, stage_times
 from simulator.units import Number
 from simulator.workload.stages import blocks, stage_blocks
 

@@ -12,14 +12,14 @@ from itertools import groupby
 
 import numpy as np
 
-from simulator.pricing import Known, op_s, segments_s
+from simulator.pricing.operations import Known, op_s, segments_s
+from simulator.pricing.stage_times import BlockPrice, least_pair_s, price_blocks
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, schedule
-from simulator.stage_times import BlockPrice, least_pair_s, price_blocks
 from simulator.units import Number
 from simulator.workload.ops import Block
 from simulator.workload.stages import StageBlocks, blocks, stage_blocks

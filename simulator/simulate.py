@@ -7,18 +7,20 @@ from typing import Literal, overload
 
 import numpy as np
 
-from simulator.beside import Beside
-from simulator.contention import shares, stretched
-from simulator.durations import RankDurations, spans, uneven, variants
 from simulator.engine.events import run
 from simulator.engine.order import prepare
 from simulator.engine.ranks import replay_ranks
+from simulator.engine.timeline import Timeline
 from simulator.errors import PlanError, Problem, ProfileError
 from simulator.feasibility import check
 from simulator.placing import settled
-from simulator.pricing import op_s
-from simulator.ranks import RanksResult
-from simulator.result import StepResult, StepsResult
+from simulator.pricing.beside import Beside
+from simulator.pricing.contention import shares, stretched
+from simulator.pricing.durations import RankDurations, spans, uneven, variants
+from simulator.pricing.operations import op_s
+from simulator.pricing.stage_times import pass_beside
+from simulator.results.ranks import RanksResult
+from simulator.results.step import StepResult, StepsResult
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.mesh import accelerator_of
 from simulator.scenario.plan import Plan
@@ -26,10 +28,9 @@ from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
 from simulator.schedules import schedule
-from simulator.stage_times import pass_beside
-from simulator.timeline import Timeline
 from simulator.workload.build import build_step
 from simulator.workload.classes import RankClasses, rank_classes, rank_loads
+from simulator.workload.memory import kept_bytes
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import StepProgram
 
@@ -64,7 +65,7 @@ def simulate_step(
         For ``all``: as for `simulate_ranks`.
     contention : bool
         For ``classes``: let collectives of different kinds that overlap in time slow each other where they share links
-        (`simulator.contention`); that all groups of one kind share them is always in.
+        (`simulator.pricing.contention`); that all groups of one kind share them is always in.
 
     Raises
     ------
@@ -212,7 +213,7 @@ def node_seconds(program: StepProgram, scenario: Scenario, slow: np.ndarray | No
 def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
     """Return the factor by which communication slows each node beside it: one for each pass of a block and each pair of stages.
 
-    Found beforehand from even load and full speed (`simulator.beside`); 1 for what belongs to no pass. The wait for the host is
+    Found beforehand from even load and full speed (`simulator.pricing.beside`); 1 for what belongs to no pass. The wait for the host is
     that of the kernels as slow as they are there.
     """
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
@@ -275,16 +276,15 @@ def _timeline(program: StepProgram, scenario: Scenario, start: np.ndarray, end: 
 
 
 def taken_bytes(program: StepProgram, scenario: Scenario) -> dict[tuple[int, str], float]:
-    """Return the activations that each (class, action) takes, or gives back (negative)."""
+    """Return the activations that each (class, action) takes, or gives back (negative); more where experts receive more."""
     model, plan, job = scenario.model, scenario.plan, scenario.job
     order = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
-    all_blocks, stages = blocks(model, plan, job), stage_blocks(model, plan, job)
-    saved, rest = ([sum(float(getattr(all_blocks[n], f)) for n in names) for names in stages] for f in ("saved_bytes", "weight_bytes"))
-    rest = [min(both) for both in zip(saved, rest, strict=True)]
+    stages, load = stage_blocks(model, plan, job), program.classes.load.tolist()
+    kept = {one: kept_bytes(model, plan, job, stages, blocks(model, plan, job, one)) for one in set(load)}
     takes = {}
     for c, action in dict.fromkeys(zip(program.rank_class, program.label, strict=True)):
         if action is not None:
             part = order.held[program.classes.stage[c]][action.chunk]
-            given = {"F": saved[part], "B": -saved[part], "I": rest[part] - saved[part], "W": -rest[part]}
-            takes[c, str(action)] = given[action.kind]
+            saved, rest = (float(of_stages[part]) for of_stages in kept[load[c]])
+            takes[c, str(action)] = {"F": saved, "B": -saved, "I": rest - saved, "W": -rest}[action.kind]
     return takes

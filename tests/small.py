@@ -108,11 +108,14 @@ def scenarios(
         layers += one(0, 0, 1, 3)
         layout = "balanced" if layers % (pp * vpp) else one(None, "balanced")
     legal = [m for m in range(1, micro_batches + 1) if schedule != "interleaved" or m % max(1, m // pp) == 0]
+    split = sparse or one(True, False)
     plan = Plan(
         tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp_replicate=replicas, zero=one(0, 1, 2, 3), micro_batch=one(1, 2),
         schedule=schedule, layout=layout, recompute=one("none", "selective", "full"), recompute_modules=SELECTIVE,
-        sequence_parallel=sparse or one(True, False), dispatcher=one("alltoall", "deepep"),
-        overlap=Overlap(grad_reduce=one(True, False), param_gather=one(True, False), tp=one(True, False), pp=one(True, False)),
+        sequence_parallel=split, dispatcher=one("alltoall", "deepep"),
+        overlap=Overlap(
+            grad_reduce=one(True, False), param_gather=one(True, False), tp=one(True, False, *["pieces"] * split), pp=one(True, False)
+        ),
         kernels=one(*STACKS),
     )  # fmt: skip
     size = one(*hidden)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.compute import attention_s, gemm_s, gemm_shape_efficiency, memory_s, peak_flop_per_s
+from simulator.pricing.compute import RAGGED, attention_s, gemm_s, gemm_shape_efficiency, memory_s, peak_flop_per_s, whole_vectors
 from simulator.scenario.profiles import ACCELERATORS
 
 #: 1 PFLOP/s bf16 of which half is reached, 1 TB/s of which half; 4 processors of 128 x 256 tiles; nothing shorter than 1 us
@@ -181,3 +181,13 @@ def test_columns_are_priced_as_rows(rows):
     flop, size, width = columns[:3]
     assert attention_s(flop, size, width, True, H100).tolist() == [float(attention_s(f, b, w, True, H100)) for f, b, w, *_ in rows]
     assert memory_s(size, H100).tolist() == [float(memory_s(b, H100)) for b in size]
+
+
+def test_rows_that_are_no_whole_vectors_are_slow():
+    """Vectors are 16 bytes: 8 elements of bf16, 16 of fp8. A single product still uses the matrix units, a batch of them does not."""
+    assert [bool(whole_vectors(width, 4096, "bf16")) for width in (104, 108)] == [True, False]
+    assert [bool(whole_vectors(width, 64, "fp8")) for width in (96, 104)] == [True, False]
+    shape = 1e12, 1e6, 256, 512, 900, 1, "bf16", False, ROUND
+    assert gemm_s(*shape, whole=False) == pytest.approx(gemm_s(*shape) / RAGGED, rel=1e-14)
+    fp32 = ROUND.peak_flop_per_s["fp32"] * ROUND.gemm_efficiency["fp32"]
+    assert gemm_s(*shape, whole=False, batched=True) == pytest.approx(1e12 / (fp32 * 900 / 1000), rel=1e-14)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from simulator.closed_forms import estimate
-from simulator.compute import host_wait_s
 from simulator.lower_bound import bound
-from simulator.pricing import op_s, segments_s
+from simulator.pricing.compute import host_wait_s
+from simulator.pricing.operations import op_s, segments_s
 from simulator.scenario.kernels import Kernels
 from simulator.scenario.plan import Plan, Precision
 from simulator.simulate import simulate_step
@@ -50,6 +50,24 @@ def test_softmax_and_dropout_pass_over_the_scores(attention, dropout, there, bac
     scores = TOKENS * SEQUENCE * HEADS
     softmax = lambda op: op.bytes if op.name == "attn.core.softmax" else 0.0  # noqa: E731
     assert (total(block.forward, softmax), total(block.backward, softmax)) == (there * scores, back * scores)
+
+
+def test_the_fused_softmax_takes_products_by_four():
+    """8 heads on four ranks are 2 products per sequence: of one sequence they go the eager way, of two the fused one."""
+    softmax = lambda op: op.bytes if op.name == "attn.core.softmax" else 0.0  # noqa: E731
+    found = {size: total(layer(Kernels(attention="unfused"), tp=4, micro_batch=size).forward, softmax) for size in (1, 2)}
+    scores = SEQUENCE * SEQUENCE * HEADS / 4
+    assert found == {1: 29 * scores, 2: 4 * 2 * scores}
+
+
+def test_a_separate_accumulation_reads_and_adds_every_gradient():
+    """It reads the bf16 gradient, reads and writes the fp32 main one; the product then writes 2 bytes instead of reading and writing 4."""
+    fused, separate = (layer(Kernels(accumulation=how)) for how in ("fused", "separate"))
+    matrices = sum(size for _, size in separate.matrices)
+    added = total(separate.backward, lambda op: op.bytes if op.name.endswith(".accumulate") else 0.0)
+    assert added == (2 + 4 + 4) * matrices
+    assert total(separate.backward, lambda op: op.bytes) == total(fused.backward, lambda op: op.bytes) + (10 - 6) * matrices
+    assert separate.forward == fused.forward
 
 
 def test_saved_scores_are_those_of_korthikanti():

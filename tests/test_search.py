@@ -17,7 +17,7 @@ from simulator.lower_bound import bound, passes_table
 from simulator.planning.priced import PAIRED, Estimates, Priced, distinct
 from simulator.planning.search import search
 from simulator.planning.space import CHUNKS, CONTEXT, EXPERT_TENSOR, MICRO_BATCHES, SCHEDULES, Space, grouped, legal_table, numbered
-from simulator.pricing import Known
+from simulator.pricing.operations import Known
 from simulator.scenario.model import Model
 from simulator.scenario.placement import ORDER, PIPELINE_INSIDE
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Overlap, Plan, PlanColumns, Precision
@@ -40,6 +40,7 @@ SCENARIOS = {
     "gpipe": question(dense(4), 8, 96, plan=Plan(schedule="gpipe")),
     "odd rounds": question(dense(12), 8, 120),
     "not split": question(moe(4), 8, 16, plan=Plan(sequence_parallel=False, overlap=Overlap(grad_reduce=False, param_gather=False))),
+    "in pieces": question(dense(4), 8, 16, plan=Plan(overlap=Overlap(tp="pieces"))),
     "natural": question(moe(4), 8, 16, routing="natural", expert_load=3.0),
     "experts only": question(moe(4, leading=0, ffn=99), 8, 16),
 }

@@ -199,6 +199,8 @@ def _sharding(flags: _Flags) -> dict[str, Any]:
         zero = 2 if flags.on("torch-fsdp2-no-reshard-after-forward") else 3
     overlap = {"grad_reduce": flags.on("overlap-grad-reduce"), "param_gather": flags.on("overlap-param-gather")}
     overlap["pp"] = not flags.on("no-overlap-p2p-communication")  # what Megatron never overlaps, 1F1B, is Plan's to say
+    if flags.on("tp-comm-overlap"):
+        overlap["tp"] = "pieces"
     return {"zero": zero, "overlap": overlap, "dp_replicate": flags.whole("num-distributed-optimizer-instances", 1)}
 
 

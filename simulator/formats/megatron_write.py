@@ -84,7 +84,8 @@ def _degrees(plan: Plan) -> list[str]:
         "micro-batch-size": plan.micro_batch,
     }
     inside = ["--use-tp-pp-dp-mapping"] * (plan.placement.order == PIPELINE_INSIDE)
-    return [f"--{name} {value}" for name, value in flags.items()] + ["--sequence-parallel"] * plan.sequence_parallel + inside
+    switches = ["--sequence-parallel"] * plan.sequence_parallel + ["--tp-comm-overlap"] * (plan.overlap.tp == "pieces")
+    return [f"--{name} {value}" for name, value in flags.items()] + switches + inside
 
 
 def _pipeline(plan: Plan) -> list[str]:

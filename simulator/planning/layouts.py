@@ -11,7 +11,7 @@ from simulator.planning.compare import compare
 from simulator.planning.pool import Progress
 from simulator.planning.search import search
 from simulator.planning.space import Space
-from simulator.result import StepResult
+from simulator.results.step import StepResult
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 

@@ -26,12 +26,13 @@ from simulator.lower_bound import (
     sizes_table,
 )
 from simulator.planning.space import Table, grouped, numbered
-from simulator.pricing import Known, op_s
+from simulator.pricing.operations import Known, op_s
+from simulator.pricing.stage_times import BlockPrice, least_pair_s, price_blocks, stage_times
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, repeating, schedule
-from simulator.stage_times import BlockPrice, least_pair_s, price_blocks, stage_times
 from simulator.units import Number
+from simulator.workload.classes import heaviest_load
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Block
 from simulator.workload.stages import StageBlocks, blocks, stages_of
@@ -104,7 +105,7 @@ class Passes:
         known = Known(scenario.model, plans, scenario.cluster)
         for recompute, modules in table.recomputes:
             columns = _like(plans, plans.like.model_copy(update={"recompute": recompute, "recompute_modules": modules}))
-            own = blocks(scenario.model, columns, scenario.job)
+            own = blocks(scenario.model, columns, scenario.job, heaviest_load(columns, scenario.job))
             found = passes_table(own, scenario.model, columns, scenario.cluster, known) | sizes_table(own)
             parts.append({name: np.broadcast_to(values, (len(first), len(own))) for name, values in found.items()})
             sizes.append({name: replace(block, forward=(), backward=()) for name, block in own.items()})

@@ -52,7 +52,7 @@ class Accelerator(Facts):
     older_attention : dict
         Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
     kernels : dict
-        Measured cost by kind of kernel (`simulator.pricing.kernel_name`); what is here replaces the general model above.
+        Measured cost by kind of kernel (`simulator.pricing.operations.kernel_name`); what is here replaces the general model above.
     in_training : dict
         Speed in a training step over that of the benchmarks above, where power, clocks and caches are shared: ``gemm`` in 16 and
         32 bits, ``gemm_low`` in 8 and 4 bits, ``grouped`` on top of either, ``attention``, ``memory``; 1 where left out.
@@ -113,6 +113,8 @@ class Host(Facts):
     reduction_share : float, optional
         Share of the scale-up link at which the data of one accelerator passes through the reduction in the scale-up
         switches (NVLS); none without.
+    reduction_channels : int, optional
+        Channels over which a library runs that reduction, each with a chunk per member under way; none: filling them is free.
     mesh : bool
         Whether the links go straight to each peer of the domain, an equal share to each, and not to switches: a group
         that leaves out peers leaves out their links.
@@ -139,6 +141,7 @@ class Host(Facts):
     scale_up_bytes_per_s: BytesPerS
     bus_bytes_per_s: dict[Collective, BytesPerS]
     reduction_share: Fraction | None = None
+    reduction_channels: int | None = Field(default=None, gt=0)
     mesh: bool = False
     nic_bytes_per_s: BytesPerS
     base_latency_s: Protocols

@@ -9,9 +9,11 @@ from simulator.scenario.facts import Frozen
 #: ``flash`` is the fastest fused attention for the hardware; the other three are what older stacks run
 Attention = Literal["flash", "flash2", "flash1", "unfused", "eager"]
 Fusion = Literal["fused", "eager"]
-#: parts of a layer, in the words of Megatron's ``cuda_graph_scope``; ``full`` is the whole iteration
 #: how the experts of a rank are multiplied
 Grouping = Literal["grouped", "fused"]
+#: how a weight gradient is added to what earlier micro-batches left
+Accumulation = Literal["fused", "separate"]
+#: parts of a layer, in the words of Megatron's ``cuda_graph_scope``; ``full`` is the whole iteration
 Graph = Literal["attn", "moe_router", "moe_preprocess", "moe", "mlp", "full"]
 
 #: beginnings of the names of the operations that each scope captures
@@ -43,6 +45,9 @@ class Kernels(Frozen):
         ``grouped``: a product per expert, a kernel for each activation and cast. ``fused``: one product over all experts, as
         efficient as a dense one, whose epilogue activates and casts (the CuTeDSL kernels of cuDNN, Transformer Engine pull
         request 2769); it takes the experts' loads from device memory, so a whole step can be a CUDA graph.
+    accumulation : str
+        ``fused``: the product itself adds a weight gradient to the main gradients (Megatron since 2022, Transformer Engine).
+        ``separate``: it writes the gradient, which a kernel of its own then adds to them.
     graphs : tuple of str
         Parts of a layer whose kernels are captured in CUDA graphs, so that the host does not launch them one by one.
     """
@@ -52,6 +57,7 @@ class Kernels(Frozen):
     pointwise: Fusion = "fused"
     dropout: bool = False
     experts: Grouping = "grouped"
+    accumulation: Accumulation = "fused"
     graphs: tuple[Graph, ...] = ()
 
     def captured(self, name: str) -> bool:

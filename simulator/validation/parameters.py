@@ -18,14 +18,15 @@ import pandas as pd
 from simulator.closed_forms import estimate_s, orders
 from simulator.errors import ProfileError, SimulatorError
 from simulator.fitting import Fitted, Parameter, fit, leave_out
+from simulator.pricing.stage_times import price_blocks, stage_times
 from simulator.scenario.plan import COLUMNS, PlanColumns
 from simulator.scenario.scenario import Scenario
-from simulator.stage_times import price_blocks, stage_times
 from simulator.validation.published import scenario_from_row
 from simulator.workload.stages import blocks, stage_blocks
 
 #: beginning of an accelerator's name -> its generation of silicon and its power
-SILICON = {"a100": "Ampere", "h100": "Hopper", "h200": "Hopper", "h800": "Hopper", "mi300x": "CDNA 3"}
+SILICON = {"a100": "Ampere", "h100": "Hopper", "h200": "Hopper", "h800": "Hopper", "mi300x": "CDNA 3", "mi325x": "CDNA 3"}
+SILICON |= {"mi355x": "CDNA 4"}
 #: of one silicon, beside Grace it gets a fifth more power and other processors launch its kernels
 SILICON |= {"b200": "Blackwell", "b300": "Blackwell", "gb200": "Grace Blackwell", "gb300": "Grace Blackwell"}
 #: parts of ``Accelerator.in_training`` and their bounds: nothing beats its benchmark by more than a newer library could, nor loses

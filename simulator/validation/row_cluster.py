@@ -34,6 +34,8 @@ MACHINES = {
     "GB200": ("gb200-186", "gb200-nvl72", "ib-ndr-nvl72"),
     "GB300": ("gb300-288", "gb300-nvl72", "ib-xdr-rail"),
     "MI300X": ("mi300x", "mi300x-platform", "roce-400g"),
+    "MI325X": ("mi325x", "mi300x-platform", "roce-400g"),
+    "MI355X": ("mi355x", "mi355x-platform", "roce-400g"),
 }
 MACHINES |= {machine[0]: machine for machine in MACHINES.values()}  # a user writes the profile's own name
 #: printed name -> facts that differ from the profile, their grade and what else had to be assumed

@@ -8,6 +8,8 @@ from typing import Any
 from simulator.scenario.kernels import Kernels
 from simulator.validation.row import Row
 
+#: sources on Megatron-LM of 2021 or forks of it: no --gradient-accumulation-fusion, no asynchronous all-reduce of an input gradient
+BEFORE_2022 = "vTrain|SC'21|BLOOM|MT-NLG"
 #: sources of one software generation -> its kernels and why
 _STACKS: list[tuple[str, dict[str, Any], str]] = [
     (
@@ -15,11 +17,17 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
         {"attention": "unfused", "dropout": True},
         "Megatron-LM before FlashAttention: scores in memory, fused softmax, dropout",
     ),
+    (
+        BEFORE_2022,
+        {"accumulation": "separate"},
+        "forks of Megatron-LM before 2022: gradients added to those of earlier micro-batches by a kernel of its own",
+    ),
     ("BLOOM", {"attention": "unfused"}, "Megatron-DeepSpeed before FlashAttention: scores in memory, fused softmax, no dropout"),
     ("MosaicML", {"attention": "flash1", "pointwise": "eager"}, "llm-foundry of 2023: first FlashAttention in Triton, eager PyTorch"),
     ("InternEvo", {"attention": "flash1"}, "InternEvo of 2023: first FlashAttention, fused norms"),
     ("Aleph-Alpha", {"norm": "eager", "pointwise": "eager"}, "eager rotary embedding, activation and loss"),
     ("torchtitan", {"attention": "flash2"}, "PyTorch's attention is FlashAttention-2; torch.compile fuses the rest"),
+    ("Llama 3 Herd|NeMo24.03", {"attention": "flash2"}, "early 2024: FlashAttention-2's speed on Hopper, before FlashAttention-3"),
 ]
 #: Aleph-Alpha's ``kernel=`` -> fields
 _NAMED: dict[str, dict[str, str]] = {
@@ -34,7 +42,7 @@ def kernels_of(row: Row) -> Kernels:
     """Return the kernels of a published row; what the row does not print is added to its assumptions."""
     fields: dict[str, Any] = {}
     for source, found, said in _STACKS:
-        if row.has(source, "source"):
+        if row.has(source, "source", "provenance"):
             fields |= found
             row.assume(f"kernels not printed: {said}")
     named = re.search(r"kernel=([^;]*)", row.text("overlap_notes"))

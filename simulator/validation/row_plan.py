@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from simulator.errors import ProfileError
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Module, Overlap, Plan, Precision
 from simulator.validation.row import Row
-from simulator.validation.row_kernels import kernels_of
+from simulator.validation.row_kernels import BEFORE_2022, kernels_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
-    r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|async TP": "tensor-parallel communication beside compute",
+    r"async TP": "PyTorch's asynchronous tensor parallelism",
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
     r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
@@ -25,6 +25,8 @@ _NOT_MODELLED = {
     r"grouped_gemm=false": "one GEMM per expert instead of a grouped one",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
+#: words for tensor-parallel collectives in pieces beside their products
+_IN_PIECES = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True"
 #: words for expert all-to-all beside the compute of another micro-batch
 _PAIRED = (
     r"moe_a2a_overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap|overlap_moe_expert_parallel_comm=True|A2A_OVERLAP=1|DualPipe overlaps"
@@ -54,10 +56,10 @@ def plan_of(row: Row, model: Model) -> Plan:
     """
     degrees = _degrees(row, model)
     for pattern, mechanism in _NOT_MODELLED.items():
-        inert = mechanism.startswith("tensor-parallel") and degrees["tp"] == 1
-        if not inert and row.has(pattern, "overlap_notes", "notes", "pp_schedule", "precision"):
+        if row.has(pattern, "overlap_notes", "notes", "pp_schedule", "precision"):
             row.assume(f"not modelled: {mechanism}")
     recompute, modules = _recompute(row, model)
+    sequence_parallel = _sequence_parallel(row, degrees["tp"])
     table = None
     schedule = _schedule(row, degrees)
     if schedule == "dualpipe":
@@ -74,10 +76,10 @@ def plan_of(row: Row, model: Model) -> Plan:
         layout=_layout(row, model, degrees["pp"] * (1 if schedule == "dualpipe" else degrees["vpp"])),
         recompute=recompute,
         recompute_modules=modules,
-        sequence_parallel=_sequence_parallel(row, degrees["tp"]),
+        sequence_parallel=sequence_parallel,
         dispatcher=_dispatcher(row, model),
         precision=_precision(row),
-        overlap=_overlap(row, degrees),
+        overlap=_overlap(row, degrees, sequence_parallel),
         kernels=kernels_of(row),
     )
 
@@ -300,9 +302,12 @@ def _precision(row: Row) -> Precision:
     return Precision(**fields)
 
 
-def _overlap(row: Row, degrees: dict[str, int]) -> Overlap:
+def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Overlap:
     notes = row.text("overlap_notes")
-    tp = not row.has("torchtitan", "source")  # PyTorch's own tensor parallelism gathers nothing again beside a gradient
+    # PyTorch's own tensor parallelism gathers nothing again beside a gradient; Megatron-LM reduces beside one since 2022
+    tp: bool | Literal["pieces"] = not row.has(f"torchtitan|{BEFORE_2022}", "source")
+    if degrees["tp"] > 1 and sequence_parallel and row.has(_IN_PIECES, "overlap_notes", "notes"):
+        tp = "pieces"
     pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")
     if not pp:
         row.assume("messages between stages not printed: none beside compute, as in the authors' script; their own schedules send aside")

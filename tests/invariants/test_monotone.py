@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import moe, scenario, scenarios
 
-from simulator.durations import RankDurations, Uneven, rank_load, uneven
 from simulator.engine.ranks import replay_ranks
 from simulator.errors import ProfileError
 from simulator.planning.remedies import remedies
-from simulator.pricing import loaded, op_s
+from simulator.pricing.durations import RankDurations, Uneven, rank_load, uneven
+from simulator.pricing.operations import loaded, op_s
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario

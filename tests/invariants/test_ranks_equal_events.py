@@ -12,7 +12,7 @@ from simulator.engine.events import run
 from simulator.engine.order import prepare
 from simulator.engine.ranks import critical_path, longest, replay_ranks
 from simulator.errors import DeadlockError
-from simulator.ranks import RanksResult
+from simulator.results.ranks import RanksResult
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario

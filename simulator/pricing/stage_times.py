@@ -8,9 +8,9 @@ from operator import attrgetter
 
 import numpy as np
 
-from simulator.beside import Beside
 from simulator.engine.replay import Lap, Runs, entry_s
-from simulator.pricing import Known, op_s, segments_s
+from simulator.pricing.beside import Beside
+from simulator.pricing.operations import Known, op_s, segments_s
 from simulator.scenario.cluster import Accelerator, Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model

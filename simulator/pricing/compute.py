@@ -11,6 +11,12 @@ from simulator.units import Number
 _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
 #: elements in 16 bits
 _PER_16_BITS = {"fp4": 4.0, "fp8": 2.0}
+#: elements whose rows the matrix units load in whole vectors of 16 bytes
+_VECTOR = {"fp4": 32, "fp8": 16, "bf16": 8, "fp16": 8, "fp32": 4}
+#: speed of a product with rows that are no whole vectors, over that of one whose rows are; published: Netflix, "Scaling LLM
+#: Post-Training at Netflix", 2026, saw a third of it in output projections to vocabularies that are not padded. NVIDIA, "Matrix
+#: Multiplication Background User's Guide": cuBLAS 11 still uses the matrix units then, but less efficiently
+RAGGED = 0.4
 
 
 def _run_as(accelerator: Accelerator, dtype: str) -> str:
@@ -46,8 +52,24 @@ def gemm_shape_efficiency(m: Number, n: Number, k: Number, groups: Number, accel
     return m * n / (tiles * tile_m * tile_n) * (waves / spent) * k / (k + ramp)
 
 
+def whole_vectors(inner: Number, n: Number, dtype: str) -> Number:
+    """Return whether the rows of a product's matrices, `inner` and `n` elements long, are whole vectors of 16 bytes."""
+    vector = _VECTOR[dtype]
+    return (np.mod(inner, vector) == 0) & (np.mod(n, vector) == 0)
+
+
 def gemm_s(
-    flop: Number, size: Number, m: Number, n: Number, k: Number, groups: Number, dtype: str, grouped: bool, accelerator: Accelerator
+    flop: Number,
+    size: Number,
+    m: Number,
+    n: Number,
+    k: Number,
+    groups: Number,
+    dtype: str,
+    grouped: bool,
+    accelerator: Accelerator,
+    whole: Number = True,
+    batched: bool = False,
 ) -> Number:
     """Return seconds of a GEMM or of a grouped one.
 
@@ -61,6 +83,11 @@ def gemm_s(
         Datatype of the inputs.
     grouped : bool
         Whether the products have weights of their own and a kernel each, side by side.
+    whole : Number
+        Whether rows are `whole_vectors`; if not, it is slower.
+    batched : bool
+        Whether it is one kernel for many small products: with rows that are no whole vectors, libraries run it on the ordinary
+        cores, at the rate of fp32.
 
     Notes
     -----
@@ -72,6 +99,8 @@ def gemm_s(
     rate = rate * _in_training(accelerator, "gemm_low" if run_as in ("fp8", "fp4") else "gemm")
     if grouped:
         rate = rate * accelerator.grouped_gemm_efficiency * _in_training(accelerator, "grouped")
+    ordinary = accelerator.peak_flop_per_s["fp32"] * accelerator.gemm_efficiency["fp32"] if batched else RAGGED * rate
+    rate = np.where(whole, rate, np.minimum(ordinary, rate))
     share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator, run_as), 1e-9)
     return _launched(np.maximum(flop / (rate * share), _streamed(size, accelerator)), flop, accelerator)
 
