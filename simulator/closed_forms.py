@@ -104,7 +104,8 @@ def _ends(plan: Plan | PlanColumns, t: StageTimes, order: Schedule) -> tuple[Num
         return ends, ends.max(axis=-1)
     args = order, lambda what: _laps(plan, t, what), t.forward_s.shape[:-1], t.hop_s
     keys = [tuple(map(id, stage)) for stage in t.stage_blocks]
-    return replay_streams(*args, ready, busy, not plan.overlap.pp, [keys.index(key) for key in keys])
+    ahead, alike = plan.overlap.prefetch if plan.zero >= 3 else 1, [keys.index(key) for key in keys]
+    return replay_streams(*args, ready, busy, not plan.overlap.pp, ahead, alike)
 
 
 def _laps(plan: Plan | PlanColumns, t: StageTimes, what: tuple[tuple[str, int], ...]) -> list[list[Lap]]:

@@ -14,7 +14,6 @@ from simulator.pricing.durations import Uneven, uneven
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
 from simulator.schedules import Action, Schedule, actions, schedule
-from simulator.workload.classes import heaviest_load
 from simulator.workload.memory import goes_layerwise, kept_bytes, memory_per_stage
 from simulator.workload.stages import blocks, stage_blocks
 
@@ -86,11 +85,12 @@ def memory_per_rank(scenario: Scenario, what: Uneven | None = None) -> dict[str,
 
     Notes
     -----
-    Without a routing of its own a scenario follows its job: even, or one heavy rank in each expert group. Temporaries of a
-    backward are those of the heaviest layer and micro-batch.
+    Without a routing of its own a scenario counts as even: a job's `expert_load` tells how heavy the heaviest rank of a layer is,
+    and it is another rank on each layer, so that what its layers keep in sum is near the mean; a routing draws them all.
+    Temporaries of a backward are those of the heaviest layer and micro-batch.
     """
     model, plan, job = scenario.model, scenario.plan, scenario.job
-    load, peaks = heaviest_load(plan, job), None
+    load, peaks = 1.0, None
     if model.experts is not None and (what is not None or scenario.routing is not None):
         drawn = (what or uneven(scenario, Variation(jitter=0), scenario.routing)[0]).load
         if drawn is not None:

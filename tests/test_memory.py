@@ -479,6 +479,14 @@ def test_mistake_minimum_accelerators_of_a_known_plan(ep, etp, least):
     assert minimum_accelerators(plan(tp=8, pp=16, ep=ep, etp=etp)) == least
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 2, 5])
+def test_blocks_gathered_ahead_are_held(ahead):
+    """ZeRO-3: whole weights of the block that runs and of those ahead, on a stage of six blocks; one ahead is usual."""
+    plans = (plan(dp_shard=4, zero=3, overlap=Overlap(prefetch=n)) for n in (ahead, 1))
+    found, usual = (only(measured(DENSE, p), "buffers") for p in plans)
+    assert found - usual == (ahead - 1) * 2 * LAYER
+
+
 def test_buffers_of_collectives_in_pieces():
     """Whole rows ten times over (Transformer Engine): six in the datatype of the product, four in bf16; none for one rank."""
     pieces = Overlap(tp="pieces")

@@ -17,11 +17,15 @@ from simulator.formats.launch import Launch
 from simulator.formats.megatron_flags import HARMLESS, HARMLESS_STARTS, MODEL, NOT_MODELLED, READ
 from simulator.scenario.facts import choices
 from simulator.scenario.placement import PIPELINE_INSIDE
-from simulator.scenario.plan import Module, Plan
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Plan
 from simulator.scenario.profiles import validated
 
 _SHARDING = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
 _DEEPEP = ("deepep", "hybridep", "ncclep")
+
+
+#: choices of --recompute-modules that are modelled
+_MODULES = tuple(name for name in choices(Module) if name not in (*EVERY_OTHER_PRODUCT[1:4],))
 
 
 class _Flags:
@@ -183,8 +187,8 @@ def _recompute(flags: _Flags) -> dict[str, Any]:
     for name in (flags.values.get("recompute-modules") or ["core_attn"]) if kind == "selective" else []:
         if name == "shared_experts":
             flags.warn("--recompute-modules shared_experts is not modelled: its activations are kept")
-        elif name not in choices(Module):
-            flags.refuse("recompute-modules", f"--recompute-modules {name} is not a choice", nearest(name, choices(Module)))
+        elif name not in _MODULES:
+            flags.refuse("recompute-modules", f"--recompute-modules {name} is not a choice", nearest(name, _MODULES))
         else:
             modules.append(name)
     return {"recompute": kind or "none"} | ({"recompute_modules": modules} if kind == "selective" else {})

@@ -32,7 +32,6 @@ from simulator.scenario.plan import COLUMNS, INTERLEAVED, Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, repeating, schedule
 from simulator.units import Number
-from simulator.workload.classes import heaviest_load
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Block
 from simulator.workload.stages import StageBlocks, blocks, stages_of
@@ -105,7 +104,7 @@ class Passes:
         known = Known(scenario.model, plans, scenario.cluster)
         for recompute, modules in table.recomputes:
             columns = _like(plans, plans.like.model_copy(update={"recompute": recompute, "recompute_modules": modules}))
-            own = blocks(scenario.model, columns, scenario.job, heaviest_load(columns, scenario.job))
+            own = blocks(scenario.model, columns, scenario.job)
             found = passes_table(own, scenario.model, columns, scenario.cluster, known) | sizes_table(own)
             parts.append({name: np.broadcast_to(values, (len(first), len(own))) for name, values in found.items()})
             sizes.append({name: replace(block, forward=(), backward=()) for name, block in own.items()})

@@ -9,6 +9,11 @@ from simulator.scenario.measured import KernelCost
 from simulator.units import Number
 
 _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
+#: speed of kernels that gather or scatter rows, over that of kernels that stream: 0.50 and 0.51 of the memory bandwidth for
+#: permutes forward and backward, 0.67 for others, measured on B200 (MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json)
+GATHERING = 0.75
+#: keys per query at which attention is benchmarked: a causal sequence of 8,192
+_KEYS = 4096
 #: elements in 16 bits
 _PER_16_BITS = {"fp4": 4.0, "fp8": 2.0}
 #: elements whose rows the matrix units load in whole vectors of 16 bytes
@@ -105,31 +110,45 @@ def gemm_s(
     return _launched(np.maximum(flop / (rate * share), _streamed(size, accelerator)), flop, accelerator)
 
 
-def attention_s(flop: Number, size: Number, width: Number, backward: bool, accelerator: Accelerator, generation: str = "flash") -> Number:
-    """Return seconds of fused attention in bf16.
+def attention_s(
+    flop: Number, size: Number, width: Number, keys: Number, backward: bool, accelerator: Accelerator, generation: str = "flash"
+) -> Number:
+    """Return seconds of fused attention.
 
     Parameters
     ----------
     width : Number
         Mean of the key and value widths of a head.
+    keys : Number
+        Mean number of keys that a query sees.
     generation : str
-        ``flash`` for the hardware's fastest kernels, or an older generation of ``older_attention``.
+        ``flash`` for the hardware's fastest kernels in bf16, ``flash_fp8`` in 8 bits, or an older generation of ``older_attention``.
 
     Notes
     -----
-    The efficiency holds for width 128; others run at ``d / (d + head_ramp)`` relative to that, wider ones at no more.
+    The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones at
+    no more, and at ``keys / (keys + keys_ramp)``.
     """
-    ramp = accelerator.head_ramp
+    ramp, short = accelerator.head_ramp, accelerator.keys_ramp or 0
     narrow = np.minimum(width / (width + ramp) * (128 + ramp) / 128, 1.0)
+    narrow = narrow * keys / (keys + short) * (_KEYS + short) / _KEYS
     share = accelerator.attention_efficiency["backward" if backward else "forward"] * accelerator.older_attention.get(generation, 1.0)
-    share = share * narrow * _in_training(accelerator, "attention")
+    share = (
+        share * narrow * _in_training(accelerator, "attention") * ((accelerator.fp8_attention or 1.0) if generation == "flash_fp8" else 1.0)
+    )
     seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
     return _launched(seconds, flop, accelerator)
 
 
-def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0) -> Number:
-    """Return seconds of `launches` kernels that are bound by device memory: `size` bytes at the sustained bandwidth."""
-    return _launched(_streamed(size, accelerator), size, accelerator, launches)
+def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0, gathers: bool = False) -> Number:
+    """Return seconds of `launches` kernels that are bound by device memory: `size` bytes at the sustained bandwidth.
+
+    Parameters
+    ----------
+    gathers : bool
+        Whether they gather or scatter rows (`GATHERING`).
+    """
+    return _launched(_streamed(size, accelerator) / (GATHERING if gathers else 1.0), size, accelerator, launches)
 
 
 def host_wait_s(launches: Number, meanwhile_s: Number, dispatch_s: float | None) -> Number:

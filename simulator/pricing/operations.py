@@ -87,8 +87,8 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         return compute.gemm_s(op.flop, op.bytes, *shape, grouped, cluster.accelerator, whole, batched)
     if op.kind == "attention":
         width, backward = (op.k + op.n) / 2, op.grad == "input"
-        return compute.attention_s(op.flop, op.bytes, width, backward, cluster.accelerator, plan.kernels.attention)
-    return compute.memory_s(op.bytes, cluster.accelerator, op.launches)
+        return compute.attention_s(op.flop, op.bytes, width, keys_of(op), backward, cluster.accelerator, plan.kernels.attention)
+    return compute.memory_s(op.bytes, cluster.accelerator, op.launches, gathers=op.name.endswith("permute"))
 
 
 class Known:

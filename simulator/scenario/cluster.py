@@ -49,6 +49,11 @@ class Accelerator(Facts):
         Share of the idle time of the last wave of tiles that smaller tiles or split-K win back.
     head_ramp : int
         Head width that costs fused attention half of its speed; the published efficiency is that of width 128.
+    keys_ramp : int
+        Keys per query that cost fused attention half of its speed, on tiles that the mask cuts and on short loops; the published
+        efficiency is that of 4,096 keys, a causal sequence of 8,192. Left out: any number is as fast.
+    fp8_attention : float
+        Speed of fused attention in 8 bits over that in bf16; the same where left out.
     older_attention : dict
         Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
     kernels : dict
@@ -73,6 +78,8 @@ class Accelerator(Facts):
     k_ramp: int = Field(ge=0)
     last_wave_recovered: float = Field(ge=0, le=1)
     head_ramp: int = Field(ge=0)
+    keys_ramp: int | None = Field(default=None, ge=0)
+    fp8_attention: float | None = Field(default=None, ge=1, lt=2.5)
     older_attention: dict[Literal["flash2", "flash1"], Fraction] = {}
     in_training: dict[InTraining, Annotated[float, Field(gt=0.3, lt=2.0)]] = {}
     tdp_w: Watts

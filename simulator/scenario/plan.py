@@ -24,7 +24,10 @@ Schedule = Literal[
 INTERLEAVED, TWO_CHUNKS = ("interleaved", "interleaved-overlapped", "interleaved-zb"), ("zb-v", "dualpipe", "dualpipev")
 Recompute = Literal["none", "selective", "full"]
 #: parts of a layer whose activations selective recompute may drop, in Megatron's words; mlp_act is moe_act for a dense MLP
-Module = Literal["core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj", "mlp", "moe"]
+Module = Literal["core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj", "mlp", "moe", "attn_out", "mlp_gate", "tp_gather"]
+#: modules that torchtitan's checkpointing by operation computes again: of each layer's products it keeps the first, third, fifth
+#: and seventh (query, value, gate, down), and attention (torchtitan/distributed/activation_checkpoint.py)
+EVERY_OTHER_PRODUCT: tuple[Module, ...] = ("layernorm", "tp_gather", "attn_out", "mlp_gate", "mlp_act")
 
 #: bytes of one element; fp8 and fp4 carry one scale per 128 and per 16 elements
 ELEMENT_BYTES: dict[str, float] = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4 / 128, "fp4": 0.5 + 1 / 16}
@@ -120,6 +123,9 @@ class Overlap(Frozen):
         products that gather before them or reduce-scatter behind them, so that their pieces run beside those of the collective
         (Transformer Engine's userbuffers, Megatron ``--tp-comm-overlap``; `simulator.workload.ops.arriving`). PyTorch's asynchronous
         tensor parallelism is not that: torchtitan measured 4 to 14 % less time, a third of what pieces save on the same plans.
+    prefetch : int
+        Blocks whose parameters ZeRO-3 gathers ahead of the one that runs. The default is what FSDP2 does by itself, and so
+        torchtitan; more (``set_modules_to_forward_prefetch``) hides longer gathers and holds as many more blocks, 0 hides none.
     pp : bool
         Send to other stages beside the next action. False starts it only when the message has left, as Megatron does without
         interleaving or with ``--no-overlap-p2p-communication``.
@@ -130,6 +136,7 @@ class Overlap(Frozen):
     multiprocessors: float = Field(default=20 / 132, ge=0, lt=1)
     collective_multiprocessors: float = Field(default=16 / 132, ge=0, lt=1)
     tp: bool | Literal["pieces"] = True
+    prefetch: int = Field(default=1, ge=0)
     pp: bool = True
 
 
@@ -212,6 +219,9 @@ class Plan(Frozen, _Degrees):
         between: E embedding, t layer, m MTP layer, L head, e.g. ``Et*3|t*4|t*4|tmL`` or ``Et*3|(t*4|)*2tmL``.
     recompute : str
         ``none``, ``selective`` (the `recompute_modules`) or ``full``.
+    recompute_modules : tuple of str
+        In Megatron's words; and ``attn_out`` and ``mlp_gate``, the output projection of attention and the gate's (of `kernels` that
+        keep the gate apart), ``tp_gather``, the gathered rows of tensor parallelism.
     sequence_parallel : bool
         Split norms and residuals over tp, as Megatron does.
     dispatcher : str

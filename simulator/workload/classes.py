@@ -15,10 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.scenario.job import Job
 from simulator.scenario.mesh import group, members
 from simulator.scenario.plan import Plan
-from simulator.units import Number
 
 AXES = ("tp", "cp", "ep", "etp", "dp", "edp", "dp_replicate", "copies", "world")
 
@@ -101,13 +99,6 @@ def rank_classes(plan: Plan, slowdown: np.ndarray, load: np.ndarray, every_rank:
         labels, representative, count, stage[representative], slowdown[representative], load[representative],
         labels[before[representative]], labels[after[representative]], meets,
     )  # fmt: skip
-
-
-def heaviest_load(plan: Plan, job: Job) -> Number:
-    """Return the tokens that the experts of the heaviest rank receive, over the mean, as `job` routes them."""
-    if job.routing != "natural":
-        return 1.0
-    return np.where(np.asarray(plan.ep) > 1, np.minimum(job.expert_load, plan.ep), 1.0)
 
 
 def rank_loads(plan: Plan, heaviest: float) -> np.ndarray:

@@ -21,6 +21,7 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import LayerKind, Model
 from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, Precision
 from simulator.units import Number
+from simulator.workload.experts import rows_sorted
 from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op, Segment, gemm
 
 #: bytes of the softmax that unfused attention saves per score: in 16 bits, or in fp32 and cast
@@ -52,8 +53,16 @@ SOFTMAX_BLOCK = 4
 EAGER_NORM_BYTES = (36.0, 100.0)
 #: times that eager rotary embedding reads or writes its rows, most of them in fp32
 EAGER_ROTARY_PASSES = 14
-#: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order
-ROUTER_LAUNCHES, PERMUTE_LAUNCHES = (20, 15), (8, 8)
+#: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order, for
+#: which a map of rows is made first; of moving whole chunks of rows
+ROUTER_LAUNCHES, PERMUTE_LAUNCHES, SORT_LAUNCHES = (20, 15), (8, 8), (3, 2)
+#: bytes per element that adding the last bias of experts moves, forward and backward, in separate operations of PyTorch: the bias
+#: times the probability (write), the sum (read twice, write), one tensor of all experts (read, write); backward the tensor
+#: again, and the gradient times the probability and times the bias (read, write each), summed up (read each). Megatron-Core,
+#: megatron/core/transformer/moe/experts.py, ``TEGroupedMLP._apply_bias``
+EXPERT_BIAS_BYTES = (12.0, 16.0)
+#: kernels of that for every expert
+EXPERT_BIAS_LAUNCHES = (3, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +161,7 @@ def _enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tupl
     size = x.tokens * width * BF16
     if not x.sequence_parallel:
         return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input")
-    b.add([(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"),)], [], modules=modules)
+    b.add([(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"),)], [], modules=(*modules, "tp_gather"))
     again = Op(f"{name}.gather", "all_gather", bytes=size, axis="tp", grad="weight")
     return again, Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
 
@@ -191,7 +200,7 @@ def _row_parallel(
     """Append a row-parallel linear layer and the sum of its partial rows, as the plan overlaps them."""
     if not x.pieces:
         b.linear(name, x.tokens, k, width, saved=saved, modules=modules)
-        _leave_tp(b, part, x, width, modules)
+        _leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"))  # by operation, what is reduce-scattered is kept
         return
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
     gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype, grad="input")
@@ -275,9 +284,12 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
     width = (local_heads + 2 * local_kv) * dim
     _column_parallel(b, "attn", "attn.qkv", x, h, width)
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
+    if model.qk_norm:
+        b.memory("attn.qk_norm", 2 * rotated, 3 * rotated, rotated, launches=(2, 4))
     _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
-    _row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, saved=_twice(b, x.tokens * local_heads * dim))
+    b.add([], [], _twice(b, x.tokens * local_heads * dim))  # attention's output, the projection's input
+    _row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, ("attn_out",))
     b.dense_parameters = b.dense_parameters + h * width + local_heads * dim * h
     b.dense_parameters = b.dense_parameters + (width if model.attention_bias else 0) + (h if model.output_bias else 0)
     b.dense_parameters = b.dense_parameters + (2 * dim if model.qk_norm else 0) + (local_heads if model.sinks else 0)
@@ -336,7 +348,11 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     """Dense MLP, column- then row-parallel: up (and gate), activation, down; the up-projection is `kept` for the backward."""
     h, local, mats = model.hidden, ffn / x.tp, 2 if model.gated else 1
     saved, cast = _kept(x.tokens * mats * local, kept)
-    _column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
+    if mats == 2 and b.kernels.gate == "separate":
+        _column_parallel(b, f"{name}.gate", f"{name}.gate", x, h, local, (*modules, "mlp_gate"), saved / 2)
+        _column_parallel(b, f"{name}.up", f"{name}.up", x, h, local, modules, saved / 2)
+    else:
+        _column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
     size = x.tokens * local * BF16
     _activation(b, name, mats, size, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
     b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
@@ -351,7 +367,7 @@ def _kept(elements: Number, dtype: Dtype) -> tuple[Number, Number]:
     return saved, (saved if dtype != "bf16" else 0.0)
 
 
-def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> None:
+def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, dispatcher: str) -> None:
     """Router, dispatch, grouped experts, combine; shared experts beside them as a dense MLP.
 
     Notes
@@ -369,15 +385,18 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     scores = x.split_tokens * e.count * FP32
     b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
     b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES)
-    copies, rows_moved = received * h, (x.split_tokens + received) * h
+    copies = received * h
     # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
     cast = precision.dispatch == b.dtype != "bf16"
-    there, back = (rows_moved * ELEMENT_BYTES[p] for p in (precision.dispatch if cast else "bf16", "bf16"))
+    sent, arrived = (x.split_tokens * h * rows for rows in rows_sorted(e, dispatcher, x.ep))
+    element = ELEMENT_BYTES[precision.dispatch if cast else "bf16"]
+    sort = tuple(n * (arrived > 0) for n in (PERMUTE_LAUNCHES if dispatcher == "deepep" else SORT_LAUNCHES))
     if cast:
         b.memory("moe.dispatch.cast", x.split_tokens * h * (BF16 + b.element), 0.0, modules=moe)
-    b.memory("moe.permute", there, back, modules=moe, launches=PERMUTE_LAUNCHES)
+    b.memory("moe.permute", sent * element, sent * BF16, modules=moe, launches=PERMUTE_LAUNCHES)
     out, back = (x.split_tokens * h * ELEMENT_BYTES[p] for p in (precision.dispatch, precision.combine))
     b.exchange("moe.dispatch", out, back, moe)
+    b.memory("moe.arrived.permute", arrived * element, arrived * BF16, modules=moe, routed=True, launches=sort)
     gather, scatter = (
         Op("moe.etp", kind, bytes=copies * x.etp * BF16, axis="etp", routed=True) for kind in ("all_gather", "reduce_scatter")
     )
@@ -402,9 +421,13 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
         _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.element, ("moe", "moe_act"), routed=True)
     b.works(taken * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(fused, cast))
+    if model.mlp_bias and not fused and "full" not in b.kernels.graphs:  # a graph of everything cannot split by the experts' loads
+        launches = tuple(1 + each * local for each in EXPERT_BIAS_LAUNCHES)
+        b.memory("moe.bias", *(rows * h * each for each in EXPERT_BIAS_BYTES), modules=moe, routed=True, launches=launches)
     b.collective(scatter, gather, moe)
+    b.memory("moe.arrived.unpermute", arrived * BF16, arrived * element, modules=moe, routed=True, launches=sort)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
-    b.memory("moe.unpermute", rows_moved * BF16, there, modules=moe, launches=PERMUTE_LAUNCHES)
+    b.memory("moe.unpermute", sent * BF16, sent * element, modules=moe, launches=PERMUTE_LAUNCHES)
     if cast:
         b.memory("moe.combine.cast", 0.0, x.split_tokens * h * (BF16 + b.element), modules=moe)
     expert = (mats + 1) * h * ffn + ((mats * ffn + h) if model.mlp_bias else 0)
@@ -422,10 +445,10 @@ def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job, load:
     b.add([], [], layer_input)
     (_latent_attention if model.latent else _attention)(b, model, kind, x)
     _residual(b, x, model)
-    b.add([], [], layer_input)  # of the second norm
+    b.add([], [], layer_input, ("attn_out",))  # of the second norm
     _norm(b, "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
     if kind.moe:
-        _experts(b, model, x, plan.precision)
+        _experts(b, model, x, plan.precision, plan.dispatcher)
     else:
         _mlp(b, model, x, "mlp", model.ffn, ("mlp",), plan.precision.activations)
     _residual(b, x, model)
@@ -450,25 +473,26 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
 
     Notes
     -----
-    The loss reads the logits for the maximum, the sum and the gradient. How many bytes of each are kept, and live at its
-    fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16 gradient, the rows it gathers again,
-    their gradient and, unless it is added in place, the gradient of its matrix.
+    The loss reads the logits for the maximum, the sum and the gradient, those of all tp ranks where it gathers them. How many
+    bytes of each are kept, and live at its fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16
+    gradient, the rows it gathers again, their gradient and, unless it is added in place, the gradient of its matrix.
     """
     x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=bool(plan.overlap.tp), kernels=plan.kernels)
     vocab = model.vocab / x.tp
     _norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = _enter_tp(b, "head", x, model.hidden)
-    logits = x.tokens * vocab
-    kept, most = (
-        size * logits * (x.tp if plan.framework.cross_entropy == "gathered" else 1.0) for size in LOGIT_BYTES[plan.framework.cross_entropy]
-    )
+    logits, gathered = x.tokens * vocab, plan.framework.cross_entropy == "gathered"
+    seen = logits * (x.tp if gathered else 1.0)  # by the loss of this rank
+    kept, most = (size * seen for size in LOGIT_BYTES[plan.framework.cross_entropy])
     b.linear("head.logits", x.tokens, model.hidden, vocab, saved=kept, beside=beside)
     written = 0.0 if plan.framework.weight_gradients == "fused" else model.hidden * vocab * BF16
     b.works(most - kept)
     b.works(logits * BF16 - kept + 2 * x.tokens * model.hidden * BF16 + written)
     b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
-    eager = logits * 3 * FP32 if plan.kernels.pointwise == "eager" else 0.0  # log-softmax writes, its gradient reads and writes
-    b.memory("head.loss", logits * (BF16 + 3 * FP32), logits * (FP32 + BF16) + eager)
+    if gathered:
+        b.add([(Op("head.gather", "all_gather", bytes=seen * BF16, axis="tp"),)], [])
+    eager = 3 * FP32 if plan.kernels.pointwise == "eager" else 0.0  # log-softmax writes, its gradient reads and writes
+    b.memory("head.loss", seen * (BF16 + 3 * FP32), seen * (FP32 + BF16 + eager))
     if not model.tied_embeddings:
         b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
     return b.build(x.split_tokens * model.hidden * BF16)

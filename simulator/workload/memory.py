@@ -78,10 +78,14 @@ def low_precision_copies(plan: Plan) -> float:
 
 
 def _gathered(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan) -> Number:
-    """Whole weights (ZeRO-3) and whole gradients (ZeRO-2, ZeRO-3) of the two largest blocks in turn on each stage."""
+    """Whole weights (ZeRO-3) and whole gradients (ZeRO-2, ZeRO-3) of the largest blocks in turn on each stage.
+
+    Weights of the block that runs and of those gathered ahead of it, gradients of two.
+    """
     weights = min(ELEMENT_BYTES[plan.precision.parameters], AUTOGRAD)  # cast before they are gathered
-    element = weights * (plan.zero >= 3) + ELEMENT_BYTES[plan.precision.gradients] * (plan.zero >= 2)
-    return 2 * element * _largest(stages, blocks, lambda block: block.dense_parameters + block.expert_parameters)
+    ahead = np.array([min(plan.overlap.prefetch, max(len(stage) - 1, 1)) for stage in stages])
+    element = (1 + ahead) * weights * (plan.zero >= 3) + 2 * ELEMENT_BYTES[plan.precision.gradients] * (plan.zero >= 2)
+    return element * _largest(stages, blocks, lambda block: block.dense_parameters + block.expert_parameters)
 
 
 def _largest(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], size: Callable[[Block], Number]) -> Number:

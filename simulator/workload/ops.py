@@ -378,11 +378,13 @@ class BlockBuilder:
         backward: list[Segment] = []
         if self.recompute == "full":
             backward += _again(forward)
-        pending = set(self.recomputed)
+        pending, repeated = set(self.recomputed), set[int]()
         for entry in reversed(self._entries):
             due = entry.modules & pending
             if due:
-                backward += _again(s for e in self._entries if e.modules & due for s in e.forward)
+                several = [e for e in self._entries if e.modules & due and id(e) not in repeated]
+                backward += _again(s for e in several for s in e.forward)
+                repeated.update(map(id, several))
                 pending -= due
             backward += entry.backward
         everything = sum(e.saved for e in self._entries)
