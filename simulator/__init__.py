@@ -15,15 +15,15 @@ from simulator.lower_bound import bound
 from simulator.network.bill import bill_of_materials
 from simulator.network.build import topology
 from simulator.network.topology import Topology
-from simulator.outcome import sources
 from simulator.placing import fewest_bytes, tier_bytes
 from simulator.planning.fabrics import fabrics
 from simulator.planning.remedies import remedies
 from simulator.planning.search import Search, search
 from simulator.planning.space import Space
 from simulator.planning.sweep import grid, stored_scenario, stored_sweep, sweep
-from simulator.ranks import RanksResult
-from simulator.result import StepResult
+from simulator.results.outcome import sources
+from simulator.results.ranks import RanksResult
+from simulator.results.step import StepResult
 from simulator.scenario.catalogue import clusters, models
 from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.job import Job

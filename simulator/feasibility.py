@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from simulator.errors import DeadlockError, PlanError, Problem
+from simulator.expert_memory import memory_per_rank
 from simulator.scenario.placement import FEWEST_BYTES, ORDER, PIPELINE_INSIDE
 from simulator.scenario.plan import INTERLEAVED, Plan
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import schedule
 from simulator.units import readable
-from simulator.workload.memory import PARTS, memory_per_stage
-from simulator.workload.stages import blocks, stage_blocks
+from simulator.workload.memory import PARTS
+from simulator.workload.stages import stage_blocks
 
 
 def _divisors(n: int, at_most: int = 4096) -> list[int]:
@@ -121,6 +122,10 @@ def _model(s: Scenario) -> Iterator[Problem]:
             f"tp = {p.tp} with sequence_parallel: false would send every token {p.tp} times",
             "use sequence_parallel: true",
         )
+    extra = s.routing.redundant_experts if s.routing else 0
+    if extra and (e.count + extra) % p.ep:
+        numbers = f"{e.count} experts + {extra} redundant ones = {e.count + extra} slots do not divide over ep = {p.ep}"
+        yield Problem("expert slots divide by ep", numbers, f"use redundant_experts: {p.ep * -(-(e.count + extra) // p.ep) - e.count}")
     if s.job.routing == "natural" and s.job.expert_load > p.ep > 1:
         yield Problem("expert load is at most ep", f"expert_load = {s.job.expert_load}, ep = {p.ep}", f"use expert_load of at most {p.ep}")
 
@@ -225,10 +230,8 @@ def structure(scenario: Scenario) -> list[Problem]:
 
 
 def memory(scenario: Scenario) -> dict[str, Any]:
-    """Return bytes per pipeline rank, part by part; see `simulator.workload.memory.memory_per_stage`."""
-    model, plan, job = scenario.model, scenario.plan, scenario.job
-    micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
-    return memory_per_stage(model, plan, job, stage_blocks(model, plan, job), blocks(model, plan, job), micro_batches)
+    """Return bytes per pipeline rank, part by part; see `simulator.expert_memory.memory_per_rank`."""
+    return memory_per_rank(scenario)
 
 
 def _usual_remedies(p: Plan) -> list[dict[str, Any]]:

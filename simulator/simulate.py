@@ -7,29 +7,31 @@ from typing import Literal, overload
 
 import numpy as np
 
-from simulator.beside import Beside
-from simulator.contention import shares, stretched
-from simulator.durations import RankDurations, spans, uneven, variants
 from simulator.engine.events import run
 from simulator.engine.order import prepare
 from simulator.engine.ranks import replay_ranks
+from simulator.engine.timeline import Timeline
 from simulator.errors import PlanError, Problem, ProfileError
 from simulator.feasibility import check
+from simulator.network.collectives import crossings
 from simulator.placing import settled
-from simulator.pricing import op_s
-from simulator.ranks import RanksResult
-from simulator.result import StepResult, StepsResult
+from simulator.pricing.beside import Beside
+from simulator.pricing.contention import shares, stretched
+from simulator.pricing.durations import RankDurations, spans, uneven, variants
+from simulator.pricing.operations import op_s
+from simulator.pricing.stage_times import pass_beside
+from simulator.results.ranks import RanksResult
+from simulator.results.step import StepResult, StepsResult
 from simulator.scenario.cluster import Cluster
-from simulator.scenario.mesh import accelerator_of
+from simulator.scenario.mesh import accelerator_of, placed
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
 from simulator.schedules import schedule
-from simulator.stage_times import pass_beside
-from simulator.timeline import Timeline
 from simulator.workload.build import build_step
 from simulator.workload.classes import RankClasses, rank_classes, rank_loads
+from simulator.workload.memory import kept_bytes
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import StepProgram
 
@@ -64,7 +66,7 @@ def simulate_step(
         For ``all``: as for `simulate_ranks`.
     contention : bool
         For ``classes``: let collectives of different kinds that overlap in time slow each other where they share links
-        (`simulator.contention`); that all groups of one kind share them is always in.
+        (`simulator.pricing.contention`); that all groups of one kind share them is always in.
 
     Raises
     ------
@@ -168,7 +170,8 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
         problems.append(Problem("at least one seed", f"seeds = {seeds}", "use 1 or more"))
     if problems:
         raise PlanError(problems)
-    plan, variation, routing = scenario.plan, variation or Variation(jitter=0), routing or scenario.routing
+    plan, variation, routing, asked = scenario.plan, variation or Variation(jitter=0), routing or scenario.routing, scenario
+    scenario = node_limited(scenario, routing)
     same = np.ones(plan.world)
     program = build_step(scenario.model, plan, scenario.job, rank_classes(plan, same, same))
     order = prepare(
@@ -184,7 +187,30 @@ def simulate_ranks(scenario: Scenario, variation: Variation | None = None, routi
         times[i] = replay.end_s.max()
         first = first or (dropped, program, order, durations, replay)
     assert first is not None
-    return RanksResult(scenario, variation, routing, times, *first)
+    return RanksResult(asked, variation, routing, times, *first)
+
+
+def node_limited(scenario: Scenario, routing: Routing | None) -> Scenario:
+    """Return `scenario` with the router's groups that limit each token to `routing.hosts_per_token` scale-up domains.
+
+    Raises
+    ------
+    PlanError
+        When that many domains do not hold a token's experts, or experts do not divide over the domains.
+    """
+    experts, most = scenario.model.experts, routing and routing.hosts_per_token
+    if experts is None or not most:
+        return scenario
+    groups = int(crossings(placed(scenario.plan, "ep", scenario.cluster.host.accelerators), scenario.cluster)[1])
+    if most >= groups:
+        return scenario
+    if experts.count % groups or most * (experts.count // groups) < experts.top_k:
+        numbers = f"hosts_per_token = {most}: {groups} domains of {experts.count / groups:g} experts, top_k = {experts.top_k}"
+        fewest = -(-experts.top_k * groups // experts.count)
+        remedy = f"use hosts_per_token of at least {fewest}, and an ep whose domains divide the experts"
+        raise PlanError([Problem("a token's experts fit on its hosts", numbers, remedy)])
+    limited = experts.model_copy(update={"groups": groups, "top_groups": most})
+    return scenario.model_copy(update={"model": scenario.model.model_copy(update={"experts": limited})})
 
 
 def classify(plan: Plan, cluster: Cluster, heaviest: float, every_rank: bool) -> RankClasses:
@@ -212,7 +238,7 @@ def node_seconds(program: StepProgram, scenario: Scenario, slow: np.ndarray | No
 def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
     """Return the factor by which communication slows each node beside it: one for each pass of a block and each pair of stages.
 
-    Found beforehand from even load and full speed (`simulator.beside`); 1 for what belongs to no pass. The wait for the host is
+    Found beforehand from even load and full speed (`simulator.pricing.beside`); 1 for what belongs to no pass. The wait for the host is
     that of the kernels as slow as they are there.
     """
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
@@ -275,16 +301,17 @@ def _timeline(program: StepProgram, scenario: Scenario, start: np.ndarray, end: 
 
 
 def taken_bytes(program: StepProgram, scenario: Scenario) -> dict[tuple[int, str], float]:
-    """Return the activations that each (class, action) takes, or gives back (negative)."""
+    """Return the activations that each (class, action) takes, or gives back (negative).
+
+    One heavy rank of each expert group, as a job's `expert_load` has it, is another one for each layer: in sum they are even.
+    """
     model, plan, job = scenario.model, scenario.plan, scenario.job
     order = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
-    all_blocks, stages = blocks(model, plan, job), stage_blocks(model, plan, job)
-    saved, rest = ([sum(float(getattr(all_blocks[n], f)) for n in names) for names in stages] for f in ("saved_bytes", "weight_bytes"))
-    rest = [min(both) for both in zip(saved, rest, strict=True)]
+    kept = kept_bytes(model, plan, job, stage_blocks(model, plan, job), blocks(model, plan, job))
     takes = {}
     for c, action in dict.fromkeys(zip(program.rank_class, program.label, strict=True)):
         if action is not None:
             part = order.held[program.classes.stage[c]][action.chunk]
-            given = {"F": saved[part], "B": -saved[part], "I": rest[part] - saved[part], "W": -rest[part]}
-            takes[c, str(action)] = given[action.kind]
+            saved, rest = (float(of_stages[part]) for of_stages in kept)
+            takes[c, str(action)] = {"F": saved, "B": -saved, "I": rest - saved, "W": -rest}[action.kind]
     return takes

@@ -37,7 +37,10 @@ def grid(count: int, seed: int, most: int = 256) -> Iterator[Scenario]:
         plan = Plan(
             tp=tp, pp=pp, vpp=vpp, ep=one(1, 8) if sparse else 1, schedule=name, dp_shard=8 // tp, zero=zero,
             dispatcher=one("alltoall", "deepep"), layout="balanced" if spare else None, recompute=one("none", "selective"),
-            overlap=Overlap(grad_reduce=one(True, False), param_gather=one(True, False), pp=one(True, False)),
+            overlap=Overlap(
+                grad_reduce=one(True, False), param_gather=one(True, False), pp=one(True, False), tp="pieces" if made % 3 == 2 else True,
+                prefetch=made % 4,
+            ),
         )  # fmt: skip
         job = Job(tokens=4096 * m * plan.dp, global_batch=m * plan.dp, sequence_length=one(512, 2048))
         scenario = Small(model=model, cluster=H100.model_copy(update={"accelerators": 8 * pp}), plan=plan, job=job)

@@ -22,7 +22,7 @@ STACKS = (
     Kernels(graphs=("attn", "moe_router")),
     Kernels(experts="fused", graphs=("full",)),
     Kernels(attention="unfused", dropout=True),
-    Kernels(attention="eager", norm="eager", pointwise="eager"),
+    Kernels(attention="eager", norm="eager", pointwise="eager", accumulation="separate", gate="separate"),
 )
 SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-1p", "zb-2p", *INTERLEAVED, *TWO_CHUNKS)
 H100 = CLUSTERS.load("h100-rail-10240")
@@ -108,11 +108,15 @@ def scenarios(
         layers += one(0, 0, 1, 3)
         layout = "balanced" if layers % (pp * vpp) else one(None, "balanced")
     legal = [m for m in range(1, micro_batches + 1) if schedule != "interleaved" or m % max(1, m // pp) == 0]
+    split, zero = sparse or one(True, False), one(0, 1, 2, 3)
     plan = Plan(
-        tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp_replicate=replicas, zero=one(0, 1, 2, 3), micro_batch=one(1, 2),
+        tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp_replicate=replicas, zero=zero, micro_batch=one(1, 2),
         schedule=schedule, layout=layout, recompute=one("none", "selective", "full"), recompute_modules=SELECTIVE,
-        sequence_parallel=sparse or one(True, False), dispatcher=one("alltoall", "deepep"),
-        overlap=Overlap(grad_reduce=one(True, False), param_gather=one(True, False), tp=one(True, False), pp=one(True, False)),
+        sequence_parallel=split, dispatcher=one("alltoall", "deepep"),
+        overlap=Overlap(
+            grad_reduce=one(True, False), param_gather=one(True, False), tp=one(True, False, *["pieces"] * split), pp=one(True, False),
+            prefetch=one(0, 1, 2, 3) if zero == 3 else 1,
+        ),
         kernels=one(*STACKS),
     )  # fmt: skip
     size = one(*hidden)
@@ -148,7 +152,7 @@ def any_schedule(draw: st.DrawFn, experts: bool) -> Scenario:
     plan = Plan(
         tp=tp, pp=pp, vpp=vpp, ep=ep, schedule=name, dp_shard=8 // tp, zero=draw(st.sampled_from([0, 1, 2, 3])), dispatcher="deepep",
         layout=draw(st.sampled_from([None, "balanced"])), recompute=draw(st.sampled_from(["none", "selective"])),
-        overlap=Overlap(pp=draw(st.booleans())),
+        overlap=Overlap(pp=draw(st.booleans()), prefetch=draw(st.sampled_from([0, 1, 3]))),
     )  # fmt: skip
     step = Job(tokens=512 * m * plan.dp * 10, global_batch=m * plan.dp, sequence_length=512)
     return Small(model=model, cluster=H100.model_copy(update={"accelerators": 8 * pp}), plan=plan, job=step)

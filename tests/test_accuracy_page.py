@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from simulator.confidence import residuals
+from simulator.results.confidence import residuals
 from simulator.validation.page import HEAD
 from simulator.validation.published import published_runs, validate
 from simulator.validation.section import Section, markdown

@@ -13,10 +13,10 @@ import pytest
 from simulator.calibration import calibrate as calibration
 from simulator.calibration import check, fit, machine, profile
 from simulator.calibration.cases import COLLECTIVES, SCANS, Row, collective_sizes, counts, held_out, joint, launches, ops_of, probes, tiny
-from simulator.compute import measured_s
 from simulator.errors import ProfileError
 from simulator.network.collectives import measured_s as talk_s
-from simulator.pricing import op_s
+from simulator.pricing.compute import measured_s
+from simulator.pricing.operations import op_s
 from simulator.scenario.measured import CollectiveCost, KernelCost
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step

@@ -22,7 +22,7 @@ from command_line import data
 import simulator as sim
 from simulator import plots
 from simulator.cli import app
-from simulator.outcome import sources
+from simulator.results.outcome import sources
 from simulator.scenario.profiles import CLUSTERS
 from simulator.validation import collectives, memory, published, report
 
@@ -142,6 +142,9 @@ def test_validate_prints_the_page_that_it_writes(myriad, few_rows, tmp_path):
     for figure in re.findall(r"([+-]?\d+\.\d) %", text):  # a narrow column breaks before the sign
         assert figure in shown
     assert text.count("| ") > 100
+    pictures = re.findall(r"^!\[[^]]+\]\((.*)\)$", text, re.MULTILINE)
+    assert {f.name for f in tmp_path.iterdir()} == {"accuracy.md", *pictures}
+    assert len(pictures) == 2
 
 
 def test_validate_scores_a_users_rows(myriad, tmp_path):

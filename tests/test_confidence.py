@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from simulator import confidence
-from simulator.confidence import COVERAGE, NEAR, SCALES, WORDS, distances, features, interval, quantiles, residuals
+from simulator.results import confidence
+from simulator.results.confidence import COVERAGE, NEAR, SCALES, WORDS, distances, features, interval, quantiles, residuals
 from simulator.simulate import simulate_step
 from simulator.validation.intervals import calibrated, coverage, judged, score, write
 from simulator.validation.published import published_runs, scenario_from_row

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.scenario.model import Experts
-from simulator.workload.experts import copies, expected_destinations
+from simulator.workload.experts import copies, expected_destinations, rows_sorted
 
 
 def experts(count: int, top_k: int, groups: int = 1, top_groups: int = 1) -> Experts:
@@ -136,3 +136,14 @@ def test_columns_are_counted_as_rows():
     parts = np.array([1, 2, 4, 8, 16, 64])
     for e in (experts(256, 8), experts(256, 8, 8, 4)):
         assert expected_destinations(e, parts).tolist() == [float(expected_destinations(e, p)) for p in parts]
+
+
+def test_rows_sorted():
+    """Eight of 128 experts: written in their order, and sorted again where they arrive; or copied there, once per rank and expert."""
+    e = experts(128, 8)
+    sent, arrived = rows_sorted(e, "alltoall", np.array([1, 16, 128]))
+    assert sent.tolist() == [9, 9, 9]
+    assert arrived.tolist() == [0, 16, 0]  # one rank, or one expert on each
+    sent, arrived = rows_sorted(e, "deepep", np.array([1, 16]))
+    assert sent.tolist() == [0, 0]
+    assert arrived == pytest.approx([1 + 8, 16 * (1 - np.prod([(120 - d) / (128 - d) for d in range(8)])) + 8])

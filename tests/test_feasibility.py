@@ -18,6 +18,7 @@ from simulator.placing import fewest_bytes
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
 from simulator.scenario.plan import Plan
+from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 from simulator.units import parse_quantity, readable
@@ -128,6 +129,14 @@ CASES: dict[str, tuple[Scenario, Problem]] = {
     "more than all tokens on one rank": (
         question(GENTLE, routing="natural", expert_load=5.0),
         Problem("expert load is at most ep", "expert_load = 5.0, ep = 4", "use expert_load of at most 4"),
+    ),
+    "slots of experts": (
+        question(GENTLE).model_copy(update={"routing": Routing(distribution="zipf", exponent=1.0, redundant_experts=3)}),
+        Problem(
+            "expert slots divide by ep",
+            "8 experts + 3 redundant ones = 11 slots do not divide over ep = 4",
+            "use redundant_experts: 4",
+        ),
     ),
     "batch": (
         question(GENTLE, global_batch=20),
@@ -283,6 +292,7 @@ APPLIED = {
     "dp inside cp": lambda s: [s.with_plan(placement={"order": order}) for order in ("tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp")],
     "replicas inside": lambda s: [s.with_plan(placement={"order": "tp-cp-ep-dp-pp"})],
     "meshes with stages of their own": lambda s: [s.with_plan(placement={"order": "tp-cp-ep-dp-pp"}), s.with_plan(etp=2)],
+    "slots of experts": lambda s: [s.model_copy(update={"routing": s.routing.model_copy(update={"redundant_experts": 4})})],
     "datatype": lambda s: [s.with_plan(precision={"gemm": dtype}) for dtype in ("fp32", "bf16", "fp16", "fp8")],
 }
 

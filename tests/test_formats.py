@@ -123,7 +123,7 @@ def test_files_come_back(tmp_path):
     [
         (torchtitan_config, {"schedule": "dualpipe", "vpp": 2, "pp": 2, "zero": 2}, "torchtitan cannot say schedule: dualpipe"),
         (torchtitan_config, {"layout": "balanced", "zero": 3}, "torchtitan cannot say layout: balanced"),
-        (torchtitan_config, {"recompute": "selective", "zero": 3}, "torchtitan cannot say recompute: selective"),
+        (torchtitan_config, {"recompute": "selective", "zero": 3}, "torchtitan cannot say recompute_modules"),
         (torchtitan_config, {"zero": 1, "overlap": {"tp": False}}, "torchtitan cannot say zero: 1"),
         (torchtitan_config, {"zero": 3}, "torchtitan cannot say overlap.tp: True"),
         (deepspeed_config, {"pp": 2, "sequence_parallel": False}, "DeepSpeed cannot say pp: 2"),

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from simulator.closed_forms import estimate
-from simulator.compute import host_wait_s
 from simulator.lower_bound import bound
-from simulator.pricing import op_s, segments_s
+from simulator.pricing.compute import host_wait_s
+from simulator.pricing.operations import op_s, segments_s
 from simulator.scenario.kernels import Kernels
-from simulator.scenario.plan import Plan, Precision
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Overlap, Plan, Precision
 from simulator.simulate import simulate_step
 from simulator.workload.ops import host_wait, total
 from simulator.workload.stages import blocks
@@ -50,6 +50,57 @@ def test_softmax_and_dropout_pass_over_the_scores(attention, dropout, there, bac
     scores = TOKENS * SEQUENCE * HEADS
     softmax = lambda op: op.bytes if op.name == "attn.core.softmax" else 0.0  # noqa: E731
     assert (total(block.forward, softmax), total(block.backward, softmax)) == (there * scores, back * scores)
+
+
+def test_the_fused_softmax_takes_products_by_four():
+    """8 heads on four ranks are 2 products per sequence: of one sequence they go the eager way, of two the fused one."""
+    softmax = lambda op: op.bytes if op.name == "attn.core.softmax" else 0.0  # noqa: E731
+    found = {size: total(layer(Kernels(attention="unfused"), tp=4, micro_batch=size).forward, softmax) for size in (1, 2)}
+    scores = SEQUENCE * SEQUENCE * HEADS / 4
+    assert found == {1: 29 * scores, 2: 4 * 2 * scores}
+
+
+def test_a_separate_accumulation_reads_and_adds_every_gradient():
+    """It reads the bf16 gradient, reads and writes the fp32 main one; the product then writes 2 bytes instead of reading and writing 4."""
+    fused, separate = (layer(Kernels(accumulation=how)) for how in ("fused", "separate"))
+    matrices = sum(size for _, size in separate.matrices)
+    added = total(separate.backward, lambda op: op.bytes if op.name.endswith(".accumulate") else 0.0)
+    assert added == (2 + 4 + 4) * matrices
+    assert total(separate.backward, lambda op: op.bytes) == total(fused.backward, lambda op: op.bytes) + (10 - 6) * matrices
+    assert separate.forward == fused.forward
+
+
+def test_a_gate_of_its_own_gathers_its_own_rows():
+    """The same FLOP, parameters and saved bytes; of sequence parallelism one more gather forward, gather and reduce-scatter backward."""
+    fused, separate = (layer(Kernels(gate=how), tp=4) for how in ("fused", "separate"))
+    assert total(separate.forward, lambda op: op.flop) == total(fused.forward, lambda op: op.flop)
+    assert (separate.dense_parameters, separate.saved_bytes) == (fused.dense_parameters, fused.saved_bytes)
+    talks = lambda segments: sum(op.axis == "tp" for segment in segments for op in segment)  # noqa: E731
+    assert (talks(separate.forward), talks(separate.backward)) == (talks(fused.forward) + 1, talks(fused.backward) + 2)
+
+
+def test_every_other_product_is_computed_again():
+    """Output projection and gate, a third of the MLP; the rows of both are gathered again, and attention is not."""
+    plan = {"recompute": "selective", "recompute_modules": EVERY_OTHER_PRODUCT, "tp": 4, "overlap": Overlap(tp=False)}
+    block = layer(Kernels(gate="separate"), **plan)
+    again = [op for segment in block.backward for op in segment if op.grad == "again"]
+    h, products = MODEL.hidden, {op.name: op.flop for op in again if op.kind == "gemm"}
+    assert products == {"attn.out": 2 * TOKENS * HEADS * WIDTH / 4 * h, "mlp.gate": 2 * TOKENS * h * MODEL.ffn / 4}
+    assert not any(op.kind == "attention" for op in again)
+    assert sum(op.kind == "all_gather" for op in again) == 3
+
+
+def test_gathered_logits_are_seen_by_every_rank():
+    model, loss = dense(2, 256), lambda op: op.bytes if op.name == "head.loss" else 0.0
+    heads = {
+        how: blocks(model, Plan(dp_shard=1, tp=4, framework={"cross_entropy": how}), job())["head"]
+        for how in ("vocab_parallel", "gathered")
+    }
+    assert total(heads["gathered"].forward, loss) == 4 * total(heads["vocab_parallel"].forward, loss)
+    gathers = [
+        op for segment in heads["gathered"].forward for op in segment if op.name == "head.gather" and op.bytes == SEQUENCE * model.vocab * 2
+    ]
+    assert any(op.kind == "all_gather" for op in gathers)
 
 
 def test_saved_scores_are_those_of_korthikanti():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import H100
 
+from simulator.errors import ProfileError
+from simulator.pricing.operations import op_s, segments_s
+from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, LatentAttention, Model
 from simulator.scenario.plan import COLUMNS, Overlap, Plan, PlanColumns, Precision
-from simulator.stage_times import price_blocks
 from simulator.workload.layers import ATTENTION_BACKWARD_FLOP, attended, embedding, head, transformer_layer
 from simulator.workload.memory import memory_per_stage
-from simulator.workload.ops import Block, Op, Segment, total
+from simulator.workload.ops import Block, Op, Segment, arriving, gemm, leaving, total
 from simulator.workload.stages import blocks, stage_blocks
 
 S, H = 64, 32
@@ -120,6 +124,58 @@ def test_tensor_parallel_beside_gradients_or_not():
     assert sum(len(s) > 1 and any(op.axis == "tp" for op in s) for s in together.backward) == 4
     assert not any(len(s) > 1 and any(op.axis == "tp" for op in s) for s in apart.backward)
     assert [op for s in together.backward for op in s] == [op for s in apart.backward for op in s]
+
+
+def test_tensor_parallel_in_pieces():
+    """The same FLOP and bytes on the wire; rows come and go beside the products, whose pieces read their weights anew."""
+    whole, pieces = (layer(DENSE, False, tp=4, overlap=Overlap(tp=tp)) for tp in (True, "pieces"))
+    for direction in ("forward", "backward"):
+        segments, before = (getattr(block, direction) for block in (pieces, whole))
+        flop = [sum(op.flop for s in own for op in s) for own in (segments, before)]
+        assert flop[0] == pytest.approx(flop[1], rel=1e-12)
+        sent = [sum(op.bytes for s in own for op in s if op.axis == "tp") for own in (segments, before)]
+        assert sent[0] == pytest.approx(sent[1], rel=1e-12)
+    alone = [op for s in pieces.forward for op in s if op.axis == "tp" and len(s) == 1]
+    assert [(op.name, op.kind, op.bytes) for op in alone] == [  # of the sums the last of four pieces
+        ("attn.scatter", "reduce_scatter", 2.0 * S * H / 4), ("mlp.scatter", "reduce_scatter", 2.0 * S * H / 4)
+    ]  # fmt: skip
+    assert not [op for s in pieces.backward for op in s if op.axis == "tp" and len(s) == 1]
+    rest, last = (op for s in pieces.forward for op in s if op.name == "attn.qkv")
+    weights = 2.0 * H * last.n
+    assert (rest.m, rest.turns, last.m, last.turns) == (S / 4, 3, S / 4, 1)
+    assert rest.bytes == 3 * last.bytes == 3 * (weights + 2.0 * S / 4 * (H + last.n))
+
+
+@pytest.mark.parametrize("size", [64, 8192])  # of the products: the collective is longer, or shorter
+def test_pieces_take_as_long_as_their_formulas(size):
+    """Arriving: max(p g, (p - 1) c + g); leaving: g + (p - 1) max(g, c) + c."""
+    plan, rows = Plan(tp=4, dp_shard=1, overlap=Overlap(tp="pieces", collective_multiprocessors=0.0)), 8192.0
+
+    def seconds(op):
+        return float(op_s(op, DENSE, plan, H100))
+
+    def product(part):
+        return gemm("up", part, 4096.0, float(size), "bf16", 2.0)
+
+    gather, scatter = (Op("talk", kind, bytes=rows * 8192, axis="tp") for kind in ("all_gather", "reduce_scatter"))
+    g, whole = seconds(product(rows / 4)), seconds(gather)
+    assert (g * 3 > whole) == (size == 8192)
+    assert float(segments_s(arriving(product, rows, gather, 4.0), DENSE, plan, H100)) == pytest.approx(max(4 * g, whole + g), rel=1e-12)
+    others, last = (seconds(replace(scatter, bytes=scatter.bytes * share)) for share in (3 / 4, 1 / 4))
+    leaves = float(segments_s(leaving(product, rows, scatter, 4.0), DENSE, plan, H100))
+    assert leaves == pytest.approx(g + max(3 * g, others) + last, rel=1e-12)
+
+
+def test_pieces_of_one_rank_are_the_whole():
+    whole, pieces = (layer(DENSE, False, overlap=Overlap(tp=tp)) for tp in (True, "pieces"))
+    args = DENSE, Plan(dp_shard=1), H100
+    for direction in ("forward", "backward"):
+        assert float(segments_s(getattr(pieces, direction), *args)) == pytest.approx(float(segments_s(getattr(whole, direction), *args)))
+
+
+def test_pieces_need_rows_of_their_own():
+    with pytest.raises(ProfileError, match="write sequence_parallel: true"):
+        Plan(tp=2, sequence_parallel=False, overlap=Overlap(tp="pieces"))
 
 
 def test_context_parallel_ring():
@@ -252,9 +308,9 @@ KINDS = st.fixed_dictionaries(
         "sequence_parallel": st.booleans(),
         "dispatcher": st.sampled_from(["alltoall", "deepep"]),
         "precision": st.sampled_from([Precision(), Precision(gemm="fp8", dispatch="fp8")]),
-        "overlap": st.builds(Overlap, tp=st.booleans()),
+        "overlap": st.builds(Overlap, tp=st.sampled_from([False, True, "pieces"])),
     }
-)
+).filter(lambda kinds: kinds["sequence_parallel"] or kinds["overlap"].tp != "pieces")
 
 
 @settings(max_examples=25, deadline=None)

@@ -153,6 +153,7 @@ def test_sharding(line, zero, replicas):
     [
         ("--overlap-grad-reduce", Overlap(grad_reduce=True, param_gather=False)),
         ("--overlap-grad-reduce --overlap-param-gather", Overlap(grad_reduce=True, param_gather=True)),
+        ("--sequence-parallel --tp-comm-overlap", Overlap(grad_reduce=False, param_gather=False, tp="pieces")),
     ],
 )
 def test_overlap(line, overlap):

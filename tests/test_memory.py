@@ -211,8 +211,8 @@ def test_kernels_that_keep_more(kernels, more):
 
 def test_unfused_attention_is_korthikantis_formula():
     """Equation 1 with sequence parallelism: s b h (34 + 5 a s / h) / t for a plain MLP of 4 h, heads as many as in the hidden width."""
-    s, h, a, t = 16, 8, 4, 2
-    gpt = DENSE.model_copy(update={"gated": False, "layer_norm": True, "kv_heads": 4, "ffn": 4 * h})
+    s, h, a, t = 16, 8, 8, 2
+    gpt = DENSE.model_copy(update={"gated": False, "layer_norm": True, "heads": a, "kv_heads": a, "head_dim": h // a, "ffn": 4 * h})
     p = plan(pp=4, tp=t, kernels={"attention": "unfused", "dropout": True})
     assert measured(gpt, p)["activations"][1] == 3 * s * h * (34 + 5 * a * s / h) / t
 
@@ -477,6 +477,23 @@ def test_mistake_minimum_accelerators_as_a_product(tp, cp, pp, ep, etp):
 def test_mistake_minimum_accelerators_of_a_known_plan(ep, etp, least):
     """TP8, PP16: DeepSeek-V3 with EP64 starts at 1,024 accelerators, not 8,192."""
     assert minimum_accelerators(plan(tp=8, pp=16, ep=ep, etp=etp)) == least
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 5])
+def test_blocks_gathered_ahead_are_held(ahead):
+    """ZeRO-3: whole weights of the block that runs and of those ahead, on a stage of six blocks; one ahead is usual."""
+    plans = (plan(dp_shard=4, zero=3, overlap=Overlap(prefetch=n)) for n in (ahead, 1))
+    found, usual = (only(measured(DENSE, p), "buffers") for p in plans)
+    assert found - usual == (ahead - 1) * 2 * LAYER
+
+
+def test_buffers_of_collectives_in_pieces():
+    """Whole rows ten times over (Transformer Engine): six in the datatype of the product, four in bf16; none for one rank."""
+    pieces = Overlap(tp="pieces")
+    for tp, gemm, more in ((1, "bf16", 0), (2, "bf16", 10 * 2), (2, "fp8", 6 * (1 + 4 / 128) + 4 * 2)):
+        both = (plan(tp=tp, precision=Precision(gemm=gemm), overlap=overlap) for overlap in (Overlap(), pieces))
+        without, found = (only(measured(DENSE, p), "buffers") for p in both)
+        assert found - without == pytest.approx(16 * 8 * more, rel=1e-12)  # tokens times hidden
 
 
 # --- ZeRO-2 and ZeRO-3 in a pipeline ---

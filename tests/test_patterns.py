@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,27 @@ def test_in_network_reduction(ranks):
     here = reach(ranks, ranks, 300e9, 300e9)
     found = on_switch(patterns.in_network(ranks, SIZE), ranks, ranks, 300e9)
     assert found + algorithms.IN_NETWORK_S == pytest.approx(float(algorithms.in_network_s(SIZE, here)), rel=1e-12)
+
+
+def test_the_switches_wait_for_full_chunks():
+    """20 domains of 72: 24 channels of 64 KiB per member are 113 MB a stage, 2 copies and 2 log2 20 levels of them fill the pipeline."""
+    here = replace(reach(1440, 72, 800e9, 450e9), reduce_channels=24)
+    loop = 24 * 72 * 64 * 2**10
+    wire = 2 * 2e9 * (1 + 1 / 72) / 450e9
+    expected = algorithms.IN_NETWORK_S + wire * (1 + (2 + 2 * np.log2(20)) * loop / 2e9)
+    assert float(algorithms.in_network_s(2e9, here)) == pytest.approx(expected, rel=1e-12)
+    assert float(algorithms.cheapest("all_reduce", 2e9, here)) == pytest.approx(expected)
+    assert expected > float(algorithms.ring_s(2e9, here, "simple", 2)), "the tuner does not see what full chunks cost"
+
+
+@pytest.mark.parametrize(
+    ("domains", "size", "chunk"),
+    [(1, 1e6, 16), (1, 20e6, 32), (1, 200e6, 64), (1, 2e9, 128), (2, 1e9, 128), (2, 50e6, 64), (8, 1e9, 64), (8, 5e6, 32)],
+)
+def test_chunks_are_as_long_as_the_buffer_allows(domains, size, chunk):
+    """8 members and 16 channels: `size` over 128 chunks of 128 KiB is 0.06 to 119 loops."""
+    here = replace(reach(8 * domains, 8, 300e9, 300e9), reduce_channels=16)
+    assert float(algorithms.loop_bytes(size, here)) == 128 * chunk * 2**10
 
 
 @pytest.mark.parametrize(("ranks", "inside"), [(16, 8), (32, 8), (24, 4)])

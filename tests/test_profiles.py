@@ -43,7 +43,7 @@ def refused(cls: type, data: dict, *words: str) -> str:
 
 
 def test_every_kind_is_shipped():
-    assert [len(c.names()) for c in CATALOGUES] == [11, 11, 19, 13, 13]
+    assert [len(c.names()) for c in CATALOGUES] == [13, 12, 19, 14, 13]
 
 
 @all_shipped
@@ -158,6 +158,9 @@ def test_h800_is_an_h100_with_less_nvlink():
         (ACCELERATORS, "a100-sxm4-80", "hbm_bytes_per_s", 2.039e12),
         (ACCELERATORS, "b200-sxm-180", "peak_flop_per_s.fp4", 9e15),
         (ACCELERATORS, "mi300x", "multiprocessors", 304),
+        (ACCELERATORS, "mi325x", "hbm_bytes_per_s", 6e12),
+        (ACCELERATORS, "mi355x", "peak_flop_per_s.fp4", 10066e12),
+        (HOSTS, "mi355x-platform", "scale_up_bytes_per_s", 535.5e9),
         (HOSTS, "dgx-h100", "nic_bytes_per_s", 50e9),
         (HOSTS, "dgx-h100", "bus_bytes_per_s.send", 386e9),
         (HOSTS, "dgx-h100", "hop_latency_s.ll", 0.6e-6),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from small import Small, cluster, dense, job, moe
 
-from simulator.energy import carbon_kg, energy_kwh
 from simulator.errors import PlanError, ProfileError
 from simulator.planning.compare import compare
 from simulator.planning.questions import answer, between, cheapest, fewest_accelerators, on_cluster, scaling, sizes, split, tokens_for
 from simulator.planning.search import search
 from simulator.planning.sensitivity import INPUTS, Input, tornado
 from simulator.planning.space import Space
+from simulator.results.energy import carbon_kg, energy_kwh
 from simulator.scenario.plan import Plan
 
 TINY = Space(zero=(1,), schedule=("1f1b",), recompute=("none",), layout=("balanced",), micro_batch=(1,), cp=(1,))

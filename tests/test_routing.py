@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import moe, scenario
 
-from simulator.durations import moe_layers, rank_load
 from simulator.errors import PlanError, ProfileError
+from simulator.pricing.durations import moe_layers, rank_load
 from simulator.scenario.model import Experts
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing, read_counts

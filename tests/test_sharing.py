@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simulator.contention import _covered
 from simulator.network import sharing
 from simulator.network.sharing import flows, known, route, share, together
-from simulator.pricing import op_s
+from simulator.pricing.contention import _covered
+from simulator.pricing.operations import op_s
 from simulator.scenario.mesh import members
 from simulator.scenario.plan import Plan
 from simulator.scenario.profiles import FABRICS, MODELS

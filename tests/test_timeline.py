@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from small import dense, moe, scenario
 
+from simulator.engine.timeline import STREAMS, Timeline
 from simulator.files import write_atomically
 from simulator.scenario.plan import Plan
 from simulator.simulate import simulate_step
-from simulator.timeline import STREAMS, Timeline
 
 SPANS = [  # class, stage, stream, start, end
     (0, 0, "compute", 0.0, 2.0),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small import dense, scenario
 
-from simulator.durations import uneven
 from simulator.errors import PlanError, ProfileError
+from simulator.pricing.durations import uneven
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.variation import Variation

@@ -17,7 +17,7 @@ from simulator.calibration.cases import Case, held_out
 from simulator.calibration.fit import NINETY
 from simulator.calibration.machine import FOREIGN, CalibrationError
 from simulator.calibration.profile import MachineProfile
-from simulator.result import StepResult
+from simulator.results.step import StepResult
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step

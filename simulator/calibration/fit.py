@@ -16,8 +16,8 @@ import pandas as pd
 from scipy.optimize import least_squares
 
 from simulator.calibration.machine import CalibrationError
-from simulator.compute import measured_s
-from simulator.pricing import training_part
+from simulator.pricing.compute import measured_s
+from simulator.pricing.operations import training_part
 from simulator.scenario.measured import CollectiveCost, KernelCost
 from simulator.units import format_quantity
 

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from simulator.cli.question import AsJson, OutDir
-from simulator.cli.terminal import err, print_json, progress, report_files, say, show
+from simulator.cli.terminal import err, print_json, progress, report_files, save_picture, say, show
 from simulator.errors import ProfileError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def validate(
 ) -> None:
     """Compare predictions with published measurements, or with your own: cold, anchored, relative, with intervals."""
     from simulator.files import write_atomically
-    from simulator.validation.page import HEAD, sections
+    from simulator.validation.page import CAPTIONS, HEAD, sections
     from simulator.validation.report import confront, refreshed
     from simulator.validation.section import markdown
 
@@ -55,8 +55,10 @@ def validate(
     files = _write(report, folder) if folder else []
     parts = [] if as_json and not docs else sections(report, worst, own)
     if docs:
-        write_atomically(docs, lambda f: f.write(markdown(parts, HEAD)))
-        files.append(docs)
+        drawn = _pictures(report, docs.parent)
+        shown = "".join(f"\n![{CAPTIONS[picture.stem]}]({picture.name})\n" for picture in drawn)
+        write_atomically(docs, lambda f: f.write(markdown(parts, HEAD + shown)))
+        files += [docs, *drawn]
     if as_json:
         told = [{"where": p.rule, "what": p.numbers, "remedy": p.remedy} for p in problems]
         print_json(report.json() | {"problems": told, "files": [str(f) for f in files]})
@@ -82,21 +84,20 @@ def _own(files: dict[str, list[Path] | None]) -> tuple[dict[str, pd.DataFrame] |
 
 def _write(report: Report, folder: Path) -> list[Path]:
     """Write the rows and the pictures below `folder`; return the files."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib.figure import Figure
-
-    from simulator import plots
     from simulator.files import write_atomically
 
-    files = [folder / "validation.csv"]
-    write_atomically(files[0], lambda f: report.rows.to_csv(f, index=False))
-    for name, draw, size in (("accuracy", plots.plot_accuracy, (7, 6.5)), ("residuals", plots.plot_residuals, (12, 7))):
-        if report.rows.empty:
-            continue
-        figure = Figure(figsize=size, layout="constrained")
-        draw(report.rows, figure)
-        files.append(folder / f"{name}.png")
-        write_atomically(files[-1], lambda f, figure=figure: figure.savefig(f, format="png", dpi=130), "wb")
-    return files
+    write_atomically(folder / "validation.csv", lambda f: report.rows.to_csv(f, index=False))
+    return [folder / "validation.csv", *_pictures(report, folder)]
+
+
+def _pictures(report: Report, folder: Path) -> list[Path]:
+    """Draw predicted over measured, and the errors by feature, below `folder`; return the files."""
+    from simulator import plots
+
+    if report.rows.empty:
+        return []
+    drawings = {"accuracy": (plots.plot_accuracy, (7, 6.5)), "residuals": (plots.plot_residuals, (12, 7))}
+    return [
+        save_picture(folder / f"{name}.png", lambda figure, draw=draw: draw(report.rows, figure), size)
+        for name, (draw, size) in drawings.items()
+    ]

@@ -47,8 +47,8 @@ def sources(
     scenario: Annotated[str, typer.Argument(help="A scenario file or the name of a shipped cluster.")], as_json: AsJson = False
 ) -> None:
     """Show every fact that an answer rests on, with its grade and source."""
-    from simulator.outcome import facts_by_grade
-    from simulator.outcome import sources as rests_on
+    from simulator.results.outcome import facts_by_grade
+    from simulator.results.outcome import sources as rests_on
     from simulator.scenario.profiles import CLUSTERS
 
     shipped = scenario in CLUSTERS.names() or not Path(scenario).exists()  # no such file: the nearest names are told

@@ -27,8 +27,8 @@ def _above_0(value: float | None) -> float | None:
 
 
 def _tell(table: pd.DataFrame, title: str, as_json: bool) -> None:
-    from simulator.energy import BASIS
     from simulator.planning.questions import SEARCHED
+    from simulator.results.energy import BASIS
 
     if as_json:
         print_json({"rows": records(table)})

@@ -55,7 +55,7 @@ def simulate(
     """Simulate one optimizer step of a plan: event by event, or every rank with its own durations."""
     from simulator.closed_forms import estimate
     from simulator.lower_bound import bound
-    from simulator.ranks import RanksResult
+    from simulator.results.ranks import RanksResult
     from simulator.simulate import simulate_step
 
     question = load(scenario, sets, launch(megatron, torchtitan, deepspeed))

@@ -17,9 +17,10 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
-    from simulator.ranks import RanksResult
-    from simulator.result import StepResult
+    from simulator.results.ranks import RanksResult
+    from simulator.results.step import StepResult
 
 out = Console(width=None if sys.stdout.isatty() else 110)
 err = Console(stderr=True)
@@ -76,15 +77,15 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tokens": ("tokens T", lambda v: f"{v / 1e12:.2f}"),
     "seconds": ("seconds", lambda v: f"{v:.3f}"),
     "hidden_s": ("hidden beside compute s", lambda v: f"{v:.3f}" if v else ""),
-    "exposed_s": ("exposed communication s", lambda v: f"{v:.3f}"),
-    "slowdown": ("slowdown by sharing", lambda v: f"{v:.2f}"),
+    "exposed_s": ("exposed s", lambda v: f"{v:.3f}"),
+    "slowdown": ("sharing slows", lambda v: f"{v:.2f}"),
     "network_usd": ("network M$", lambda v: f"{v / 1e6:.1f}" if v == v else "no price"),
     "network_w": ("network kW", lambda v: f"{v / 1e3:,.0f}" if v == v else "no figure"),
     "share": ("share", lambda v: f"{v:.1%}"),
     "micro_batch": ("mbs", str),
     "nic_bytes_per_s": ("NIC GB/s", lambda v: f"{v / 1e9:g}"),
-    "scale_up_domain": ("scale-up domain", str),
-    "price_usd_per_accelerator_hour": ("$ per accelerator-h", lambda v: f"{v:.2f}"),
+    "scale_up_domain": ("domain", str),
+    "price_usd_per_accelerator_hour": ("$/h each", lambda v: f"{v:.2f}"),
     "mean_absolute_error": ("mean |error|", lambda v: f"{v:.1%}"),
     "median_absolute_error": ("median |error|", lambda v: f"{v:.1%}"),
     "bias": ("bias", lambda v: f"{v:+.1%}"),
@@ -114,8 +115,8 @@ def _cell(name: str, value: Any) -> str:
 
 def headline(result: StepResult | RanksResult) -> None:
     """Print the figures of one step, where it goes, and what it rests on."""
-    from simulator.energy import BASIS
-    from simulator.outcome import facts_by_grade
+    from simulator.results.energy import BASIS
+    from simulator.results.outcome import facts_by_grade
     from simulator.units import readable
 
     s = result.scenario
@@ -160,13 +161,8 @@ def _all_at_once(folder: Path) -> Iterator[Path]:
 
 def write(result: StepResult | RanksResult, folder: Path, tables: dict[str, pd.DataFrame]) -> list[Path]:
     """Write `tables` and everything about one step below `folder`; return the files."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib.figure import Figure
-
     from simulator import plots
-    from simulator.result import StepResult
+    from simulator.results.step import StepResult
 
     events = isinstance(result, StepResult)  # a replay of every rank has no spans to draw, but ranks to list
     tables = tables | {"breakdown": result.breakdown(), "memory": result.memory(), "sources": result.sources()}
@@ -181,11 +177,24 @@ def write(result: StepResult | RanksResult, folder: Path, tables: dict[str, pd.D
         for name, table in tables.items():
             table.to_csv(place / f"{name}.csv", index=False)
         for name, draw in pictures.items():
-            figure = Figure(figsize=(11, 5), layout="constrained")
-            draw(result, ax=figure.subplots())
-            figure.savefig(place / f"{name}.png", dpi=130)
+            save_picture(place / f"{name}.png", lambda figure, draw=draw: draw(result, ax=figure.subplots()), (11, 5))
     names = ["summary.json", "scenario.yaml", *(["trace.json.gz"] if events else [])]
     return [folder / name for name in (*names, *(f"{t}.csv" for t in tables), *(f"{p}.png" for p in pictures))]
+
+
+def save_picture(path: Path, draw: Callable[[Figure], Any], size: tuple[float, float]) -> Path:
+    """Write the picture that `draw` makes on an empty figure of `size` inches; return its file."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib.figure import Figure
+
+    from simulator.files import write_atomically
+
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
+    write_atomically(path, lambda f: figure.savefig(f, format="png", dpi=130), "wb")
+    return path
 
 
 def report_files(files: list[Path]) -> None:

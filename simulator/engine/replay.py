@@ -6,7 +6,7 @@ also knows the streams of a rank, which pairs and collectives for every micro-ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -119,11 +119,12 @@ class Passage:
     Parameters
     ----------
     matrix : ndarray of shape (4 + n, 4 + n, ...)
-        ``new = max over j of (matrix[:, j] + old[j])`` for an entry of n actions. Clocks: end of the entry, end of the segment
-        before its last block (when the next gather may start), the data-parallel stream, the block whose reduction waits. The
-        other n: of the old ones the arrival of each action's message, of the new ones the end of each action.
-    held : Number
-        The reduction that waits until the next block has asked for its gather; 0 for none.
+        ``new = max over j of (matrix[:, j] + old[j])`` for an entry of n actions. Clocks: end of the entry, when its last h
+        blocks began (and gathers of later ones may start), the newest first, the data-parallel stream, the ends of up to h blocks
+        whose reductions wait. The other n: of the old ones the arrival of each action's message, of the new ones the end of each
+        action. h is how many blocks are gathered ahead, at least 1.
+    held : tuple of (object, Number)
+        The reductions that wait until later blocks have asked for their gathers, the oldest first, each with a key of its own.
 
     Notes
     -----
@@ -131,58 +132,89 @@ class Passage:
     """
 
     matrix: np.ndarray
-    held: Number
+    held: Held
+
+    def after(self, clocks: np.ndarray, messages: Sequence[Number | None]) -> np.ndarray:
+        """Return the clocks after an entry; no message is one that was there from the start."""
+        new = (self.matrix[:, : len(clocks)] + clocks).max(axis=1)
+        for column, arrives in enumerate(messages, start=len(clocks)):
+            if arrives is not None:
+                np.maximum(new, self.matrix[:, column] + arrives, out=new)
+        return new
 
     @classmethod
-    def of(cls, laps: Sequence[Sequence[Lap]], held: Number, shape: tuple[int, ...]) -> Passage:
+    def of(cls, laps: Sequence[Sequence[Lap]], held: Held, shape: tuple[int, ...], what: tuple, ahead: int) -> Passage:
         """Return what an entry does: the laps of its action, or those of the two of a pair, which take turns by segments.
 
         Parameters
         ----------
-        held : Number
-            Reduction that the entry before left waiting.
+        held : tuple of (object, Number)
+            Reductions that the entries before left waiting.
         shape : tuple of int
             That of all seconds, one per plan.
+        what : tuple
+            The entry, to tell its reductions from those of others.
+        ahead : int
+            Blocks that are gathered ahead.
         """
-        count = 4 + len(laps)
+        h = max(ahead, 1)
+        count = _clocks(ahead) + len(laps)
         unit = np.full((count, count, *shape), -np.inf)
         unit[range(count), range(count)] = 0.0
-        walk = _Walk(unit[0], unit[2], [(unit[3], held)])
-        threads = [_Thread(unit[0], unit[1]) for _ in laps]
-        turns = [walk.steps(thread, row, message) for thread, row, message in zip(threads, laps, unit[4:], strict=True)]
-        while turns:
-            turns = [turn for turn in turns if next(turn, None) is not None]
-        last, earlier = (reduce(np.maximum, [getattr(thread, name) for thread in threads]) for name in ("last", "earlier"))
-        behind, left = walk.waiting[-1] if walk.waiting else (last, 0.0)
-        return cls(np.stack([last, earlier, walk.parallel, behind, *(thread.last for thread in threads)]), left)
+        waiting = [(key, unit[2 + h + n], seconds) for n, (key, seconds) in enumerate(held)]
+        walk = _Walk(unit[0], unit[1 + h], waiting, ahead)
+        threads = [_Thread(unit[0], list(unit[1 : 1 + h])) for _ in laps]
+        walk.take_turns(threads, laps, unit[_clocks(ahead) :], what)
+        last = reduce(np.maximum, [thread.last for thread in threads])
+        begun = [reduce(np.maximum, [thread.begun[n] for thread in threads]) for n in range(h)]
+        behind = [end for _, end, _ in walk.waiting] + [last] * (h - len(walk.waiting))
+        matrix = np.stack([last, *begun, walk.parallel, *behind, *(thread.last for thread in threads)])
+        return cls(matrix, tuple((key, seconds) for key, _, seconds in walk.waiting))
+
+
+#: reductions that wait, the oldest first: what tells one from others, and its seconds
+Held = tuple[tuple[Hashable, Number], ...]
+
+
+def _clocks(ahead: int) -> int:
+    """Return the clocks that a rank keeps from entry to entry (`Passage`)."""
+    return 2 + 2 * max(ahead, 1)
 
 
 @dataclass(slots=True)
 class _Thread:
-    """The chain of one action: its end so far, and the end before the block that it is in."""
+    """The chain of one action: its end so far, and when its blocks began, the newest first."""
 
     last: np.ndarray
-    earlier: np.ndarray
+    begun: list[np.ndarray]
 
 
 class _Walk:
     """The streams of one rank while an entry runs; times are vectors of distances from the clocks at its beginning."""
 
-    def __init__(self, free: np.ndarray, parallel: np.ndarray, waiting: list[tuple[np.ndarray, Number]]):
-        self.free, self.parallel, self.waiting = free, parallel, waiting
+    def __init__(self, free: np.ndarray, parallel: np.ndarray, waiting: list[tuple[Hashable, np.ndarray, Number]], ahead: int):
+        self.free, self.parallel, self.waiting, self.ahead = free, parallel, waiting, ahead
         self.streams: dict[str, np.ndarray] = {}
 
-    def steps(self, thread: _Thread, laps: Sequence[Lap], message: np.ndarray) -> Iterator[bool]:
+    def take_turns(
+        self, threads: Sequence[_Thread], laps: Sequence[Sequence[Lap]], messages: Sequence[np.ndarray], what: tuple = ()
+    ) -> None:
+        """Run the actions of an entry, a segment of each in turn; `what` tells its reductions from those of others."""
+        turns = [self.steps(thread, row, at, (what, n)) for n, (thread, row, at) in enumerate(zip(threads, laps, messages, strict=True))]
+        while turns:
+            turns = [turn for turn in turns if next(turn, None) is not None]
+
+    def steps(self, thread: _Thread, laps: Sequence[Lap], message: np.ndarray, of: Hashable) -> Iterator[bool]:
         """Run the laps of one action; yields after each segment."""
         waits: list[tuple[Number, np.ndarray]] = [(1.0, message)]
-        for lap in laps:
+        for number, lap in enumerate(laps):
             if np.any(np.asarray(lap.gather) > 0):
-                self._talk(thread.earlier, lap.gather)
+                self._talk(thread.begun[self.ahead - 1] if self.ahead else thread.last, lap.gather)
                 waits.append((lap.gather, self.parallel))
-            for start, seconds in self.waiting:
+            while len(self.waiting) > max(self.ahead - 1, 0):
+                _, start, seconds = self.waiting.pop(0)
                 self._talk(start, seconds)
-            self.waiting.clear()
-            thread.earlier = thread.last
+            thread.begun = [thread.last, *thread.begun[:-1]]
             for segment in lap.runs:
                 begin = thread.last
                 for there, end in waits:
@@ -195,11 +227,25 @@ class _Walk:
                 thread.last = reduce(np.maximum, ends)
                 yield True
             if np.any(np.asarray(lap.reduce) > 0):
-                self.waiting.append((thread.last, lap.reduce))
+                self.waiting.append(((of, number), thread.last, lap.reduce))
 
     def _talk(self, start: np.ndarray, seconds: Number) -> None:
         done = np.maximum(self.parallel, start) + seconds
         self.parallel = np.where(np.asarray(seconds) > 0, done, self.parallel)
+
+
+def entry_s(laps: Sequence[Sequence[Lap]], shape: tuple[int, ...]) -> Number:
+    """Return how long an entry without gathers takes at least: with every message there and every stream free when it begins.
+
+    Parameters
+    ----------
+    laps, shape
+        As for `Passage.of`.
+    """
+    start = np.zeros(shape)
+    walk, threads = _Walk(start, start, [], 0), [_Thread(start, [start]) for _ in laps]
+    walk.take_turns(threads, laps, [start] * len(laps))
+    return reduce(np.maximum, [thread.last for thread in threads])
 
 
 def replay_streams(
@@ -210,6 +256,8 @@ def replay_streams(
     ready: Number | None = None,
     busy: Number | float = 0.0,
     blocking: bool = False,
+    ahead: int = 1,
+    alike: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return when each chunk of each rank ends its last backward, and when each rank has reduced what it reduces on the way.
 
@@ -223,37 +271,49 @@ def replay_streams(
         That of all seconds, one per plan.
     busy : ndarray (..., pp)
         When the data-parallel stream of each rank is free for the first time.
+    ahead : int
+        Blocks that are gathered ahead of the one that runs.
+    alike : sequence of int, optional
+        For every stage one that has the same blocks; what their entries do is then found once.
 
     Returns
     -------
     ndarray (..., pp, vpp), ndarray (..., pp)
     """
+    alike = range(order.stages) if alike is None else alike
     busy = np.broadcast_to(busy, (*shape, order.pp))
-    clocks = [np.stack([np.zeros(shape), np.zeros(shape), busy[..., r], np.zeros(shape)]) for r in range(order.pp)]
-    held: list[tuple[tuple | None, Number]] = [(None, 0.0)] * order.pp  # whose reduction waits, and its seconds
+    count, parallel = _clocks(ahead), 1 + max(ahead, 1)
+    clocks = [np.zeros((count, *shape)) for _ in range(order.pp)]
+    for rank, own in enumerate(clocks):
+        own[parallel] = busy[..., rank]
+    held: list[Held] = [()] * order.pp
     known: dict[tuple, Passage] = {}
     mail, started = _Mail(order, hop), set()
     last: list[list[Number]] = [[np.zeros(shape)] * order.vpp for _ in range(order.pp)]
     for rank, entry in order.order:
         parts = tuple(actions((entry,)))
-        what = tuple((a.kind, order.held[rank][a.chunk]) for a in parts)
-        key = (what, held[rank][0])
+        what = tuple((a.kind, alike[order.held[rank][a.chunk]]) for a in parts)
+        key = (what, tuple(of for of, _ in held[rank]))
         if key not in known:
-            known[key] = Passage.of(laps(what), held[rank][1], shape)
-        arrives = [mail.take(rank, a) for a in parts]
-        old = [*clocks[rank], *(np.zeros(shape) if x is None else np.broadcast_to(x, shape) for x in arrives)]
-        new = (known[key].matrix + np.stack(old)).max(axis=1)
-        for i, a in enumerate(parts, start=4):
+            known[key] = Passage.of(laps(what), held[rank], shape, what, ahead)
+        new = known[key].after(clocks[rank], [mail.take(rank, a) for a in parts])
+        for i, a in enumerate(parts, start=count):
             if ready is not None and a.kind == "F" and (rank, a.chunk) not in started:
                 started.add((rank, a.chunk))
                 new[i] = np.maximum(new[i], ready[..., rank, a.chunk])
                 new[0] = np.maximum(new[0], new[i])
-        clocks[rank], held[rank] = new[:4], (what, known[key].held)
-        for a, end in sorted(zip(parts, new[4:], strict=True), key=lambda part: float(np.mean(part[1]))):
+        clocks[rank], held[rank] = new[:count], known[key].held
+        ended = list(zip(parts, new[count:], strict=True))
+        for a, end in sorted(ended, key=lambda part: float(part[1].sum())) if len(ended) > 1 else ended:
             if a.kind in "BW":
                 last[rank][a.chunk] = end
             left = mail.send(rank, a, end)
             if blocking:
                 new[0] = np.maximum(new[0], left)
-    done = [np.maximum(np.where(np.asarray(left) > 0, np.maximum(c[2], c[3]) + left, c[2]), c[0]) for c, (_, left) in zip(clocks, held)]
+    done = []
+    for own, left in zip(clocks, held, strict=True):
+        end = own[parallel]
+        for behind, (_, seconds) in zip(own[parallel + 1 :], left, strict=False):
+            end = np.where(np.asarray(seconds) > 0, np.maximum(end, behind) + seconds, end)
+        done.append(np.maximum(end, own[0]))
     return np.stack([np.stack(row, axis=-1) for row in last], axis=-2), np.stack(done, axis=-1)

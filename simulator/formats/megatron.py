@@ -17,11 +17,15 @@ from simulator.formats.launch import Launch
 from simulator.formats.megatron_flags import HARMLESS, HARMLESS_STARTS, MODEL, NOT_MODELLED, READ
 from simulator.scenario.facts import choices
 from simulator.scenario.placement import PIPELINE_INSIDE
-from simulator.scenario.plan import Module, Plan
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Plan
 from simulator.scenario.profiles import validated
 
 _SHARDING = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
 _DEEPEP = ("deepep", "hybridep", "ncclep")
+
+
+#: choices of --recompute-modules that are modelled
+_MODULES = tuple(name for name in choices(Module) if name not in (*EVERY_OTHER_PRODUCT[1:4],))
 
 
 class _Flags:
@@ -183,8 +187,8 @@ def _recompute(flags: _Flags) -> dict[str, Any]:
     for name in (flags.values.get("recompute-modules") or ["core_attn"]) if kind == "selective" else []:
         if name == "shared_experts":
             flags.warn("--recompute-modules shared_experts is not modelled: its activations are kept")
-        elif name not in choices(Module):
-            flags.refuse("recompute-modules", f"--recompute-modules {name} is not a choice", nearest(name, choices(Module)))
+        elif name not in _MODULES:
+            flags.refuse("recompute-modules", f"--recompute-modules {name} is not a choice", nearest(name, _MODULES))
         else:
             modules.append(name)
     return {"recompute": kind or "none"} | ({"recompute_modules": modules} if kind == "selective" else {})
@@ -199,6 +203,8 @@ def _sharding(flags: _Flags) -> dict[str, Any]:
         zero = 2 if flags.on("torch-fsdp2-no-reshard-after-forward") else 3
     overlap = {"grad_reduce": flags.on("overlap-grad-reduce"), "param_gather": flags.on("overlap-param-gather")}
     overlap["pp"] = not flags.on("no-overlap-p2p-communication")  # what Megatron never overlaps, 1F1B, is Plan's to say
+    if flags.on("tp-comm-overlap"):
+        overlap["tp"] = "pieces"
     return {"zero": zero, "overlap": overlap, "dp_replicate": flags.whole("num-distributed-optimizer-instances", 1)}
 
 

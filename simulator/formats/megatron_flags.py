@@ -20,7 +20,7 @@ READ = _names(
     torch-fsdp2-no-reshard-after-forward overlap-grad-reduce overlap-param-gather bf16 fp16 fp8-format fp4-format
     grad-reduce-in-bf16 accumulate-allreduce-grads-in-fp32 main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype
     moe-token-dispatcher-type moe-flex-dispatcher-backend moe-enable-deepep moe-router-force-load-balancing
-    overlap-moe-expert-parallel-comm no-overlap-p2p-communication use-tp-pp-dp-mapping
+    overlap-moe-expert-parallel-comm no-overlap-p2p-communication use-tp-pp-dp-mapping tp-comm-overlap
     """
 )
 #: dimensions of the model, which a name or a config.json gives instead; --num-layers is read for the pipeline only
@@ -39,7 +39,11 @@ NOT_MODELLED = {
     "moe-shared-expert-overlap": "shared experts are priced in line with the all-to-all",
     "moe-expert-capacity-factor": "no token is dropped",
     "moe-pad-expert-input-to-capacity": "experts are not padded",
-    "tp-comm-overlap": "tensor-parallel collectives are priced in line with the GEMMs",
+    "disable-tp-comm-overlap-ag": "all tensor-parallel collectives are priced in pieces",
+    "disable-tp-comm-overlap-rs": "all tensor-parallel collectives are priced in pieces",
+    "tp-comm-overlap-rs-dgrad": "input gradients are reduce-scattered beside weight gradients",
+    "disable-tp-comm-bulk-dgrad": "inputs are gathered again beside input gradients",
+    "disable-tp-comm-bulk-wgrad": "input gradients are reduce-scattered beside weight gradients",
     "overlap-param-gather-with-optimizer-step": "the first gather is priced after the optimizer",
     "microbatch-group-size-per-virtual-pipeline-stage": "micro-batches are interleaved in groups of pp",
     "cp-comm-type": "context parallelism is priced as Plan describes it",
@@ -74,6 +78,7 @@ HARMLESS = _names(
     cuda-graph-warmup-steps enable-experimental high-priority-stream-groups nccl-communicator-config-path
     nproc-per-node nnodes node-rank master-addr master-port standalone max-restarts tee role monitor-interval
     local-addr nodes ntasks-per-node gpus-per-node sft qk-l2-norm timing-log-level timing-log-option
+    tp-comm-bootstrap-backend tp-comm-overlap-cfg
     """
 )
 HARMLESS_STARTS = _names(

@@ -62,6 +62,10 @@ def _explicit(scenario: Scenario) -> Plan:
     return plan.model_copy(update={"layout": "|".join("".join(_LETTER.get(name, "t") for name in stage) for stage in stages)})
 
 
+#: modules that no --recompute-modules names
+_NOT_RECOMPUTED = frozenset({"mlp_act", "attn_out", "mlp_gate", "tp_gather"})
+
+
 def _unsayable(plan: Plan) -> dict[str, str]:
     """Return what of a plan Megatron-LM has no flag for, with the remedy."""
     found = {}
@@ -69,8 +73,9 @@ def _unsayable(plan: Plan) -> dict[str, str]:
         found[f"schedule: {plan.schedule}"] = f"choose from {', '.join(_SCHEDULES)}"
     if plan.vpp > 1 and plan.pp == 1:
         found[f"vpp: {plan.vpp} on one pipeline rank"] = "use pp of 2 or more"
-    if "mlp_act" in plan.recompute_modules and plan.recompute == "selective":
-        found["recompute_modules: mlp_act"] = "drop it; Megatron-LM recomputes moe_act and mlp"
+    if plan.recompute == "selective":
+        for name in _NOT_RECOMPUTED.intersection(plan.recompute_modules):
+            found[f"recompute_modules: {name}"] = "drop it; Megatron-LM recomputes moe_act and mlp"
     return found
 
 
@@ -84,7 +89,8 @@ def _degrees(plan: Plan) -> list[str]:
         "micro-batch-size": plan.micro_batch,
     }
     inside = ["--use-tp-pp-dp-mapping"] * (plan.placement.order == PIPELINE_INSIDE)
-    return [f"--{name} {value}" for name, value in flags.items()] + ["--sequence-parallel"] * plan.sequence_parallel + inside
+    switches = ["--sequence-parallel"] * plan.sequence_parallel + ["--tp-comm-overlap"] * (plan.overlap.tp == "pieces")
+    return [f"--{name} {value}" for name, value in flags.items()] + switches + inside
 
 
 def _pipeline(plan: Plan) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from simulator.errors import PlanError, Problem, nearest
 from simulator.formats.launch import Launch, loaded, refuse, refuse_unsaid
-from simulator.scenario.plan import Plan
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Plan
 from simulator.scenario.profiles import validated
 from simulator.scenario.scenario import Scenario
 
@@ -104,7 +104,8 @@ def plan_from_torchtitan(source: str | Path | Mapping[str, Any], layers: int | N
     warnings: list[str] = []
     pp = c.whole("parallelism", "pipeline_parallel_degree", 1)
     fields = _degrees(c) | _pipeline(c, pp, layers, warnings) | _recompute(c, warnings) | _batch(c, pp, warnings)
-    fields |= {"zero": _sharding(c, pp, fields["dp_shard"], fields["cp"]), "precision": _precision(c), "framework": "fsdp"}
+    fields |= {"zero": _sharding(c, pp, fields["dp_shard"], fields["cp"]), "precision": _precision(c)}
+    fields |= {"framework": "fsdp", "kernels": {"gate": "separate"}}
     length = c.whole("training", "seq_len", None, "max_context_length")
     job = {"global_batch": c.whole("training", "global_batch_size", None, least=-1), "sequence_length": length}
     if job["global_batch"] is None:
@@ -177,8 +178,9 @@ def _recompute(c: _Config, warnings: list[str]) -> dict[str, Any]:
         return {"recompute": "full"}
     if mode == "none":
         return {"recompute": "none"}
-    warnings.append(f"activation_checkpoint.mode = {mode} chooses by operation: priced as recompute of the attention core")
-    return {"recompute": "selective", "recompute_modules": ["core_attn"]}
+    if mode == "memory_budget":
+        warnings.append(f"activation_checkpoint.mode = {mode} lets the compiler choose: priced as recompute of every other product")
+    return {"recompute": "selective", "recompute_modules": list(EVERY_OTHER_PRODUCT)}
 
 
 def _sequences(c: _Config, key: str, length: int | None) -> int | None:
@@ -283,8 +285,8 @@ def _unsayable(plan: Plan) -> dict[str, str]:
         found[f"schedule: {plan.schedule}"] = f"choose from {', '.join(_WRITTEN)}"
     if plan.layout is not None:
         found[f"layout: {plan.layout}"] = "leave it out; torchtitan divides the layers evenly"
-    if plan.recompute == "selective":
-        found["recompute: selective"] = "use none or full; torchtitan's selective chooses by operation"
+    if plan.recompute == "selective" and plan.recompute_modules != EVERY_OTHER_PRODUCT:
+        found["recompute_modules"] = f"torchtitan chooses by operation: use {', '.join(EVERY_OTHER_PRODUCT)}, or none or full"
     return found
 
 

@@ -34,6 +34,14 @@ Algorithm = Literal["ring", "tree", "halving_doubling", "in_network", "hierarchi
 NET_BUFFER = 4 * 2**20
 #: NCCL's NVLink latency of an in-network reduction (``NCCL_ALGO_NVLS``), seconds
 IN_NETWORK_S = 25e-6
+#: chunks of an in-network reduction, bytes per channel and member, and the buffers that get them: those that fill all channels'
+#: chunks as many times or more (NCCL's ``calcCollChunking``); inside a domain, and in a tree over domains
+REDUCED_CHUNKS = ((16 * 2**10, 0), (32 * 2**10, 2), (64 * 2**10, 8), (128 * 2**10, 64))
+TREE_CHUNKS = ((32 * 2**10, 0), (64 * 2**10, 1), (128 * 2**10, 4))
+#: the largest chunk of a tree over so many domains or more (``NCCL_NVLSTREE_MAX_CHUNKSIZE``)
+FAR_DOMAINS, FAR_CHUNK = 4, 64 * 2**10
+#: stages that a chunk passes before and after the links: copied to the buffer that the switches read, and out of it
+COPIES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,8 @@ class Reach:
         Payload's share of the wire, per protocol.
     fill_s, net_fill_s : Number
         Time to fill the pipeline inside a domain and between domains.
+    reduce_channels : Number
+        Channels of the in-network reduction, each with a chunk per member under way; 0: its pipeline costs nothing to fill.
     """
 
     ranks: Number
@@ -73,6 +83,7 @@ class Reach:
     share: dict[Protocol, float]
     fill_s: Number
     net_fill_s: Number
+    reduce_channels: Number = 0
 
     @property
     def pipeline_s(self) -> Number:
@@ -104,43 +115,61 @@ def ring_s(size: Number, reach: Reach, protocol: Protocol, passes: int) -> Numbe
 
 
 def tree_s(size: Number, reach: Reach, protocol: Protocol) -> Number:
-    """Return seconds of a double binary tree all-reduce between domains, chains or in-network reduction inside.
+    """Return seconds of a double binary tree all-reduce between domains, chains inside.
 
     Notes
     -----
-    Up and down the tree of ``log2 N`` levels. Inside a domain a chain moves ``2 (n - 1)/n size``, or the switches reduce as in
-    `in_network_s`. Between domains both trees together pass every byte twice through a domain's NICs in each direction, through
-    those of either of two domains once.
+    Up and down the tree of ``log2 N`` levels. Inside a domain a chain moves ``2 (n - 1)/n size``. Between domains both trees
+    together pass every byte twice through a domain's NICs in each direction, through those of either of two domains once.
     """
     n, g, domains = (np.asarray(v, dtype=float) for v in (reach.ranks, reach.inside, reach.domains))
-    passes, share = np.where(domains == 2, 1.0, 2.0), reach.share[protocol]
-    between = np.where(domains > 1, passes * size / (g * reach.nic_bytes_per_s * share), 0.0)
+    share = reach.share[protocol]
+    between = _between_s(size, reach) / share
     chain = np.maximum(2 * (n - 1) / n * size / (reach.bus_bytes_per_s * reach.tree_share * share), between)
-    possible = (domains > 1) & (g > 1) & (np.asarray(reach.reduce_bytes_per_s) > 0)
-    reduced = passes * size * (1 + 1 / g) / (np.where(possible, reach.reduce_bytes_per_s, np.inf) * share)
-    deep = np.where(reach.pipeline_s > 0, reach.pipeline_s + 2 * (n - 1) * reach.hop.simple, 0.0)
-    network_s = getattr(reach.start, protocol) + 2 * np.log2(domains) * getattr(reach.net_hop, protocol)
-    seconds = 2 * (g - 1) * getattr(reach.hop, protocol) + filled_s(np.where(g > 1, chain, between), reach.pipeline_s)
-    switched = np.where(possible, IN_NETWORK_S + filled_s(np.maximum(reduced, between), deep), np.inf)
-    return network_s + np.minimum(seconds, switched)
+    hops = 2 * (np.log2(domains) * getattr(reach.net_hop, protocol) + (g - 1) * getattr(reach.hop, protocol))
+    return getattr(reach.start, protocol) + hops + filled_s(np.where(g > 1, chain, between), reach.pipeline_s)
+
+
+def _between_s(size: Number, reach: Reach) -> Number:
+    """Return seconds for which a double binary tree keeps the NICs of a domain busy."""
+    domains = np.asarray(reach.domains, dtype=float)
+    passes = np.where(domains == 2, 1.0, 2.0)
+    return np.where(domains > 1, passes * size / (reach.inside * np.asarray(reach.nic_bytes_per_s, dtype=float)), 0.0)
 
 
 def in_network_s(size: Number, reach: Reach) -> Number:
-    """Return seconds of an all-reduce inside one domain by its switches (NVLS); infinite between domains, or without them.
+    """Return seconds of an all-reduce by the switches of the domains, between them over a double binary tree; infinite without switches.
 
     Notes
     -----
     A member sends its share of every other's sum and receives its own sum from all: ``size (1 + 1/n)`` through its links, against
-    ``2 (n - 1)/n`` of a ring. The pipeline is as deep as a ring's: ``2 (n - 1)`` chunks.
+    ``2 (n - 1)/n`` of a ring; as the inside of a tree twice, of two domains once. Every channel has a chunk of each member under
+    way in each stage: with ``loop = channels x members x chunk`` bytes a stage, a buffer takes ``1 + (2 + 2 log2 N) loop / size``
+    times as long as its bytes need (NCCL's NVLS and NVLSTree).
     """
-    n, rate = np.asarray(reach.ranks, dtype=float), np.asarray(reach.reduce_bytes_per_s, dtype=float)
-    possible = (np.asarray(reach.domains) == 1) & (n > 2) & (rate > 0)
-    wire = size * (1 + 1 / n) / np.where(possible, rate, np.inf)
-    return np.where(
-        possible,
-        IN_NETWORK_S + filled_s(wire, np.where(np.asarray(reach.fill_s) > 0, reach.fill_s + 2 * (n - 1) * reach.hop.simple, 0.0)),
-        np.inf,
-    )
+    g, domains = (np.asarray(v, dtype=float) for v in (reach.inside, reach.domains))
+    rate = np.asarray(reach.reduce_bytes_per_s, dtype=float)
+    possible = (rate > 0) & np.where(domains > 1, g > 1, g > 2)
+    passes = np.where(domains > 2, 2.0, 1.0)
+    wire = np.maximum(passes * size * (1 + 1 / g) / np.where(possible, rate, np.inf), _between_s(size, reach))
+    stages = COPIES + 2 * np.log2(domains)
+    full = np.minimum(loop_bytes(size, reach) / np.maximum(size, 1e-9), 1.0)
+    start = IN_NETWORK_S + np.where(domains > 1, reach.start.simple + 2 * np.log2(domains) * reach.net_hop.simple, 0.0)
+    return np.where(possible, start + wire * (1 + stages * full), np.inf)
+
+
+def loop_bytes(size: Number, reach: Reach) -> Number:
+    """Return the bytes of all channels' and members' chunks together, in one stage of an in-network reduction of `size` bytes."""
+    domains, unit = np.asarray(reach.domains), reach.reduce_channels * np.asarray(reach.inside, dtype=float)
+    far = np.minimum(_chunk(size, unit, TREE_CHUNKS), np.where(domains >= FAR_DOMAINS, FAR_CHUNK, np.inf))
+    return unit * np.where(domains > 1, far, _chunk(size, unit, REDUCED_CHUNKS))
+
+
+def _chunk(size: Number, unit: Number, chunks: tuple[tuple[int, int], ...]) -> Number:
+    chunk: Number = float(chunks[0][0])
+    for larger, loops in chunks[1:]:
+        chunk = np.where(size >= loops * unit * larger, float(larger), chunk)
+    return chunk
 
 
 def halving_doubling_s(size: Number, reach: Reach, protocol: Protocol) -> Number:
@@ -208,10 +237,20 @@ TUNED: dict[str, tuple[Algorithm, ...]] = {"all_reduce": ("ring", "tree", "in_ne
 def cheapest(
     kind: Literal["all_reduce", "gather"], size: Number, reach: Reach, algorithm: Algorithm | None = None, protocol: Protocol | None = None
 ) -> Number:
-    """Return seconds of the algorithm and protocol that cost least, as NCCL's tuner picks them, or of the forced ones."""
+    """Return seconds of the algorithm and protocol that cost least, as NCCL's tuner picks them, or of the forced ones.
+
+    Notes
+    -----
+    Between domains the tuner takes the switches' reduction for every buffer long enough for its largest chunks, even where a ring
+    would be faster: its tables give it a ring's rate without a ring's latency, and two to three times a tree's rate per channel.
+    """
     table = ALL_REDUCE if kind == "all_reduce" else GATHER
     best = np.inf
     for name in (algorithm,) if algorithm else TUNED[kind]:
         for wire in (protocol,) if protocol else reach.share:
             best = np.minimum(best, table[name](size, reach, wire))
+    if kind == "all_reduce" and algorithm is None and protocol is None:
+        reduced, loops = in_network_s(size, reach), TREE_CHUNKS[-1][1]
+        preferred = np.isfinite(reduced) & (np.asarray(reach.domains) > 1) & (size >= loops * loop_bytes(size, reach))
+        best = np.where(preferred, reduced, best)
     return best

@@ -85,6 +85,7 @@ def reach(group: Group, cluster: Cluster, collective: Literal["all_reduce", "all
         share=host.protocol_share,
         fill_s=host.fill_s or 0.0,
         net_fill_s=fabric.fill_s or 0.0,
+        reduce_channels=host.reduction_channels or 0,
     )
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from simulator.errors import PlanError, ProfileError
 from simulator.feasibility import check
-from simulator.result import StepResult
+from simulator.results.step import StepResult
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 

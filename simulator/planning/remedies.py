@@ -11,7 +11,7 @@ from simulator.scenario.variation import Variation
 from simulator.simulate import simulate_ranks
 
 #: fields of `Routing` that are remedies; its others say how popular the experts are
-REMEDIES = ("bias_balance", "capacity_factor", "redundant_experts")
+REMEDIES = ("bias_balance", "capacity_factor", "hosts_per_token", "redundant_experts")
 
 
 def remedies(scenario: Scenario, variation: Variation | None = None) -> pd.DataFrame:
@@ -29,7 +29,7 @@ def remedies(scenario: Scenario, variation: Variation | None = None) -> pd.DataF
     DataFrame
         One row per remedy, ``none`` first and ``all`` last if there are several: ``remedy``, ``value``, ``step_time_s``,
         ``over_balanced`` (step over that of balanced experts), ``heaviest_load`` (most tokens that a rank receives for one layer
-        and micro-batch, over the mean), ``dropped_share`` of the tokens.
+        and micro-batch, over the mean), ``activations_bytes`` (most that a rank holds at once), ``dropped_share`` of the tokens.
 
     Raises
     ------
@@ -51,5 +51,7 @@ def remedies(scenario: Scenario, variation: Variation | None = None) -> pd.DataF
         load = step.durations.uneven.load
         assert load is not None
         value = given.get(name)
-        rows.append((name, value, step.step_time_s, step.step_time_s / balanced, float(load.max()), step.dropped_share))
-    return pd.DataFrame(rows, columns=["remedy", "value", "step_time_s", "over_balanced", "heaviest_load", "dropped_share"])
+        held, seconds = float(step.activations()["peak_bytes"].max()), step.step_time_s
+        rows.append((name, value, seconds, seconds / balanced, float(load.max()), held, step.dropped_share))
+    columns = ["remedy", "value", "step_time_s", "over_balanced", "heaviest_load", "activations_bytes", "dropped_share"]
+    return pd.DataFrame(rows, columns=columns)

@@ -12,7 +12,7 @@ import pandas as pd
 from simulator.errors import PlanError, Problem, ProfileError
 from simulator.planning.pool import Pool, Progress
 from simulator.planning.space import Space
-from simulator.result import StepResult
+from simulator.results.step import StepResult
 from simulator.scenario.plan import COLUMNS, Plan
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step

@@ -19,8 +19,8 @@ from simulator.errors import PlanError, ProfileError, SimulatorError
 from simulator.executors import finished
 from simulator.feasibility import check
 from simulator.lower_bound import bound
-from simulator.outcome import Outcome
 from simulator.planning.results import Answers, canonical, key_of, stored_answers
+from simulator.results.outcome import Outcome
 from simulator.scenario.scenario import Scenario, change
 from simulator.simulate import simulate_step
 

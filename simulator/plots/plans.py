@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from simulator.errors import SimulatorError
 from simulator.plots.style import COLOURS, OTHER, WORDS, frame, legend, new_axes, readable_s, unit_of
-from simulator.result import StepResult
+from simulator.results.step import StepResult
 
 #: figures that can be an axis -> what it says, and how many of its units one of the column's is
 FIGURES = {

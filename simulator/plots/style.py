@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from simulator.result import StepResult
+from simulator.results.step import StepResult
 
 #: colour of everything drawn, kept apart by all common kinds of colour blindness (after Paul Tol's "muted" and "light" schemes)
 COLOURS = {

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from simulator.errors import SimulatorError
 from simulator.plots.style import COLOURS, OTHER, WORDS, every, frame, headline, legend, new_axes, percent, readable_s, unit_of
-from simulator.result import StepResult
+from simulator.results.step import StepResult
 
 
 def plot_memory(result: StepResult, ax: Axes | None = None) -> Axes:

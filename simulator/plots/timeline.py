@@ -11,11 +11,11 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
+from simulator.engine.timeline import Timeline
 from simulator.errors import SimulatorError
 from simulator.plots.style import COLOURS, every, frame, headline, legend, new_axes, percent, unit_of
-from simulator.result import StepResult
+from simulator.results.step import StepResult
 from simulator.schedules import Schedule, actions
-from simulator.timeline import Timeline
 
 #: kinds of bars in a timeline, in the order of the legend
 KINDS = ("forward", "backward", "optimizer", "exposed communication")

@@ -49,10 +49,15 @@ class Accelerator(Facts):
         Share of the idle time of the last wave of tiles that smaller tiles or split-K win back.
     head_ramp : int
         Head width that costs fused attention half of its speed; the published efficiency is that of width 128.
+    keys_ramp : int
+        Keys per query that cost fused attention half of its speed, on tiles that the mask cuts and on short loops; the published
+        efficiency is that of 4,096 keys, a causal sequence of 8,192. Left out: any number is as fast.
+    fp8_attention : float
+        Speed of fused attention in 8 bits over that in bf16; the same where left out.
     older_attention : dict
         Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
     kernels : dict
-        Measured cost by kind of kernel (`simulator.pricing.kernel_name`); what is here replaces the general model above.
+        Measured cost by kind of kernel (`simulator.pricing.operations.kernel_name`); what is here replaces the general model above.
     in_training : dict
         Speed in a training step over that of the benchmarks above, where power, clocks and caches are shared: ``gemm`` in 16 and
         32 bits, ``gemm_low`` in 8 and 4 bits, ``grouped`` on top of either, ``attention``, ``memory``; 1 where left out.
@@ -73,6 +78,8 @@ class Accelerator(Facts):
     k_ramp: int = Field(ge=0)
     last_wave_recovered: float = Field(ge=0, le=1)
     head_ramp: int = Field(ge=0)
+    keys_ramp: int | None = Field(default=None, ge=0)
+    fp8_attention: float | None = Field(default=None, ge=1, lt=2.5)
     older_attention: dict[Literal["flash2", "flash1"], Fraction] = {}
     in_training: dict[InTraining, Annotated[float, Field(gt=0.3, lt=2.0)]] = {}
     tdp_w: Watts
@@ -113,6 +120,8 @@ class Host(Facts):
     reduction_share : float, optional
         Share of the scale-up link at which the data of one accelerator passes through the reduction in the scale-up
         switches (NVLS); none without.
+    reduction_channels : int, optional
+        Channels over which a library runs that reduction, each with a chunk per member under way; none: filling them is free.
     mesh : bool
         Whether the links go straight to each peer of the domain, an equal share to each, and not to switches: a group
         that leaves out peers leaves out their links.
@@ -139,6 +148,7 @@ class Host(Facts):
     scale_up_bytes_per_s: BytesPerS
     bus_bytes_per_s: dict[Collective, BytesPerS]
     reduction_share: Fraction | None = None
+    reduction_channels: int | None = Field(default=None, gt=0)
     mesh: bool = False
     nic_bytes_per_s: BytesPerS
     base_latency_s: Protocols

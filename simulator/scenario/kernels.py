@@ -6,12 +6,16 @@ from typing import Literal
 
 from simulator.scenario.facts import Frozen
 
-#: ``flash`` is the fastest fused attention for the hardware; the other three are what older stacks run
-Attention = Literal["flash", "flash2", "flash1", "unfused", "eager"]
+#: ``flash`` is the fastest fused attention for the hardware; ``flash_fp8`` the same in 8 bits; the others are what older stacks run
+Attention = Literal["flash", "flash_fp8", "flash2", "flash1", "unfused", "eager"]
 Fusion = Literal["fused", "eager"]
-#: parts of a layer, in the words of Megatron's ``cuda_graph_scope``; ``full`` is the whole iteration
 #: how the experts of a rank are multiplied
 Grouping = Literal["grouped", "fused"]
+#: how a weight gradient is added to what earlier micro-batches left
+Accumulation = Literal["fused", "separate"]
+#: how the gate and the up-projection of an MLP are multiplied
+Gate = Literal["fused", "separate"]
+#: parts of a layer, in the words of Megatron's ``cuda_graph_scope``; ``full`` is the whole iteration
 Graph = Literal["attn", "moe_router", "moe_preprocess", "moe", "mlp", "full"]
 
 #: beginnings of the names of the operations that each scope captures
@@ -31,7 +35,8 @@ class Kernels(Frozen):
     Parameters
     ----------
     attention : str
-        ``flash``: the fastest fused kernel (FlashAttention-3, cuDNN). ``flash2``, ``flash1``: those generations.
+        ``flash``: the fastest fused kernel (FlashAttention-3, cuDNN). ``flash_fp8``: the same with products in 8 bits.
+        ``flash2``, ``flash1``: those generations.
         ``unfused``: scores in memory, with one kernel for scale, mask and softmax (Megatron-LM up to 2022).
         ``eager``: scores in memory, a kernel for each of scale, mask, fp32 softmax (plain PyTorch).
     norm, pointwise : str
@@ -43,6 +48,12 @@ class Kernels(Frozen):
         ``grouped``: a product per expert, a kernel for each activation and cast. ``fused``: one product over all experts, as
         efficient as a dense one, whose epilogue activates and casts (the CuTeDSL kernels of cuDNN, Transformer Engine pull
         request 2769); it takes the experts' loads from device memory, so a whole step can be a CUDA graph.
+    accumulation : str
+        ``fused``: the product itself adds a weight gradient to the main gradients (Megatron since 2022, Transformer Engine).
+        ``separate``: it writes the gradient, which a kernel of its own then adds to them.
+    gate : str
+        ``fused``: gate and up-projection of a dense MLP are one linear layer. ``separate``: two, each with its own tensor-parallel
+        collectives (Aleph-Alpha/scaling, src/scaling/core/nn/mlp.py; torchtitan).
     graphs : tuple of str
         Parts of a layer whose kernels are captured in CUDA graphs, so that the host does not launch them one by one.
     """
@@ -52,6 +63,8 @@ class Kernels(Frozen):
     pointwise: Fusion = "fused"
     dropout: bool = False
     experts: Grouping = "grouped"
+    accumulation: Accumulation = "fused"
+    gate: Gate = "fused"
     graphs: tuple[Graph, ...] = ()
 
     def captured(self, name: str) -> bool:

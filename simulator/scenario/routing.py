@@ -36,6 +36,10 @@ class Routing(Frozen):
         of the uniform one.
     capacity_factor : float or None
         An expert takes at most this many times the mean and drops the rest; None drops nothing.
+    hosts_per_token : int or None
+        Node-limited routing: a token's experts lie in at most so many scale-up domains, which the router picks by the sum of
+        their best scores. Fewer copies cross the network where the dispatcher sends one per domain (``deepep``); how popular
+        experts are is left as it is. None leaves the groups of the model's own router.
     redundant_experts : int
         Copies of the most popular experts, packed onto the ranks so that these are even; 0 leaves every expert at home.
 
@@ -43,6 +47,7 @@ class Routing(Frozen):
     ----------
     Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024 (bias).
     Fedus, Zoph, Shazeer, "Switch Transformers", 2022, equation 3 (capacity factor).
+    DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, section 2.1.2 (node-limited routing: 4 of 8 hosts).
     DeepSeek-AI, EPLB, https://github.com/deepseek-ai/EPLB, 2025 (redundant experts).
     """
 
@@ -53,6 +58,7 @@ class Routing(Frozen):
     sampled: bool = True
     bias_balance: float = Field(default=0.0, ge=0, le=1)
     capacity_factor: float | None = Field(default=None, gt=0)
+    hosts_per_token: int | None = Field(default=None, gt=0)
     redundant_experts: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

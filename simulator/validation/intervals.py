@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from simulator.confidence import COVERAGE, RESIDUALS, SCALES, WORDS, quantiles
 from simulator.files import write_atomically
+from simulator.results.confidence import COVERAGE, RESIDUALS, SCALES, WORDS, quantiles
 
 _REGIMES = ("cold", "anchored")
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from simulator.confidence import NEAR
-from simulator.result import NOT_MODELLED
+from simulator.results.confidence import NEAR
+from simulator.results.step import NOT_MODELLED
 from simulator.validation.causes import cause
 from simulator.validation.choosing import SWEEP
 from simulator.validation.collectives import summarise_collectives
@@ -224,8 +224,8 @@ def _intervals(report: Report) -> Section:
     words = (
         "80 % intervals from the residuals of comparable rows, for every row from rows of other (model × accelerator) alone. Rows weigh "
         "less the farther they are in model, machine, layout and precision; a prediction is inside the validated range when a row is "
-        f"as near as {NEAR:g} units (`simulator.confidence`). Wanted: 75 to 85 % inside, half-width 12 % anchored and 25 % cold, and a "
-        "lower score than any constant width."
+        f"as near as {NEAR:g} units (`simulator.results.confidence`). Wanted: 75 to 85 % inside, half-width 12 % anchored and 25 % cold, "
+        "and a lower score than any constant width."
     )
     return Section("Intervals", words, pd.DataFrame(lines))
 
@@ -309,3 +309,8 @@ Written by `myriad validate --docs docs/accuracy.md`; every figure below is prin
 sources, are in `simulator/validation/data`; how a row becomes a scenario is in `simulator/validation`, and what its source leaves out
 is an assumption by name in every result. [validation.md](validation.md) says how to score measurements of your own.
 """
+#: what the pictures of the report show
+CAPTIONS = {
+    "accuracy": "Predicted over measured step time of every published run, and the line on which they are equal",
+    "residuals": "Predicted over measured by accelerator, precision, size and parallel degrees: median and middle 80 % of the rows",
+}

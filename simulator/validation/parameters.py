@@ -18,14 +18,15 @@ import pandas as pd
 from simulator.closed_forms import estimate_s, orders
 from simulator.errors import ProfileError, SimulatorError
 from simulator.fitting import Fitted, Parameter, fit, leave_out
+from simulator.pricing.stage_times import price_blocks, stage_times
 from simulator.scenario.plan import COLUMNS, PlanColumns
 from simulator.scenario.scenario import Scenario
-from simulator.stage_times import price_blocks, stage_times
 from simulator.validation.published import scenario_from_row
 from simulator.workload.stages import blocks, stage_blocks
 
 #: beginning of an accelerator's name -> its generation of silicon and its power
-SILICON = {"a100": "Ampere", "h100": "Hopper", "h200": "Hopper", "h800": "Hopper", "mi300x": "CDNA 3"}
+SILICON = {"a100": "Ampere", "h100": "Hopper", "h200": "Hopper", "h800": "Hopper", "mi300x": "CDNA 3", "mi325x": "CDNA 3"}
+SILICON |= {"mi355x": "CDNA 4"}
 #: of one silicon, beside Grace it gets a fifth more power and other processors launch its kernels
 SILICON |= {"b200": "Blackwell", "b300": "Blackwell", "gb200": "Grace Blackwell", "gb300": "Grace Blackwell"}
 #: parts of ``Accelerator.in_training`` and their bounds: nothing beats its benchmark by more than a newer library could, nor loses
@@ -41,6 +42,8 @@ _PARTS = {
 _DISPATCH = (5e-6, 200e-6, 0.7)
 #: what is known without the rows: kernels are as fast as in benchmarks, a framework needs 40 us to launch one
 _KNOWN = {"dispatch_s": 40e-6}
+#: weight of a row that is not complete
+_NOTHING = 1e-9
 #: step of the finite differences, in the logarithm
 _STEP = 0.05
 
@@ -129,7 +132,8 @@ def _by_silicon(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame, list[P
 def _joined(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     kept = table[table["skipped"] == ""].merge(found, on="id")
     kept["group"] = kept["family"] + " on " + kept["accelerator"]
-    kept["weight"] = 1 / kept.groupby("group")["id"].transform("size")
+    complete = kept["complete"] == "yes"
+    kept["weight"] = np.where(complete, 1 / complete.groupby(kept["group"]).transform("sum").clip(lower=1), _NOTHING)
     kept["miss"] = np.log(kept["measured_s"] / kept["predicted_s"])
     return kept
 
@@ -161,7 +165,6 @@ def cold(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     shipped parameters are those fitted to all rows, and leaving one group out moves them little.
     """
     kept, result = _joined(table, found), table.set_index("id")
-    kept.loc[kept["complete"] != "yes", "weight"] = 1e-9
     for _, group, parameters in _by_silicon(kept):
         moved = np.exp(leave_out(parameters, *_arrays(group, parameters), group["group"].to_numpy()))
         result.loc[group["id"], "predicted_s"] = group["predicted_s"].to_numpy() * moved

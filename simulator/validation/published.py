@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from simulator.closed_forms import estimate
-from simulator.compute import peak_flop_per_s
-from simulator.confidence import SCALES, WORDS, features
 from simulator.errors import ProfileError, SimulatorError
+from simulator.pricing.compute import peak_flop_per_s
+from simulator.results.confidence import SCALES, WORDS, features
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 from simulator.validation.keys import configuration_of, family_of, layout_of, release_of, sweep_of
@@ -191,7 +191,7 @@ def validate(
         and in ``skipped`` the reason why a row has no prediction, else an empty text. A row that cannot be read or
         predicted is skipped, never raised. What makes rows comparable: ``family`` (the model, proxies with it),
         ``release``, ``configuration`` and ``options``, ``sweep`` (all but the layout) and ``layout``, and the features that
-        `simulator.confidence` compares by; for a baseline the model ``flop`` per accelerator (causal) and its
+        `simulator.results.confidence` compares by; for a baseline the model ``flop`` per accelerator (causal) and its
         ``peak_flop_per_s`` in the precision of the GEMMs.
     """
     rows = published_runs() if rows is None else rows

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simulator.confidence import quantiles, residuals
+from simulator.results.confidence import quantiles, residuals
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 from simulator.validation.choosing import choosing, sweeps

@@ -34,6 +34,8 @@ MACHINES = {
     "GB200": ("gb200-186", "gb200-nvl72", "ib-ndr-nvl72"),
     "GB300": ("gb300-288", "gb300-nvl72", "ib-xdr-rail"),
     "MI300X": ("mi300x", "mi300x-platform", "roce-400g"),
+    "MI325X": ("mi325x", "mi300x-platform", "roce-400g"),
+    "MI355X": ("mi355x", "mi355x-platform", "roce-400g"),
 }
 MACHINES |= {machine[0]: machine for machine in MACHINES.values()}  # a user writes the profile's own name
 #: printed name -> facts that differ from the profile, their grade and what else had to be assumed
@@ -41,12 +43,12 @@ _VARIANTS: dict[str, tuple[dict[str, float], str, tuple[str, ...]]] = {
     "H100 (Grand Teton, 96GB HBM2e 2.4TB/s, 500W cap)": (
         {"hbm_bytes": 96e9, "hbm_bytes_per_s": 2.4e12, "tdp_w": 500.0},
         "published",
-        ("not modelled: clock under a 500 W cap",),
+        (),
     ),
     "H100 (95GB HBM2e low-TDP)": (
-        {"hbm_bytes": 95e9, "hbm_bytes_per_s": 2.4e12},
+        {"hbm_bytes": 95e9, "hbm_bytes_per_s": 2.4e12, "tdp_w": 500.0},
         "assumed",
-        ("HBM2e bandwidth not printed: 2.4 TB/s, as the other HBM2e H100", "not modelled: clock under its power cap"),
+        ("HBM2e bandwidth and power cap not printed: 2.4 TB/s and 500 W, as the other HBM2e H100",),
     ),
 }
 _UNSURE = {
@@ -115,6 +117,16 @@ def adapted(profile: T, changes: dict[str, Any], grade: str, source: str, suffix
     return profile.model_copy(update={**changes, "name": f"{profile.name} {suffix}", "sources": (*kept, new)})
 
 
+def capped(profile: Accelerator, power_w: float) -> dict[str, float]:
+    """Return the peaks of an accelerator whose products draw all the power it may have, when it may have `power_w`, FLOP/s.
+
+    Notes
+    -----
+    The power of switching transistors is ``C V^2 f``, and the voltage goes with the frequency: ``f ~ P^(1/3)``.
+    """
+    return {dtype: peak * (power_w / profile.tdp_w) ** (1 / 3) for dtype, peak in profile.peak_flop_per_s.items()}
+
+
 def _accelerator(row: Row, printed: str, profile: Accelerator) -> Accelerator:
     if printed in _UNSURE:
         row.assume(_UNSURE[printed])
@@ -123,6 +135,8 @@ def _accelerator(row: Row, printed: str, profile: Accelerator) -> Accelerator:
     changes, grade, said = _VARIANTS[printed]
     for text in said:
         row.assume(text)
+    row.assume(f"clock under {changes['tdp_w']:g} W: products slow with the cube root of the power")
+    changes = changes | {"peak_flop_per_s": capped(profile, changes["tdp_w"])}
     return adapted(profile, changes, grade, f"{row.text('source')}: {printed}", f"{changes['hbm_bytes'] / 1e9:.0f} GB HBM2e")
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from simulator.scenario.kernels import Kernels
 from simulator.validation.row import Row
 
+#: sources on Megatron-LM of 2021 or forks of it: no --gradient-accumulation-fusion, no asynchronous all-reduce of an input gradient
+BEFORE_2022 = "vTrain|SC'21|BLOOM|MT-NLG"
 #: sources of one software generation -> its kernels and why
 _STACKS: list[tuple[str, dict[str, Any], str]] = [
     (
@@ -15,12 +17,29 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
         {"attention": "unfused", "dropout": True},
         "Megatron-LM before FlashAttention: scores in memory, fused softmax, dropout",
     ),
+    (
+        BEFORE_2022,
+        {"accumulation": "separate"},
+        "forks of Megatron-LM before 2022: gradients added to those of earlier micro-batches by a kernel of its own",
+    ),
     ("BLOOM", {"attention": "unfused"}, "Megatron-DeepSpeed before FlashAttention: scores in memory, fused softmax, no dropout"),
     ("MosaicML", {"attention": "flash1", "pointwise": "eager"}, "llm-foundry of 2023: first FlashAttention in Triton, eager PyTorch"),
     ("InternEvo", {"attention": "flash1"}, "InternEvo of 2023: first FlashAttention, fused norms"),
-    ("Aleph-Alpha", {"norm": "eager", "pointwise": "eager"}, "eager rotary embedding, activation and loss"),
-    ("torchtitan", {"attention": "flash2"}, "PyTorch's attention is FlashAttention-2; torch.compile fuses the rest"),
+    (
+        "Aleph-Alpha",
+        {"norm": "eager", "pointwise": "eager", "gate": "separate", "accumulation": "separate"},
+        "eager rotary embedding, activation and loss, gate and up-projection apart (Aleph-Alpha/scaling)",
+    ),
+    (
+        "torchtitan",
+        {"attention": "flash2", "gate": "separate"},
+        "PyTorch's attention is FlashAttention-2; torch.compile fuses the rest, but gate and up-projection stay apart",
+    ),
+    ("Llama 3 Herd|NeMo24.03", {"attention": "flash2"}, "early 2024: FlashAttention-2's speed on Hopper, before FlashAttention-3"),
 ]
+#: recipes whose table prints none of their options: NVIDIA-NeMo/Megatron-Bridge src/megatron/bridge/perf_recipes/gpt_oss,
+#: ``_apply_gpt_oss_120b_full_iter_fp8mx_configs``
+FULL_ITERATION_RECIPE = r"gpt_oss_120b_pretrain_64gpu_gb[23]00_fp8mx_config"
 #: Aleph-Alpha's ``kernel=`` -> fields
 _NAMED: dict[str, dict[str, str]] = {
     "torch": {"attention": "eager"},
@@ -34,9 +53,11 @@ def kernels_of(row: Row) -> Kernels:
     """Return the kernels of a published row; what the row does not print is added to its assumptions."""
     fields: dict[str, Any] = {}
     for source, found, said in _STACKS:
-        if row.has(source, "source"):
+        if row.has(source, "source", "provenance"):
             fields |= found
             row.assume(f"kernels not printed: {said}")
+    if row.has("fp8 dot-product attention|fp8 attention", "overlap_notes", "notes"):
+        fields["attention"] = "flash_fp8"
     named = re.search(r"kernel=([^;]*)", row.text("overlap_notes"))
     if named:
         for name, found in _NAMED.items():
@@ -58,6 +79,9 @@ def kernels_of(row: Row) -> Kernels:
 
 def _graphs(row: Row) -> tuple[str, ...]:
     """Return the parts of a layer that run from CUDA graphs, in Megatron's words for their scope."""
+    if row.has(FULL_ITERATION_RECIPE, "provenance") and not row.text("overlap_notes"):
+        row.assume("options not in the table: full-iteration CUDA graph, HybridEP and all-to-all overlap, as the recipe says")
+        return ("full",)
     notes = f"{row.text('overlap_notes')}; {row.text('notes')}"
     if re.search(r"full[-_]iteration|FULL_CUDA_GRAPH=1", notes) and not re.search(r"cuda_graph=none", notes):
         return ("full",)

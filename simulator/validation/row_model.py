@@ -36,6 +36,8 @@ _STYLES: dict[str, tuple[dict[str, bool], str]] = {
 }
 #: GPT-2's 50,257 tokens, padded by Megatron for eight tensor-parallel ranks
 _GPT_VOCAB = 51200
+#: BLOOM's 250,680 tokens, padded by Megatron (config.json of bigscience/bloom)
+_BLOOM_VOCAB = 250880
 _LATENT = re.compile(r"MLA: q_lora (\d+), kv_lora (\d+), qk_nope (\d+), qk_rope (\d+), v_head (\d+)")
 
 
@@ -65,6 +67,9 @@ def model_of(row: Row) -> Model:
 
 def _divisible_vocab(row: Row, vocab: int) -> int:
     tp = row.whole("tp") or 1
+    if row.has("vocab '250k'", "notes"):
+        row.assume(f"vocabulary printed rounded: {_BLOOM_VOCAB:,}, as BLOOM was trained")
+        return _BLOOM_VOCAB
     if vocab % tp == 0:
         return vocab
     unit = 128 * tp  # Megatron's make_vocab_size_divisible_by, times tp

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from simulator.errors import ProfileError
+from simulator.scenario.framework import Framework
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
-from simulator.scenario.plan import Module, Overlap, Plan, Precision
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Overlap, Plan, Precision
 from simulator.validation.row import Row
-from simulator.validation.row_kernels import kernels_of
+from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, kernels_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
-    r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|async TP": "tensor-parallel communication beside compute",
+    r"async TP": "PyTorch's asynchronous tensor parallelism",
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
     r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
-    r"fp8 dot-product attention|fp8 attention": "FP8 attention",
     r"fp8 all-gather": "FP8 parameter gather",
     r"paged[_ ]stash": "paged stash of activations",
     r"Ulysses": "Ulysses context parallelism",
     r"grouped_gemm=false": "one GEMM per expert instead of a grouped one",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
+#: words for tensor-parallel collectives in pieces beside their products
+_IN_PIECES = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True"
 #: words for expert all-to-all beside the compute of another micro-batch
 _PAIRED = (
     r"moe_a2a_overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap|overlap_moe_expert_parallel_comm=True|A2A_OVERLAP=1|DualPipe overlaps"
 )
+#: recipes that name a backend of the flexible dispatcher and set ``moe_token_dispatcher_type = "alltoall"``, so that it is not used
+#: (NVIDIA-NeMo/Megatron-Bridge @05c0c90 scripts/performance/configs/qwen/qwen3_llm_pretrain.py)
+_ALLTOALL_RECIPE = "QWEN3_235B_A22B_PRETRAIN_CONFIG_(H100|B200)"
 #: sources from before sequence parallelism, or whose default is without it
 _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
 #: sources whose Megatron-LM could not yet reduce gradients beside the backward
@@ -54,16 +59,16 @@ def plan_of(row: Row, model: Model) -> Plan:
     """
     degrees = _degrees(row, model)
     for pattern, mechanism in _NOT_MODELLED.items():
-        inert = mechanism.startswith("tensor-parallel") and degrees["tp"] == 1
-        if not inert and row.has(pattern, "overlap_notes", "notes", "pp_schedule", "precision"):
+        if row.has(pattern, "overlap_notes", "notes", "pp_schedule", "precision"):
             row.assume(f"not modelled: {mechanism}")
     recompute, modules = _recompute(row, model)
+    sequence_parallel = _sequence_parallel(row, degrees["tp"])
     table = None
     schedule = _schedule(row, degrees)
     if schedule == "dualpipe":
         degrees["vpp"] = 2  # a stage of each direction; both hold the same layers
         row.assume("micro-batches run through the pipe in both directions (DualPipe)")
-    elif model.experts is not None and row.has(_PAIRED, "overlap_notes", "notes"):
+    elif model.experts is not None and (row.has(_PAIRED, "overlap_notes", "notes") or row.has(FULL_ITERATION_RECIPE, "provenance")):
         schedule, table = _paired(row, degrees, schedule)
     return Plan(
         **degrees,
@@ -74,11 +79,12 @@ def plan_of(row: Row, model: Model) -> Plan:
         layout=_layout(row, model, degrees["pp"] * (1 if schedule == "dualpipe" else degrees["vpp"])),
         recompute=recompute,
         recompute_modules=modules,
-        sequence_parallel=_sequence_parallel(row, degrees["tp"]),
+        sequence_parallel=sequence_parallel,
         dispatcher=_dispatcher(row, model),
         precision=_precision(row),
-        overlap=_overlap(row, degrees),
+        overlap=_overlap(row, degrees, sequence_parallel),
         kernels=kernels_of(row),
+        framework=Framework(cross_entropy="gathered") if row.has("Aleph-Alpha", "source") else Framework(),
     )
 
 
@@ -239,7 +245,10 @@ def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
             row.assume(f"not modelled: recompute of {word}")
     if modules:
         return "selective", modules
-    # torchtitan's per-operation checkpointing keeps attention and every other matmul; no module list says that
+    if "per-op SAC" in printed:
+        # of each layer's products it keeps the first, third, fifth ...: q, v, gate and down; and attention and what is reduce-scattered
+        row.assume("recompute of every other product: output projection, one of gate and up, and all that is no product (torchtitan)")
+        return "selective", EVERY_OTHER_PRODUCT
     row.assume(f"not modelled: recompute '{printed}' (taken as norms only)")
     return "selective", ("layernorm",)
 
@@ -261,8 +270,13 @@ def _sequence_parallel(row: Row, tp: int) -> bool:
 def _dispatcher(row: Row, model: Model) -> str:
     if model.experts is None:
         return "alltoall"
+    if row.has(_ALLTOALL_RECIPE, "provenance"):
+        row.assume("dispatcher: alltoall, which the recipe sets beside the backend that its table names")
+        return "alltoall"
     if row.has("node-limited", "overlap_notes"):
         row.assume("dispatcher: one copy per host, fanned out there (node-limited routing)")
+        return "deepep"
+    if row.has(FULL_ITERATION_RECIPE, "provenance"):
         return "deepep"
     if not row.has("deepep|hybridep", "overlap_notes", "notes"):
         if not row.has("dispatcher|all-?to-?all", "overlap_notes", "notes"):
@@ -283,6 +297,8 @@ def _precision(row: Row) -> Precision:
     elif "fp16" in printed and "bf16" not in printed:
         row.assume("gradient precision not printed: fp16")
         fields |= dict.fromkeys(("parameters", "gradients", "gemm", "dispatch", "combine", "gradient_reduce"), "fp16")
+    if row.has("Aleph-Alpha", "source"):
+        fields["gradients"] = "bf16"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
         fields["parameters"] = "fp8"
     if row.has("1x128 act", "precision"):
@@ -300,19 +316,27 @@ def _precision(row: Row) -> Precision:
     return Precision(**fields)
 
 
-def _overlap(row: Row, degrees: dict[str, int]) -> Overlap:
+def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Overlap:
     notes = row.text("overlap_notes")
-    tp = not row.has("torchtitan", "source")  # PyTorch's own tensor parallelism gathers nothing again beside a gradient
+    # PyTorch's own tensor parallelism gathers nothing again beside a gradient; Megatron-LM reduces beside one since 2022
+    # autograd functions of their own reduce it after both gradients in Aleph-Alpha/scaling (src/scaling/core/nn/linear/utils.py)
+    tp: bool | Literal["pieces"] = not row.has(f"torchtitan|Aleph-Alpha|{BEFORE_2022}", "source")
+    if degrees["tp"] > 1 and sequence_parallel and row.has(_IN_PIECES, "overlap_notes", "notes"):
+        tp = "pieces"
     pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")
     if not pp:
         row.assume("messages between stages not printed: none beside compute, as in the authors' script; their own schedules send aside")
     if degrees["dp_shard"] * degrees["dp_replicate"] == 1:
         return Overlap(tp=tp, pp=pp)
-    if re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):
+    listed = row.has("full ARGS in the yaml", "notes") and "overlap_grad_reduce=True" not in notes  # what it lists is all there is
+    if listed or re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):
         return Overlap(grad_reduce=False, param_gather=False, tp=tp)
     if row.has(_NO_GRADIENT_OVERLAP, "source"):
         # --overlap-grad-reduce came at the end of 2023; MegaScale's ablation adds it to its baseline
         row.assume("gradient reduction not printed: after the backward (Megatron-LM before 2024)")
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+    if row.has("Aleph-Alpha", "source"):
+        row.assume("gradient reduction not printed: in fp32 after the backward (Aleph-Alpha/scaling, src/scaling/core/optimizer)")
         return Overlap(grad_reduce=False, param_gather=False, tp=tp)
     if "(DeepSpeed)" in row.text("pp_schedule"):
         # its pipeline engine reduces gradients in an instruction after the last backward

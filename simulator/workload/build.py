@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
@@ -65,7 +66,8 @@ class _Thread:
     """A chain of segments: each starts when the one before it has ended."""
 
     last: tuple[int, ...] = ()
-    earlier: tuple[int, ...] = ()
+    #: where blocks began, the newest last: as many as are gathered ahead
+    begun: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass
@@ -86,6 +88,7 @@ class _Builder:
     def __init__(self, model: Model, plan: Plan, job: Job, classes: RankClasses, steps: int, post_validation: bool):
         self.model, self.plan, self.job = model, plan, job
         self.steps, self.post_validation = steps, post_validation
+        self.ahead = max(plan.overlap.prefetch, 1) if plan.zero >= 3 else 1
         self.schedule: Schedule = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
         self.stages, self.blocks = stage_blocks(model, plan, job), blocks(model, plan, job)
         self.pieces = {name: _Pieces.of(name, block, plan) for name, block in self.blocks.items()}
@@ -142,18 +145,18 @@ class _Builder:
         self, row: _Row, thread: _Thread, body: Body, label: Action | None, also: tuple[int, ...] = ()
     ) -> Iterator[tuple[int, ...]]:
         """Append `body` to the chain segment by segment; the first one also waits for the nodes in `also`."""
-        thread.earlier = thread.last
+        thread.begun = (*thread.begun, thread.last)[-self.ahead :]
         for segment in body:
             thread.last = tuple(self.emit(row, task, thread.last + also, label) for task in segment)
             also = ()
             yield thread.last
         thread.last += also
 
-    def release(self, row: _Row) -> None:
-        """Emit the held tasks: reductions that let the gather of the next block go first."""
-        for tasks, needs, label in row.held:
+    def release(self, row: _Row, keep: int = 0) -> None:
+        """Emit the held tasks but for the last `keep`: reductions that let the gathers of the next blocks go first."""
+        while len(row.held) > keep:
+            tasks, needs, label = row.held.pop(0)
             self.aside(row, tasks, needs, label)
-        row.held.clear()
 
     # --- the schedule ---
 
@@ -164,13 +167,13 @@ class _Builder:
                 pass
             return
         begin = len(self.program)
-        threads = [_Thread(row.thread.last, row.thread.earlier) for _ in entry]
+        threads = [_Thread(row.thread.last, row.thread.begun) for _ in entry]
         turns = [self.action(row, thread, action, left) for thread, action in zip(threads, entry, strict=True)]
         while turns:
             turns = [turn for turn in turns if next(turn, None) is not None]
-        row.thread.last, row.thread.earlier = (
-            tuple(dict.fromkeys(getattr(threads[0], name) + getattr(threads[1], name))) for name in ("last", "earlier")
-        )
+        row.thread.last = _either(*(thread.last for thread in threads))
+        both = zip_longest(*(reversed(thread.begun) for thread in threads), fillvalue=())
+        row.thread.begun = tuple(_either(*nodes) for nodes in both)[::-1]
         held = self.schedule.held[row.rank]
         pair = held[entry.forward.chunk], held[entry.backward.chunk]
         self.program.pair[begin:] = [pair] * (len(self.program) - begin)
@@ -187,7 +190,7 @@ class _Builder:
         for i, name in names if forward else reversed(names):
             piece = self.pieces[name]
             also += self.parameters(row, thread, piece, action, i)
-            self.release(row)
+            self.release(row, keep=self.ahead - 1)
             for nodes in self.segments(row, thread, piece.body[action.kind], action, also):
                 if first:
                     self.await_message(row, nodes, action)
@@ -197,7 +200,7 @@ class _Builder:
             if action.kind in "BW" and self.reduces_now(row, action):
                 row.held.append((piece.reduce, thread.last, action))
         if first:  # a stage without blocks hands the message on
-            self.release(row)
+            self.release(row, keep=self.ahead - 1)
             for nodes in self.segments(row, thread, _EMPTY, action, also):
                 self.await_message(row, nodes, action)
                 yield nodes
@@ -205,9 +208,11 @@ class _Builder:
         self.hand_on(row, thread, action)
 
     def parameters(self, row: _Row, thread: _Thread, piece: _Pieces, action: Action, i: int) -> tuple[int, ...]:
-        """Return the gathers that block `i` waits for: ZeRO-3 gathers for each pass, one block ahead; ZeRO-1 and 2 once."""
+        """Return the gathers that block `i` waits for: ZeRO-3 gathers for each pass, some blocks ahead; ZeRO-1 and 2 once."""
         if self.plan.zero >= 3 and action.kind != "W":
-            return self.aside(row, piece.gather, thread.earlier, action)
+            ahead = self.plan.overlap.prefetch
+            start = thread.last if not ahead else thread.begun[-ahead] if len(thread.begun) >= ahead else ()
+            return self.aside(row, piece.gather, start, action)
         first = action.kind == "F" and not row.done["F", action.chunk]
         return row.gathered.get((action.chunk, i), ()) if first else ()
 
@@ -280,7 +285,7 @@ class _Builder:
             pass
         if plan.zero in (1, 2) and not plan.overlap.param_gather:
             self.one_by_one(row, (task for name in own for task in self.pieces[name].gather))
-        row.thread.earlier = row.thread.last  # the next step gathers what the optimizer has written
+        row.thread.begun = (row.thread.last,) * self.ahead  # the next step gathers what the optimizer has written
 
     def partial_norm(self, row: _Row, step: int) -> None:
         """Sum the norm inside the stage, add what the stages before have, hand it on; nobody waits for the stages after."""
@@ -291,6 +296,10 @@ class _Builder:
             self.waiting.append((node, (int(place), "norm", 0, step)))
         if row.rank < self.plan.pp - 1:
             self.sent[row.rank_class, "norm", 0, step] = self.emit(row, self.state, row.thread.last, None)
+
+
+def _either(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(one + other))
 
 
 def _later(entry: Entry, micro_batches: int) -> Entry:

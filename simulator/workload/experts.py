@@ -73,3 +73,31 @@ def copies(experts: Experts, dispatcher: str, ranks: Number, inside: Number, dom
     if dispatcher == "deepep":
         return expected_destinations(experts, domains) * remote, expected_destinations(experts, ranks) * (1.0 - 1.0 / inside)
     return experts.top_k * remote, experts.top_k * (inside - 1) / ranks
+
+
+def rows_sorted(experts: Experts, dispatcher: str, ranks: Number) -> tuple[Number, Number]:
+    """Return the rows per local token that are read and written to sort copies by expert: before they leave, and where they arrive.
+
+    Parameters
+    ----------
+    dispatcher : str
+        ``alltoall`` writes the copies of each token in the order of all experts, sends them, and sorts what came from every
+        rank by local expert. ``deepep`` sends tokens as they are, one to each rank, where they are copied to its experts.
+    ranks : Number
+        Ranks of the expert group.
+
+    Notes
+    -----
+    With top k and D different ranks per token (`expected_destinations`): ``1 + k`` and ``2 k``, or ``0`` and ``D + k``. On
+    the way back the same rows are summed up instead of copied. One rank, or one expert on each, has nothing to sort again.
+
+    References
+    ----------
+    Megatron-Core, megatron/core/transformer/moe/token_dispatcher.py: ``permute`` and ``sort_chunks_by_idxs`` of the
+    all-to-all dispatcher; DeepEP, csrc/hybrid_ep/extension/permute.cu.
+    """
+    ranks = np.asarray(ranks, dtype=float)
+    if dispatcher == "deepep":
+        return 0.0 * ranks, expected_destinations(experts, ranks) + experts.top_k
+    again = (ranks > 1) & (experts.count > ranks)
+    return 1.0 + experts.top_k + 0.0 * ranks, np.where(again, 2.0 * experts.top_k, 0.0)

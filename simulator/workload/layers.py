@@ -13,6 +13,7 @@ DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024 (MLA, fine-grained experts, FP
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import LayerKind, Model
 from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, Precision
 from simulator.units import Number
+from simulator.workload.experts import rows_sorted
 from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op, Segment, gemm
 
 #: bytes of the softmax that unfused attention saves per score: in 16 bits, or in fp32 and cast
@@ -42,12 +44,25 @@ ATTENTION_BACKWARD_FLOP = 2.5
 #: bytes per score that softmax moves, forward and backward: as one kernel in bf16 (read, write; read twice, write), or
 #: scale, mask, cast, fp32 softmax and cast on their own, and their gradients
 SCORE_BYTES: dict[str, tuple[float, float]] = {"unfused": (4.0, 6.0), "eager": (29.0, 35.0)}
+#: kernels of that softmax and its gradient
+SCORE_LAUNCHES = {"unfused": 1, "eager": 5}
+#: the fused softmax takes this many products per block: another number of sequences times heads goes the eager way (Megatron-LM,
+#: megatron/model/fused_softmax.py, is_kernel_available)
+SOFTMAX_BLOCK = 4
 #: bytes per element of an RMSNorm written in PyTorch: cast, square, mean, scale, cast back, weight; and their gradients
 EAGER_NORM_BYTES = (36.0, 100.0)
 #: times that eager rotary embedding reads or writes its rows, most of them in fp32
 EAGER_ROTARY_PASSES = 14
-#: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order
-ROUTER_LAUNCHES, PERMUTE_LAUNCHES = (20, 15), (8, 8)
+#: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order, for
+#: which a map of rows is made first; of moving whole chunks of rows
+ROUTER_LAUNCHES, PERMUTE_LAUNCHES, SORT_LAUNCHES = (20, 15), (8, 8), (3, 2)
+#: bytes per element that adding the last bias of experts moves, forward and backward, in separate operations of PyTorch: the bias
+#: times the probability (write), the sum (read twice, write), one tensor of all experts (read, write); backward the tensor
+#: again, and the gradient times the probability and times the bias (read, write each), summed up (read each). Megatron-Core,
+#: megatron/core/transformer/moe/experts.py, ``TEGroupedMLP._apply_bias``
+EXPERT_BIAS_BYTES = (12.0, 16.0)
+#: kernels of that for every expert
+EXPERT_BIAS_LAUNCHES = (3, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +78,7 @@ class Shape:
     etp: Number
     sequence_parallel: bool
     ulysses: bool
+    pieces: bool
 
     @classmethod
     def of(cls, plan: Plan, job: Job) -> Shape:
@@ -70,7 +86,18 @@ class Shape:
         tokens = plan.micro_batch * job.sequence_length / plan.cp
         split = tokens / plan.tp if plan.sequence_parallel else tokens
         ulysses = plan.context_parallel == "all_to_all"
-        return cls(tokens, split, job.sequence_length, plan.tp, plan.cp, plan.ep, plan.etp, plan.sequence_parallel, ulysses)
+        return cls(
+            tokens,
+            split,
+            job.sequence_length,
+            plan.tp,
+            plan.cp,
+            plan.ep,
+            plan.etp,
+            plan.sequence_parallel,
+            ulysses,
+            plan.overlap.tp == "pieces",
+        )
 
 
 def attended(sequence: Number, window: int | None, causal: bool = True) -> Number:
@@ -89,16 +116,17 @@ def attended(sequence: Number, window: int | None, causal: bool = True) -> Numbe
     return w * (sequence - (w - 1) / 2) / sequence
 
 
-def _builder(plan: Plan) -> BlockBuilder:
+def _builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
     gemm = plan.precision.gemm
     return BlockBuilder(
         gemm,
         ELEMENT_BYTES[gemm],
         plan.recompute,
         plan.recomputed,
-        plan.overlap.tp,
+        bool(plan.overlap.tp),
         ELEMENT_BYTES[plan.precision.gradients],
         plan.kernels,
+        load,
     )
 
 
@@ -133,7 +161,7 @@ def _enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tupl
     size = x.tokens * width * BF16
     if not x.sequence_parallel:
         return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input")
-    b.add([(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"),)], [], modules=modules)
+    b.add([(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"),)], [], modules=(*modules, "tp_gather"))
     again = Op(f"{name}.gather", "all_gather", bytes=size, axis="tp", grad="weight")
     return again, Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
 
@@ -146,6 +174,37 @@ def _leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[s
         b.collective(scatter, gather, modules)
     else:
         b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
+
+
+def _column_parallel(
+    b: BlockBuilder, part: str, name: str, x: Shape, width: int, n: Number, modules: tuple[str, ...] = (), saved: Number = 0.0
+) -> None:
+    """Append a column-parallel linear layer with the collectives of its rows, as the plan overlaps them.
+
+    In pieces, rows are gathered in the datatype of the product, as Transformer Engine's buffers are (``fp8_buf``), by copy
+    engines (``use_ce``).
+    """
+    if not x.pieces:
+        beside = _enter_tp(b, part, x, width, modules)
+        b.linear(name, x.tokens, width, n, saved=saved, modules=modules, beside=beside)
+        return
+    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype)
+    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
+    beside = replace(gather, grad="weight"), scatter
+    b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp)
+
+
+def _row_parallel(
+    b: BlockBuilder, part: str, name: str, x: Shape, k: Number, width: int, modules: tuple[str, ...] = (), saved: Number = 0.0
+) -> None:
+    """Append a row-parallel linear layer and the sum of its partial rows, as the plan overlaps them."""
+    if not x.pieces:
+        b.linear(name, x.tokens, k, width, saved=saved, modules=modules)
+        _leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"))  # by operation, what is reduce-scattered is kept
+        return
+    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
+    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype, grad="input")
+    b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), replace(gather, apart=True)), pieces=x.tp)
 
 
 def _core_attention(
@@ -167,7 +226,7 @@ def _core_attention(
     forward, backward = ([(segments[0][0], beside), *segments[1:]] for segments, beside in zip(cores, passed, strict=True))
     scores = x.tokens * x.sequence * heads
     if b.kernels.attention in SCORE_SAVED:
-        saved = scores * (SCORE_SAVED[b.kernels.attention] + (MASK + BF16 if b.kernels.dropout else 0.0))
+        saved = scores * (_of_softmax(b, x, heads, SCORE_SAVED) + (MASK + BF16 if b.kernels.dropout else 0.0))
         works = scores * 2 * BF16
     else:
         saved = x.tokens * heads * FP32
@@ -176,6 +235,12 @@ def _core_attention(
         saved = saved + np.where(np.asarray(x.cp) > 1, x.tokens * heads * v_dim * BF16, 0.0)
     b.add(forward, backward, saved, ("core_attn",))
     b.works(works)
+
+
+def _of_softmax(b: BlockBuilder, x: Shape, heads: Number, what: dict[str, Any]) -> Number:
+    """Return what the softmax costs as the stack runs it: eagerly also where the fused kernel does not take the shape."""
+    ragged = np.mod(x.tokens * x.cp / x.sequence * heads, SOFTMAX_BLOCK) > 0
+    return np.where(ragged, what["eager"], what[b.kernels.attention])
 
 
 def _fused_core(
@@ -197,14 +262,15 @@ def _unfused_core(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: 
     elements, see `SCORE_BYTES`.
     """
     scores, products, rows = x.tokens * x.sequence * heads, x.tokens / x.sequence * x.cp * heads, x.sequence / x.cp
-    there, back = SCORE_BYTES[b.kernels.attention]
+    there, back = (_of_softmax(b, x, heads, {name: both[i] for name, both in SCORE_BYTES.items()}) for i in (0, 1))
     drop = 2 * BF16 + MASK if b.kernels.dropout else 0.0
+    launches = _of_softmax(b, x, heads, SCORE_LAUNCHES) + 1  # scaling the scores or, with dropout, dropping them out
 
     def product(name: str, k: Number, n: Number, grad: str = "") -> Segment:
         op = gemm(f"attn.core.{name}", rows, k, n, "bf16", BF16, grad, groups=products)
         return (replace(op, kind="gemm", launches=1.0),)  # one batch without weights: as fast as a single product
 
-    softmax = Op("attn.core.softmax", "memory", bytes=scores * (there + drop), launches=2)
+    softmax = Op("attn.core.softmax", "memory", bytes=scores * (there + drop), launches=launches)
     values, keys = product("values", v_dim, x.sequence, "input"), product("scores", x.sequence, qk_dim, "input")
     forward = [product("scores", qk_dim, x.sequence), (softmax,), product("values", x.sequence, v_dim)]
     gradient = replace(softmax, bytes=scores * (back + drop), grad="input")
@@ -216,13 +282,14 @@ def _attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None
     _norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
     local_heads, local_kv = heads / x.tp, np.maximum(kv / x.tp, 1.0)
     width = (local_heads + 2 * local_kv) * dim
-    beside = _enter_tp(b, "attn", x, h)
-    b.linear("attn.qkv", x.tokens, h, width, beside=beside)
+    _column_parallel(b, "attn", "attn.qkv", x, h, width)
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
+    if model.qk_norm:
+        b.memory("attn.qk_norm", 2 * rotated, 3 * rotated, rotated, launches=(2, 4))
     _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
-    b.linear("attn.out", x.tokens, local_heads * dim, h, saved=_twice(b, x.tokens * local_heads * dim))
-    _leave_tp(b, "attn", x, h)
+    b.add([], [], _twice(b, x.tokens * local_heads * dim))  # attention's output, the projection's input
+    _row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, ("attn_out",))
     b.dense_parameters = b.dense_parameters + h * width + local_heads * dim * h
     b.dense_parameters = b.dense_parameters + (width if model.attention_bias else 0) + (h if model.output_bias else 0)
     b.dense_parameters = b.dense_parameters + (2 * dim if model.qk_norm else 0) + (local_heads if model.sinks else 0)
@@ -245,7 +312,7 @@ def _activation(
 ) -> None:
     """Activate the up-projection, gated or not; eagerly the gate's activation is a kernel of its own, whose output is kept."""
     if mats == 2 and b.kernels.pointwise == "eager":
-        b.add([], [], size, modules)
+        b.add([], [], size * (b.load if routed else 1.0), modules)
     eager = (2, 4) if b.kernels.pointwise == "eager" else (0, 0)
     there, back = mats + 1 + eager[0], 2 * mats + 1 + eager[1]
     launches = (2, 3) if b.kernels.pointwise == "eager" else (1, 1)
@@ -272,8 +339,7 @@ def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) 
     b.linear("attn.kv_up", x.tokens, mla.kv_rank, keys_values, saved=x.tokens * heads * (qk + mla.v_dim) * BF16, modules=up)
     _rotary(b, x.tokens * heads * 2 * qk * BF16, 0.0, up)
     _core_attention(b, x, model, heads, qk, mla.v_dim, heads * (qk + mla.v_dim), kind.window)
-    b.linear("attn.out", x.tokens, heads * mla.v_dim, h, saved=_twice(b, x.tokens * heads * mla.v_dim))
-    _leave_tp(b, "attn", x, h)
+    _row_parallel(b, "attn", "attn.out", x, heads * mla.v_dim, h, saved=_twice(b, x.tokens * heads * mla.v_dim))
     q_down = h * mla.q_rank if mla.q_rank else 0
     b.dense_parameters = b.dense_parameters + q_down + q_input * heads * qk + h * latent + mla.kv_rank * keys_values + heads * mla.v_dim * h
 
@@ -281,14 +347,16 @@ def _latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) 
 def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: tuple[str, ...], kept: Dtype) -> None:
     """Dense MLP, column- then row-parallel: up (and gate), activation, down; the up-projection is `kept` for the backward."""
     h, local, mats = model.hidden, ffn / x.tp, 2 if model.gated else 1
-    beside = _enter_tp(b, name, x, h, modules)
     saved, cast = _kept(x.tokens * mats * local, kept)
-    b.linear(f"{name}.up", x.tokens, h, mats * local, saved=saved, modules=modules, beside=beside)
+    if mats == 2 and b.kernels.gate == "separate":
+        _column_parallel(b, f"{name}.gate", f"{name}.gate", x, h, local, (*modules, "mlp_gate"), saved / 2)
+        _column_parallel(b, f"{name}.up", f"{name}.up", x, h, local, modules, saved / 2)
+    else:
+        _column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
     size = x.tokens * local * BF16
     _activation(b, name, mats, size, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
     b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
-    b.linear(f"{name}.down", x.tokens, local, h, modules=modules)
-    _leave_tp(b, name, x, h, modules)
+    _row_parallel(b, name, f"{name}.down", x, local, h, modules)
     bias = (mats * local + h) if model.mlp_bias else 0
     b.dense_parameters = b.dense_parameters + (mats + 1) * h * local + bias
 
@@ -299,7 +367,7 @@ def _kept(elements: Number, dtype: Dtype) -> tuple[Number, Number]:
     return saved, (saved if dtype != "bf16" else 0.0)
 
 
-def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> None:
+def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, dispatcher: str) -> None:
     """Router, dispatch, grouped experts, combine; shared experts beside them as a dense MLP.
 
     Notes
@@ -317,41 +385,49 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
     scores = x.split_tokens * e.count * FP32
     b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
     b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES)
-    copies, rows_moved = received * h, (x.split_tokens + received) * h
+    copies = received * h
     # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
     cast = precision.dispatch == b.dtype != "bf16"
-    there, back = (rows_moved * ELEMENT_BYTES[p] for p in (precision.dispatch if cast else "bf16", "bf16"))
+    sent, arrived = (x.split_tokens * h * rows for rows in rows_sorted(e, dispatcher, x.ep))
+    element = ELEMENT_BYTES[precision.dispatch if cast else "bf16"]
+    sort = tuple(n * (arrived > 0) for n in (PERMUTE_LAUNCHES if dispatcher == "deepep" else SORT_LAUNCHES))
     if cast:
         b.memory("moe.dispatch.cast", x.split_tokens * h * (BF16 + b.element), 0.0, modules=moe)
-    b.memory("moe.permute", there, back, modules=moe, launches=PERMUTE_LAUNCHES)
+    b.memory("moe.permute", sent * element, sent * BF16, modules=moe, launches=PERMUTE_LAUNCHES)
     out, back = (x.split_tokens * h * ELEMENT_BYTES[p] for p in (precision.dispatch, precision.combine))
     b.exchange("moe.dispatch", out, back, moe)
+    b.memory("moe.arrived.permute", arrived * element, arrived * BF16, modules=moe, routed=True, launches=sort)
     gather, scatter = (
         Op("moe.etp", kind, bytes=copies * x.etp * BF16, axis="etp", routed=True) for kind in ("all_gather", "reduce_scatter")
     )
     b.collective(gather, scatter, moe)
     per_expert, (saved, kept) = rows / local, _kept(rows * mats * ffn, precision.activations)
+    taken = rows * b.load  # what stays in memory is of the tokens that really come
     fused = b.kernels.experts == "fused"
     b.linear(
         "moe.up",
         per_expert,
         h,
         mats * ffn,
-        saved=copies * x.etp * b.element + saved,
+        saved=(copies * x.etp * b.element + saved) * b.load,
         modules=moe,
         groups=local,
         routed=True,
         arrives=(cast, fused),
     )
     if fused:
-        b.add([], [], rows * ffn * b.element, ("moe", "moe_act"))
+        b.add([], [], taken * ffn * b.element, ("moe", "moe_act"))
     else:
-        _activation(b, "moe", mats, rows * ffn * BF16, kept, rows * ffn * b.element, ("moe", "moe_act"), routed=True)
-    b.works(rows * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
+        _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.element, ("moe", "moe_act"), routed=True)
+    b.works(taken * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(fused, cast))
+    if model.mlp_bias and not fused and "full" not in b.kernels.graphs:  # a graph of everything cannot split by the experts' loads
+        launches = tuple(1 + each * local for each in EXPERT_BIAS_LAUNCHES)
+        b.memory("moe.bias", *(rows * h * each for each in EXPERT_BIAS_BYTES), modules=moe, routed=True, launches=launches)
     b.collective(scatter, gather, moe)
+    b.memory("moe.arrived.unpermute", arrived * BF16, arrived * element, modules=moe, routed=True, launches=sort)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
-    b.memory("moe.unpermute", rows_moved * BF16, there, modules=moe, launches=PERMUTE_LAUNCHES)
+    b.memory("moe.unpermute", sent * BF16, sent * element, modules=moe, launches=PERMUTE_LAUNCHES)
     if cast:
         b.memory("moe.combine.cast", 0.0, x.split_tokens * h * (BF16 + b.element), modules=moe)
     expert = (mats + 1) * h * ffn + ((mats * ffn + h) if model.mlp_bias else 0)
@@ -362,17 +438,17 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision) -> N
         b.dense_parameters = b.dense_parameters + (h if e.shared_gate else 0)
 
 
-def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job) -> Block:
-    """Return the block of one transformer layer of `kind`."""
-    x, b, h = Shape.of(plan, job), _builder(plan), model.hidden
+def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job, load: Number = 1.0) -> Block:
+    """Return the block of one transformer layer of `kind`; its experts keep `load` times the mean of the tokens."""
+    x, b, h = Shape.of(plan, job), _builder(plan, load), model.hidden
     layer_input = x.split_tokens * h * BF16
     b.add([], [], layer_input)
     (_latent_attention if model.latent else _attention)(b, model, kind, x)
     _residual(b, x, model)
-    b.add([], [], layer_input)  # of the second norm
+    b.add([], [], layer_input, ("attn_out",))  # of the second norm
     _norm(b, "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
     if kind.moe:
-        _experts(b, model, x, plan.precision)
+        _experts(b, model, x, plan.precision, plan.dispatcher)
     else:
         _mlp(b, model, x, "mlp", model.ffn, ("mlp",), plan.precision.activations)
     _residual(b, x, model)
@@ -397,31 +473,32 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
 
     Notes
     -----
-    The loss reads the logits for the maximum, the sum and the gradient. How many bytes of each are kept, and live at its
-    fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16 gradient, the rows it gathers again,
-    their gradient and, unless it is added in place, the gradient of its matrix.
+    The loss reads the logits for the maximum, the sum and the gradient, those of all tp ranks where it gathers them. How many
+    bytes of each are kept, and live at its fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16
+    gradient, the rows it gathers again, their gradient and, unless it is added in place, the gradient of its matrix.
     """
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp, kernels=plan.kernels)
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=bool(plan.overlap.tp), kernels=plan.kernels)
     vocab = model.vocab / x.tp
     _norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = _enter_tp(b, "head", x, model.hidden)
-    logits = x.tokens * vocab
-    kept, most = (
-        size * logits * (x.tp if plan.framework.cross_entropy == "gathered" else 1.0) for size in LOGIT_BYTES[plan.framework.cross_entropy]
-    )
+    logits, gathered = x.tokens * vocab, plan.framework.cross_entropy == "gathered"
+    seen = logits * (x.tp if gathered else 1.0)  # by the loss of this rank
+    kept, most = (size * seen for size in LOGIT_BYTES[plan.framework.cross_entropy])
     b.linear("head.logits", x.tokens, model.hidden, vocab, saved=kept, beside=beside)
     written = 0.0 if plan.framework.weight_gradients == "fused" else model.hidden * vocab * BF16
     b.works(most - kept)
     b.works(logits * BF16 - kept + 2 * x.tokens * model.hidden * BF16 + written)
     b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
-    eager = logits * 3 * FP32 if plan.kernels.pointwise == "eager" else 0.0  # log-softmax writes, its gradient reads and writes
-    b.memory("head.loss", logits * (BF16 + 3 * FP32), logits * (FP32 + BF16) + eager)
+    if gathered:
+        b.add([(Op("head.gather", "all_gather", bytes=seen * BF16, axis="tp"),)], [])
+    eager = 3 * FP32 if plan.kernels.pointwise == "eager" else 0.0  # log-softmax writes, its gradient reads and writes
+    b.memory("head.loss", seen * (BF16 + 3 * FP32), seen * (FP32 + BF16 + eager))
     if not model.tied_embeddings:
         b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
     return b.build(x.split_tokens * model.hidden * BF16)
 
 
-def mtp_layer(model: Model, plan: Plan, job: Job) -> Block:
+def mtp_layer(model: Model, plan: Plan, job: Job, load: Number = 1.0) -> Block:
     """Return the block of one multi-token-prediction layer: two norms, a 2h -> h projection, a layer and its loss.
 
     Embedding and output projection are shared with the main model; the projection and loss are computed again.
@@ -431,7 +508,7 @@ def mtp_layer(model: Model, plan: Plan, job: Job) -> Block:
         _norm(b, name, x.split_tokens, h, model, x.split_tokens * h * BF16, ())
     b.linear("mtp.project", x.split_tokens, 2 * h, h, saved=x.split_tokens * 2 * h * b.element)
     own = b.build(x.split_tokens * 2 * h * BF16)
-    layer, loss = transformer_layer(model, model.layer_kinds[-1], plan, job), head(model, plan, job)
+    layer, loss = transformer_layer(model, model.layer_kinds[-1], plan, job, load), head(model, plan, job)
     shared = model.vocab * h / x.tp if not model.tied_embeddings else 0
     return Block(
         own.forward + layer.forward + loss.forward,

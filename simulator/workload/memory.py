@@ -17,7 +17,7 @@ import numpy as np
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan, single
-from simulator.schedules import repeating, schedule
+from simulator.schedules import Schedule, repeating, schedule
 from simulator.units import Number
 from simulator.workload.ops import Block
 from simulator.workload.stages import StageBlocks
@@ -78,10 +78,14 @@ def low_precision_copies(plan: Plan) -> float:
 
 
 def _gathered(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan) -> Number:
-    """Whole weights (ZeRO-3) and whole gradients (ZeRO-2, ZeRO-3) of the two largest blocks in turn on each stage."""
+    """Whole weights (ZeRO-3) and whole gradients (ZeRO-2, ZeRO-3) of the largest blocks in turn on each stage.
+
+    Weights of the block that runs and of those gathered ahead of it, gradients of two.
+    """
     weights = min(ELEMENT_BYTES[plan.precision.parameters], AUTOGRAD)  # cast before they are gathered
-    element = weights * (plan.zero >= 3) + ELEMENT_BYTES[plan.precision.gradients] * (plan.zero >= 2)
-    return 2 * element * _largest(stages, blocks, lambda block: block.dense_parameters + block.expert_parameters)
+    ahead = np.array([min(plan.overlap.prefetch, max(len(stage) - 1, 1)) for stage in stages])
+    element = (1 + ahead) * weights * (plan.zero >= 3) + 2 * ELEMENT_BYTES[plan.precision.gradients] * (plan.zero >= 2)
+    return element * _largest(stages, blocks, lambda block: block.dense_parameters + block.expert_parameters)
 
 
 def _largest(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], size: Callable[[Block], Number]) -> Number:
@@ -128,7 +132,28 @@ def _working(stage: StageBlocks, blocks: Mapping[str, Block]) -> Number:
     return most
 
 
-def _buffers(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan, places: np.ndarray, layerwise: bool) -> Number:
+def _whole_rows(plan: Plan, job: Job, hidden: int) -> Number:
+    """Return the buffers from which tensor-parallel collectives in pieces send and into which they receive.
+
+    Notes
+    -----
+    Transformer Engine keeps one of the whole rows for every product that a collective runs beside
+    (``initialize_ub``, transformer_engine/pytorch/module/base.py): six that gather, in the datatype of the product, and four
+    that reduce-scatter.
+    """
+    rows = plan.micro_batch * job.sequence_length / plan.cp * hidden
+    return np.where(np.asarray(plan.tp) > 1, rows * (6 * min(ELEMENT_BYTES[plan.precision.gemm], AUTOGRAD) + 4 * AUTOGRAD), 0.0)
+
+
+def _buffers(
+    stages: tuple[StageBlocks, ...],
+    blocks: Mapping[str, Block],
+    plan: Plan,
+    job: Job,
+    hidden: int,
+    places: np.ndarray,
+    layerwise: bool,
+) -> Number:
     """Return what a rank holds beside states and saved activations: temporaries, gathered state, placeholders, scratch.
 
     In a pair that goes layer by layer, the forward has saved a block before the backward gives one back.
@@ -140,6 +165,8 @@ def _buffers(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan:
     if plan.framework.weight_gradients == "placeholders" and plan.zero < 2:
         held = [_placeholders(tuple(stages[i] for i in places[:, rank]), blocks) for rank in range(places.shape[1])]
         found = found + np.stack(np.broadcast_arrays(*held), axis=-1)
+    if plan.overlap.tp == "pieces":
+        found = found + np.asarray(_whole_rows(plan, job, hidden))[..., None]
     return found + plan.reserve.workspace + plan.framework.bucket_elements * ELEMENT_BYTES[plan.precision.gradients]
 
 
@@ -160,11 +187,18 @@ class _Held(NamedTuple):
     layerwise: bool
 
 
+def goes_layerwise(order: Schedule) -> bool:
+    """Return whether the backward of a pair gives back what its forward takes, layer by layer, as in Megatron.
+
+    The report of DualPipe counts both parts of a pair whole (DeepSeek-V3, table 2: pp + 1).
+    """
+    return order.pairs and order.name not in ("dualpipe", "dualpipev")
+
+
 def _held(plan: Plan, micro_batches: int) -> _Held:
     """Return what every rank of a schedule holds."""
     order = schedule(plan.schedule, single(plan.pp), single(plan.vpp), micro_batches_kept(plan, micro_batches), plan.table)
-    # the report of DualPipe counts both parts of a pair whole (DeepSeek-V3, table 2: pp + 1); Megatron goes layer by layer
-    layerwise = order.pairs and plan.schedule not in ("dualpipe", "dualpipev")
+    layerwise = goes_layerwise(order)
     counts = order.resident if layerwise else order.in_flight
     if plan.schedule == "gpipe":  # holds every micro-batch; no need to write them all down
         counts = np.array([micro_batches, 0.0]).reshape(1, 1, 2, 1).repeat(single(plan.pp), axis=0)
@@ -191,6 +225,16 @@ def _decisive(plan: Plan, micro_batches: int, stages: tuple[StageBlocks, ...]) -
     return _Held(held.stages[ranks], held.counts[ranks], held.layerwise)
 
 
+def kept_bytes(model: Model, plan: Plan, job: Job, stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block]) -> tuple[Number, Number]:
+    """Return what a micro-batch leaves on each stage, (..., stages): from the forward on, and for the weight gradient alone."""
+    saved, rest = (_of_stages(stages, lambda s, f=f: sum((getattr(blocks[n], f) for n in s), 0.0)) for f in ("saved_bytes", "weight_bytes"))
+    if plan.framework.keeps_outputs:
+        sent = plan.micro_batch * job.sequence_length / plan.cp / (plan.tp if plan.sequence_parallel else 1) * model.hidden * AUTOGRAD
+        saved = saved + np.asarray(sent)[..., None] * (np.arange(len(stages)) < len(stages) - 1)
+    saved = saved * (1 - min(plan.framework.offloaded_layers / model.layers, 1))
+    return saved, np.minimum(*np.broadcast_arrays(saved, rest))  # what recompute dropped is not there for the weight gradient either
+
+
 def memory_per_stage(
     model: Model,
     plan: Plan,
@@ -199,6 +243,7 @@ def memory_per_stage(
     blocks: Mapping[str, Block],
     micro_batches: int,
     decisive: bool = False,
+    activations: np.ndarray | None = None,
 ) -> dict[str, Number]:
     """Return the peak bytes of each pipeline rank, part by part.
 
@@ -212,6 +257,8 @@ def memory_per_stage(
         Micro-batches per step, the same for every plan here.
     decisive : bool
         Look only at ranks that may need the most, instead of all.
+    activations : ndarray (ranks,), optional
+        The peak of saved activations where it is known better, as of ranks whose experts are loaded unevenly.
 
     Returns
     -------
@@ -248,18 +295,13 @@ def memory_per_stage(
     parts = state_bytes(dense, expert, columns, job)
     layers = sum(held(f, _ENDS).sum(axis=-2) for f in ("dense_parameters", "expert_parameters"))
     parts["weights"] = parts["weights"] + low_precision_copies(plan) * layers
-    kept = [held("saved_bytes"), held("weight_bytes")]
-    if plan.framework.keeps_outputs:
-        sent = plan.micro_batch * job.sequence_length / plan.cp / (plan.tp if plan.sequence_parallel else 1) * model.hidden * AUTOGRAD
-        kept[0] = kept[0] + np.asarray(sent)[..., None, None] * (places < len(stages) - 1)
-    kept[0] = kept[0] * (1 - min(plan.framework.offloaded_layers / model.layers, 1))
-    kept[1] = np.minimum(*np.broadcast_arrays(*kept))  # what recompute dropped is not there for the weight gradient either
+    kept = (of_stages[..., places] for of_stages in kept_bytes(model, plan, job, stages, blocks))
     saved = np.stack(np.broadcast_arrays(*kept), axis=-3)  # (..., 2, vpp, ranks)
     flat = np.moveaxis(saved.reshape(*saved.shape[:-3], -1, places.shape[1]), -1, 0)  # (ranks, ..., 2 vpp)
     by_rank = counts.reshape(*counts.shape[:2], -1).swapaxes(1, 2)  # (ranks, 2 vpp, moments)
     peaks = np.stack([of_rank @ moments for of_rank, moments in zip(flat, by_rank, strict=True)], axis=-2)  # (..., ranks, moments)
-    parts["activations"] = peaks.max(axis=-1)
-    parts["buffers"] = _buffers(stages, blocks, plan, places, order.layerwise)
+    parts["activations"] = peaks.max(axis=-1) if activations is None else activations
+    parts["buffers"] = _buffers(stages, blocks, plan, job, model.hidden, places, order.layerwise)
     reserve = plan.reserve
     parts["fragmentation"] = sum(parts.values()) * (reserve.fragmentation / (1 - reserve.fragmentation))
     if plan.framework.weight_gradients == "copied":

@@ -19,6 +19,9 @@ LINEAR_LAUNCHES = 2
 #: in C++, but allocates and describes tensors for each. 64 experts take 1.2 ms forward, two products each, and 2.1 ms backward,
 #: four each (NVIDIA/TransformerEngine issue 2897, on GB200): 8 to 9 us, a fifth of the 40 us that hosts are assumed to need
 EXPERT_LAUNCH = 0.2
+#: pieces that a product is cut into to be reduce-scattered beside itself (Transformer Engine's ``pipeline`` method with its
+#: default ``num_splits``, transformer_engine/pytorch/module/base.py); where its rows arrive, one for each rank of the ring
+SPLITS = 4
 #: kinds that run on the compute stream; the others are collectives
 COMPUTE = ("gemm", "grouped_gemm", "attention", "memory")
 #: kind that waits, on the compute stream, until the host has launched what came before
@@ -55,6 +58,11 @@ class Op:
         Kernels that the host launches for it, as much of its time as ones that the framework launches singly.
     beside : tuple of Segment
         Of ``host``: what runs while the host launches.
+    apart : bool or ndarray of bool
+        Of a collective: it takes no multiprocessors from the kernels beside it, because copy engines move it or some are set
+        aside for it. Of a kernel: it runs on the others only.
+    turns : Number
+        How often the same is done, one after the other: `flop` and `bytes` are of all turns, the shape of one.
     """
 
     name: str
@@ -71,6 +79,8 @@ class Op:
     routed: bool = False
     launches: Number = 1.0
     beside: tuple[Segment, ...] = ()
+    apart: Any = False
+    turns: Number = 1.0
 
     @property
     def stream(self) -> str:
@@ -130,6 +140,51 @@ def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float,
     traffic = groups * ((m * k + k * n) * element + BF16 * m * n)
     launches = LINEAR_LAUNCHES + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)
     return Op(name, kind, flop=flop, bytes=traffic, m=m, n=n, k=k, dtype=dtype, grad=grad, launches=launches, **more)
+
+
+def _cut(product: Callable[[Number], Op], rows: Number, pieces: Number) -> tuple[Op, Op]:
+    """Return one of the equal pieces of a product, and all the others in turn."""
+    one, others = product(rows / pieces), pieces - 1.0
+    launches = EXPERT_LAUNCH * others  # from a loop in C++, as those of experts
+    return one, replace(one, flop=one.flop * others, bytes=one.bytes * others, turns=np.maximum(others, 1.0), launches=launches)
+
+
+def arriving(product: Callable[[Number], Op], rows: Number, gather: Op, pieces: Number) -> list[Segment]:
+    """Return a product that begins with the rank's own rows while those of the others arrive around a ring.
+
+    Parameters
+    ----------
+    product : callable
+        Returns the product of so many rows.
+    rows : Number
+        All rows.
+    pieces : Number
+        Ranks of the ring.
+
+    Notes
+    -----
+    Of p pieces that take g each and arrive every c, the first is there: ``max(p g, (p - 1) c + g)``. Written as the p - 1 pieces
+    beside the gather and one more, which takes as long.
+
+    References
+    ----------
+    Wang et al., "Overlap Communication with Dependent Computation via Decomposition in Large Deep Learning Models", ASPLOS 2023.
+    """
+    one, others = _cut(product, rows, pieces)
+    return [(others, gather), (one,)]
+
+
+def leaving(product: Callable[[Number], Op], rows: Number, scatter: Op, pieces: Number) -> list[Segment]:
+    """Return a product whose pieces are reduce-scattered while the next ones are computed.
+
+    Notes
+    -----
+    Of p pieces that take g and leave in c each: ``g + (p - 1) max(g, c) + c``; the first and the last stand alone. The product
+    leaves multiprocessors aside for the collective from its first piece to its last (Transformer Engine's ``set_sm_margin``).
+    """
+    one, others = (replace(op, apart=np.asarray(pieces) > 1) for op in _cut(product, rows, pieces))
+    last = replace(scatter, bytes=scatter.bytes / pieces)
+    return [(one,), (others, replace(scatter, bytes=scatter.bytes - last.bytes)), (last,)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +248,9 @@ class BlockBuilder:
         Bytes of one element of the main gradients, to which every weight gradient is added in place.
     kernels : Kernels
         Which kernels the layer runs.
+    load : Number
+        Tokens that the rank's experts receive, over the mean: what they keep grows with it. FLOP and traffic are for the mean;
+        `simulator.pricing.operations.loaded` makes them grow.
     """
 
     dtype: str
@@ -202,6 +260,7 @@ class BlockBuilder:
     overlap: bool = True
     gradient: float = FP32
     kernels: Kernels = Kernels()
+    load: Number = 1.0
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
@@ -250,6 +309,9 @@ class BlockBuilder:
         beside: tuple[Op | None, Op | None] = (None, None),
         dtype: str | None = None,
         arrives: tuple[bool, bool] = (False, False),
+        gather: Op | None = None,
+        scatter: tuple[Op, Op] | None = None,
+        pieces: Number = 1.0,
         **more: Any,
     ) -> None:
         """Append a linear layer (m, k) -> (m, n).
@@ -259,27 +321,38 @@ class BlockBuilder:
         (row- and column-wise) for the output's gradient; before the weight gradient the saved input is read and cast again
         along the other axis (DeepSeek-V3 report, section 3.3). `arrives` says whether the input and the output's gradient
         come in low precision already. `beside` are collectives that run next to the input and the weight gradient; `dtype`
-        keeps a layer out of low precision.
+        keeps a layer out of low precision. In pieces beside the product go the `gather` of its input, or the `scatter` of its
+        output and the gather of that one's gradient, around a ring of as many ranks as `pieces`; casts come before a gather.
         """
         d, e, groups = dtype or self.dtype, BF16 if dtype else self.element, more.get("groups", 1.0)
         routed = more.get("routed", False)
-        self.weight_bytes = self.weight_bytes + groups * m * (k + n) * e
+        self.weight_bytes = self.weight_bytes + groups * m * (k + n) * e * (self.load if routed else 1.0)
         self.matrices[name] = k * n
-        there = gemm(name, m, k, n, d, e, **more)
-        dgrad = gemm(name, m, n, k, d, e, grad="input", **more)
+        there, dgrad = (lambda rows: gemm(name, rows, k, n, d, e, **more)), (lambda rows: gemm(name, rows, n, k, d, e, "input", **more))
         wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
-        wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (2 * self.gradient - BF16))
-        forward: list[Segment] = [(there,)]
+        if self.kernels.accumulation == "fused":
+            wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (2 * self.gradient - BF16))
+        forward: list[Segment] = [(there(m),)]
         backward: list[Segment] = []
-        for grad, other in zip((dgrad, wgrad), beside, strict=True):
+        for grad, other in zip((dgrad(m), wgrad), beside, strict=True):
             ops = (grad, other) if other else (grad,)
             backward += [ops] if self.overlap else [(op,) for op in ops]
+        if gather:
+            forward = arriving(there, m, gather, pieces)
+        if scatter:
+            forward = leaving(there, m, scatter[0], np.where(np.asarray(pieces) > 1, SPLITS, 1.0))
+            backward = [*arriving(dgrad, m, scatter[1], pieces), (wgrad,)]
+        if self.kernels.accumulation == "separate":
+            added = groups * k * n * (BF16 + 2 * self.gradient)
+            backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
         if e < BF16:
             host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
-            there, back = (0.0 if known else BF16 + e for known in arrives)
-            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * k * there, **host),))
+            in_cast, back = (0.0 if known else BF16 + e for known in arrives)
+            own = m / pieces if gather else m
+            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * own * k * in_cast, **host),))
             back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
-            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m * n * back, grad="input", **host),))
+            own = m / pieces if scatter else m
+            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * own * n * back, grad="input", **host),))
             again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", **host)
             backward.insert(next(i for i, ops in enumerate(backward) if any(op is wgrad for op in ops)), (again,))
         self.add(forward, backward, saved, modules)
@@ -305,11 +378,13 @@ class BlockBuilder:
         backward: list[Segment] = []
         if self.recompute == "full":
             backward += _again(forward)
-        pending = set(self.recomputed)
+        pending, repeated = set(self.recomputed), set[int]()
         for entry in reversed(self._entries):
             due = entry.modules & pending
             if due:
-                backward += _again(s for e in self._entries if e.modules & due for s in e.forward)
+                several = [e for e in self._entries if e.modules & due and id(e) not in repeated]
+                backward += _again(s for e in several for s in e.forward)
+                repeated.update(map(id, several))
                 pending -= due
             backward += entry.backward
         everything = sum(e.saved for e in self._entries)

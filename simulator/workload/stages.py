@@ -12,6 +12,7 @@ from simulator.errors import PlanError, Problem
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
+from simulator.units import Number
 from simulator.workload.layers import embedding, head, mtp_layer, transformer_layer
 from simulator.workload.ops import Block, total
 
@@ -30,13 +31,13 @@ def block_names(model: Model) -> list[str]:
     return ["embedding", *kinds, *(["mtp"] if model.mtp_layers else []), "head"]
 
 
-def blocks(model: Model, plan: Plan, job: Job) -> dict[str, Block]:
-    """Return every kind of block of `model` under `plan`, by the names of `block_names`."""
+def blocks(model: Model, plan: Plan, job: Job, load: Number = 1.0) -> dict[str, Block]:
+    """Return every kind of block of `model` under `plan`, by the names of `block_names`; experts keep `load` times the mean."""
     found = {"embedding": embedding(model, plan, job)}
     for i, kind in enumerate(model.kinds):
-        found[f"layer{i}"] = transformer_layer(model, kind, plan, job)
+        found[f"layer{i}"] = transformer_layer(model, kind, plan, job, load)
     if model.mtp_layers:
-        found["mtp"] = mtp_layer(model, plan, job)
+        found["mtp"] = mtp_layer(model, plan, job, load)
     return found | {"head": head(model, plan, job)}
 
 

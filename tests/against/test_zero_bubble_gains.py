@@ -37,7 +37,7 @@ import numpy as np
 import pytest
 
 from simulator.planning.zero_bubble import zero_bubble
-from simulator.result import StepResult
+from simulator.results.step import StepResult
 from simulator.simulate import simulate_step, simulate_steps
 from simulator.validation.published import measured_step_s, published_runs, scenario_from_row
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from small import dense, moe, scenario, scenarios
 
+from simulator.engine.timeline import Timeline
 from simulator.feasibility import check
 from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import classify, simulate_events, simulate_step
-from simulator.timeline import Timeline
 
 TOLERANCE = 1e-9
 

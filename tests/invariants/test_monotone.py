@@ -8,16 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import moe, scenario, scenarios
 
-from simulator.durations import RankDurations, Uneven, rank_load, uneven
 from simulator.engine.ranks import replay_ranks
-from simulator.errors import ProfileError
+from simulator.errors import PlanError, ProfileError
 from simulator.planning.remedies import remedies
-from simulator.pricing import loaded, op_s
+from simulator.pricing.durations import RankDurations, Uneven, rank_load, uneven
+from simulator.pricing.operations import loaded, op_s
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
-from simulator.simulate import simulate_ranks, simulate_step, slowdowns
+from simulator.simulate import node_limited, simulate_ranks, simulate_step, slowdowns
+from simulator.workload.experts import copies
 from simulator.workload.routing import RoutedTokens, moe_layer_count
 from simulator.workload.stages import blocks
 
@@ -103,6 +104,32 @@ def test_remedies_of_a_scenario_side_by_side(tmp_path):
     assert any("routing" in said for said in simulate_step(loaded).not_modelled)
     with pytest.raises(ProfileError, match="uneven"):
         remedies(s)
+
+
+def test_a_limit_of_hosts_per_token_spares_the_network():
+    """Eight experts on four hosts: two picks visit 13 / 7 hosts on average, under node-limited routing one; its copies decide."""
+    skewed = Routing(distribution="zipf", exponent=1.0, sampled=False, hosts_per_token=1, redundant_experts=8)
+    s = scenario(moe(4, 1024), 16, Plan(ep=8, dispatcher="deepep"), 8, host=2, sequence_length=1024)
+    s = s.model_copy(update={"routing": skewed})
+    table = remedies(s, CALM).set_index("remedy")
+    assert table.index.tolist() == ["none", "hosts_per_token", "redundant_experts", "all"]
+    assert table["step_time_s"]["hosts_per_token"] < table["step_time_s"]["none"]
+    assert table["heaviest_load"]["hosts_per_token"] == table["heaviest_load"]["none"]
+    assert table["step_time_s"]["all"] == table["step_time_s"].min()
+    assert table["activations_bytes"]["redundant_experts"] < table["activations_bytes"]["none"]
+    limited = node_limited(s, skewed)
+    free, one = (copies(x.model.experts, "deepep", 8.0, 2.0, 4.0)[0] for x in (s, limited))
+    assert (free, one) == (pytest.approx(13 / 7 * 3 / 4), pytest.approx(3 / 4))
+    assert node_limited(s, skewed.model_copy(update={"hosts_per_token": 4})) is s
+    spread = s.model_copy(update={"plan": s.plan.model_copy(update={"dispatcher": "alltoall"})})  # a copy for each expert
+    table = remedies(spread, CALM).set_index("remedy")["step_time_s"]
+    assert table["hosts_per_token"] == table["none"]
+
+
+def test_hosts_that_do_not_hold_a_tokens_experts_are_refused():
+    s = scenario(moe(4, 1024), 16, Plan(ep=8), 8, host=1, sequence_length=1024)
+    with pytest.raises(PlanError, match="hosts_per_token of at least 2"):
+        simulate_ranks(s, CALM, Routing(hosts_per_token=1))
 
 
 @settings(max_examples=40, deadline=None)

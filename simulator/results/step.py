@@ -8,16 +8,15 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from simulator.engine.timeline import Timeline
 from simulator.network.sharing import Share
-from simulator.outcome import Outcome, divided
+from simulator.results.outcome import Outcome, divided
 from simulator.scenario.scenario import Scenario
-from simulator.timeline import Timeline
 
 #: mechanisms that a real step has and this one does not
 NOT_MODELLED = (
     "failures, restarts and checkpoints (training days are of uninterrupted steps)",
     "overlap of expert all-to-all with compute outside pairs of forward and backward",
-    "overlap of tensor-parallel collectives with anything but gradients",
     "contention between different kinds of collectives on one link (simulate_step adds it with contention=True)",
     "jitter and clock or power limits",
     "input pipeline and logging",

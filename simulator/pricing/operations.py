@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from simulator import compute
 from simulator.network import collectives
 from simulator.network.sharing import share
+from simulator.pricing import compute
 from simulator.scenario.cluster import Cluster, InTraining
 from simulator.scenario.mesh import placed
 from simulator.scenario.model import Model
@@ -40,7 +40,7 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         Ask the cluster's graph what concurrent groups leave each other (`simulator.network.sharing`; a single plan only), not
         the oversubscription of its tiers.
     slow : float
-        How many times as long kernels take beside communication (`simulator.beside`); the host launches more meanwhile.
+        How many times as long kernels take beside communication (`simulator.pricing.beside`); the host launches more meanwhile.
 
     Returns
     -------
@@ -50,7 +50,9 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     if op.routed and (np.ndim(load) > 0 or load != 1.0):
         op = loaded(op, load)
     if op.kind in COMPUTE:
-        return slow * _kernel_s(op, plan, cluster)
+        one = replace(op, flop=op.flop / op.turns, bytes=op.bytes / op.turns) if np.any(np.not_equal(op.turns, 1.0)) else op
+        kept = 1.0 - plan.overlap.collective_multiprocessors * np.asarray(op.apart)
+        return slow * op.turns * _kernel_s(one, plan, cluster) / kept
     if op.kind == HOST:
         return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph, slow), cluster.host.dispatch_s)
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
@@ -79,11 +81,14 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op), kept)
     if op.kind in ("gemm", "grouped_gemm"):
         grouped = op.kind == "grouped_gemm" and plan.kernels.experts == "grouped"
-        return compute.gemm_s(op.flop, op.bytes, op.m, op.n, op.k, op.groups, op.dtype, grouped, cluster.accelerator)
+        whole = compute.whole_vectors(op.m if op.grad == "weight" else op.k, op.n, op.dtype)  # the rest counts tokens: no row
+        batched = op.kind == "gemm" and np.any(np.asarray(op.groups) > 1)
+        shape = op.m, op.n, op.k, op.groups, op.dtype
+        return compute.gemm_s(op.flop, op.bytes, *shape, grouped, cluster.accelerator, whole, batched)
     if op.kind == "attention":
         width, backward = (op.k + op.n) / 2, op.grad == "input"
-        return compute.attention_s(op.flop, op.bytes, width, backward, cluster.accelerator, plan.kernels.attention)
-    return compute.memory_s(op.bytes, cluster.accelerator, op.launches)
+        return compute.attention_s(op.flop, op.bytes, width, keys_of(op), backward, cluster.accelerator, plan.kernels.attention)
+    return compute.memory_s(op.bytes, cluster.accelerator, op.launches, gathers=op.name.endswith("permute"))
 
 
 class Known:
@@ -100,7 +105,7 @@ class Known:
         """Return `op_s` of an operation."""
         if op.kind == HOST:
             return op_s(op, *self._of)
-        numbers = (np.asarray(getattr(op, name)) for name in ("flop", "bytes", "m", "n", "k", "groups", "launches"))
+        numbers = (np.asarray(getattr(op, name)) for name in ("flop", "bytes", "m", "n", "k", "groups", "turns", "launches", "apart"))
         words = (op.name, op.kind, op.axis, op.dtype, op.grad if op.grad in ("input", "weight") else "")  # again is forward
         key = (*words, *((value.dtype.char, value.shape, value.tobytes()) for value in numbers))
         if key not in self._seconds:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simulator.durations import RankDurations
 from simulator.engine.order import RankProgram
 from simulator.engine.ranks import Replay, critical_path, replay_ranks
-from simulator.outcome import Outcome, divided
+from simulator.expert_memory import RankActivations, memory_per_rank
+from simulator.pricing.durations import RankDurations
+from simulator.results.outcome import Outcome, divided
 from simulator.scenario.mesh import accelerator_of
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
@@ -136,7 +137,17 @@ class RanksResult(Outcome):
             One row per rank: ``rank``, ``stage``, and the seconds of `StepResult.phases`. What a rank waits for inside an action,
             as for slower members of its groups, is part of the action.
         """
-        kept, tables = replay_ranks(self.order, self.durations, keep=True), []
+        (begin, end), tables = self._action_times, []
+        for stage in range(self.order.stages):
+            row = divided(self.scenario, stage, begin[stage], end[stage], self.step_time_s)
+            ranks = np.arange(self.order.ranks) + stage * self.order.ranks
+            tables.append(pd.DataFrame({"rank": ranks, "stage": stage} | row))
+        return pd.concat(tables, ignore_index=True)
+
+    @cached_property
+    def _action_times(self) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
+        """When the actions of each stage begin and end, one time per rank; replays the step to find it."""
+        kept = replay_ranks(self.order, self.durations, keep=True)
         assert kept.ends is not None
         begin, end = ([{} for _ in range(self.order.stages)] for _ in range(2))
         for node, action in enumerate(self.program.label):
@@ -146,11 +157,43 @@ class RanksResult(Outcome):
             if name not in begin[stage]:  # kernels come first
                 begin[stage][name] = done - self.durations(node)
             end[stage][name] = np.maximum(end[stage].get(name, done), done)
-        for stage in range(self.order.stages):
-            row = divided(self.scenario, stage, begin[stage], end[stage], self.step_time_s)
-            ranks = np.arange(self.order.ranks) + stage * self.order.ranks
-            tables.append(pd.DataFrame({"rank": ranks, "stage": stage} | row))
-        return pd.concat(tables, ignore_index=True)
+        return begin, end
+
+    def _memory(self) -> dict[str, Any]:
+        return memory_per_rank(self.scenario, self.durations.uneven)
+
+    @cached_property
+    def _activations(self) -> RankActivations:
+        return RankActivations(self.scenario, self.durations.uneven.load)
+
+    def activations(self) -> pd.DataFrame:
+        """Return the most activations that each rank holds at once: ``rank``, ``stage``, ``peak_bytes``.
+
+        They are of the tokens that its experts receive from each micro-batch in flight; of uneven sequences only those.
+        """
+        peaks = self._activations.peaks()
+        rank = np.arange(peaks.size)
+        return pd.DataFrame({"rank": rank, "stage": rank // self.order.ranks, "peak_bytes": peaks.ravel()})
+
+    def activations_over_time(self, rank: int) -> pd.DataFrame:
+        """Return the activations that one rank holds, from one change to the next; replays the step to find it.
+
+        Returns
+        -------
+        DataFrame
+            ``time_s``, ``activations_bytes`` from that time on: a forward takes them when it begins, a backward gives them back
+            when it ends.
+        """
+        stage, index = divmod(rank, self.order.ranks)
+        begin, end = ((times[stage]) for times in self._action_times)
+        moments = [(0.0, 0.0)]
+        for action, taken in self._activations.changes(stage):
+            taken = float(np.broadcast_to(taken, self.order.ranks)[index])
+            when = np.broadcast_to((begin if taken > 0 else end)[str(action)], self.order.ranks)[index]
+            moments.append((float(when), taken))
+        time, taken = np.array(moments).T  # in the order of the schedule, whatever rounding says
+        table = pd.DataFrame({"time_s": np.maximum.accumulate(time), "activations_bytes": np.cumsum(taken)})
+        return table.groupby("time_s", sort=True).last().reset_index()
 
     def slowest(self, count: int = 10) -> pd.DataFrame:
         """Return the `count` ranks that compute longest beside the median of their stage, slowest first."""

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from simulator.errors import PlanError, Problem
-from simulator.pricing import loaded, op_s
+from simulator.pricing.operations import loaded, op_s
 from simulator.scenario.mesh import accelerator_of, group
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
@@ -150,7 +150,7 @@ class RankDurations:
     ``d(n, r) = slow(r) jitter(n, r) (s(n) + change(n, r))`` with s at even load and full speed, overlap and sharing included;
     ``slow`` of hosts and ``jitter`` for kernels only. The change is priced:
 
-    - routed operations at the load of their rank, exactly (`simulator.pricing.op_s`);
+    - routed operations at the load of their rank, exactly (`simulator.pricing.operations.op_s`);
     - the rest at ``t`` times the tokens: attention grows with t^2, everything else linearly as between t = 1 and t = 2;
       collectives that carry gradients or parameters do not.
 

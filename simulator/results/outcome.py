@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from simulator.compute import peak_flop_per_s
-from simulator.confidence import Interval, interval
-from simulator.energy import carbon_kg, energy_kwh
 from simulator.feasibility import memory
+from simulator.pricing.compute import peak_flop_per_s
+from simulator.results.confidence import Interval, interval
+from simulator.results.energy import carbon_kg, energy_kwh
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.plan import RESERVE_SOURCES, Reserve
 from simulator.scenario.scenario import Scenario
@@ -81,11 +81,14 @@ class Outcome(ABC):
 
     def memory(self) -> pd.DataFrame:
         """Return peak bytes per pipeline stage: one row per stage, a column per part, ``total_bytes`` and ``capacity_bytes``."""
-        parts = memory(self.scenario)
+        parts = self._memory()
         table = pd.DataFrame({f"{name}_bytes": np.asarray(parts[name], dtype=float) for name in (*PARTS, "total")})
         table["capacity_bytes"] = self.scenario.cluster.accelerator.hbm_bytes
         table.insert(0, "stage", range(len(table)))
         return table
+
+    def _memory(self) -> dict[str, Any]:
+        return memory(self.scenario)
 
     @property
     def peak_memory_bytes(self) -> float:
@@ -109,7 +112,7 @@ class Outcome(ABC):
 
     @property
     def energy_kwh(self) -> float:
-        """Energy of accelerators, hosts and building for the job, kWh: see `simulator.energy`."""
+        """Energy of accelerators, hosts and building for the job, kWh: see `simulator.results.energy`."""
         return energy_kwh(self.scenario.cluster, self.accelerator_hours)
 
     @property

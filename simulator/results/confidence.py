@@ -18,7 +18,7 @@ from simulator.scenario.scenario import Scenario
 from simulator.workload.flop import count
 
 #: predicted and measured steps of published runs, written by ``myriad validate --write``
-RESIDUALS = Path(__file__).parent / "validation" / "data" / "residuals.csv"
+RESIDUALS = Path(__file__).parents[1] / "validation" / "data" / "residuals.csv"
 #: share of true values that an interval is meant to hold
 COVERAGE = 0.8
 #: numbers that make runs comparable, as log2, and by how many doublings runs may differ to count as one unit apart

@@ -9,8 +9,19 @@ from simulator.scenario.measured import KernelCost
 from simulator.units import Number
 
 _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
+#: speed of kernels that gather or scatter rows, over that of kernels that stream: 0.50 and 0.51 of the memory bandwidth for
+#: permutes forward and backward, 0.67 for others, measured on B200 (MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json)
+GATHERING = 0.75
+#: keys per query at which attention is benchmarked: a causal sequence of 8,192
+_KEYS = 4096
 #: elements in 16 bits
 _PER_16_BITS = {"fp4": 4.0, "fp8": 2.0}
+#: elements whose rows the matrix units load in whole vectors of 16 bytes
+_VECTOR = {"fp4": 32, "fp8": 16, "bf16": 8, "fp16": 8, "fp32": 4}
+#: speed of a product with rows that are no whole vectors, over that of one whose rows are; published: Netflix, "Scaling LLM
+#: Post-Training at Netflix", 2026, saw a third of it in output projections to vocabularies that are not padded. NVIDIA, "Matrix
+#: Multiplication Background User's Guide": cuBLAS 11 still uses the matrix units then, but less efficiently
+RAGGED = 0.4
 
 
 def _run_as(accelerator: Accelerator, dtype: str) -> str:
@@ -46,8 +57,24 @@ def gemm_shape_efficiency(m: Number, n: Number, k: Number, groups: Number, accel
     return m * n / (tiles * tile_m * tile_n) * (waves / spent) * k / (k + ramp)
 
 
+def whole_vectors(inner: Number, n: Number, dtype: str) -> Number:
+    """Return whether the rows of a product's matrices, `inner` and `n` elements long, are whole vectors of 16 bytes."""
+    vector = _VECTOR[dtype]
+    return (np.mod(inner, vector) == 0) & (np.mod(n, vector) == 0)
+
+
 def gemm_s(
-    flop: Number, size: Number, m: Number, n: Number, k: Number, groups: Number, dtype: str, grouped: bool, accelerator: Accelerator
+    flop: Number,
+    size: Number,
+    m: Number,
+    n: Number,
+    k: Number,
+    groups: Number,
+    dtype: str,
+    grouped: bool,
+    accelerator: Accelerator,
+    whole: Number = True,
+    batched: bool = False,
 ) -> Number:
     """Return seconds of a GEMM or of a grouped one.
 
@@ -61,6 +88,11 @@ def gemm_s(
         Datatype of the inputs.
     grouped : bool
         Whether the products have weights of their own and a kernel each, side by side.
+    whole : Number
+        Whether rows are `whole_vectors`; if not, it is slower.
+    batched : bool
+        Whether it is one kernel for many small products: with rows that are no whole vectors, libraries run it on the ordinary
+        cores, at the rate of fp32.
 
     Notes
     -----
@@ -72,35 +104,51 @@ def gemm_s(
     rate = rate * _in_training(accelerator, "gemm_low" if run_as in ("fp8", "fp4") else "gemm")
     if grouped:
         rate = rate * accelerator.grouped_gemm_efficiency * _in_training(accelerator, "grouped")
+    ordinary = accelerator.peak_flop_per_s["fp32"] * accelerator.gemm_efficiency["fp32"] if batched else RAGGED * rate
+    rate = np.where(whole, rate, np.minimum(ordinary, rate))
     share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator, run_as), 1e-9)
     return _launched(np.maximum(flop / (rate * share), _streamed(size, accelerator)), flop, accelerator)
 
 
-def attention_s(flop: Number, size: Number, width: Number, backward: bool, accelerator: Accelerator, generation: str = "flash") -> Number:
-    """Return seconds of fused attention in bf16.
+def attention_s(
+    flop: Number, size: Number, width: Number, keys: Number, backward: bool, accelerator: Accelerator, generation: str = "flash"
+) -> Number:
+    """Return seconds of fused attention.
 
     Parameters
     ----------
     width : Number
         Mean of the key and value widths of a head.
+    keys : Number
+        Mean number of keys that a query sees.
     generation : str
-        ``flash`` for the hardware's fastest kernels, or an older generation of ``older_attention``.
+        ``flash`` for the hardware's fastest kernels in bf16, ``flash_fp8`` in 8 bits, or an older generation of ``older_attention``.
 
     Notes
     -----
-    The efficiency holds for width 128; others run at ``d / (d + head_ramp)`` relative to that, wider ones at no more.
+    The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones at
+    no more, and at ``keys / (keys + keys_ramp)``.
     """
-    ramp = accelerator.head_ramp
+    ramp, short = accelerator.head_ramp, accelerator.keys_ramp or 0
     narrow = np.minimum(width / (width + ramp) * (128 + ramp) / 128, 1.0)
+    narrow = narrow * keys / (keys + short) * (_KEYS + short) / _KEYS
     share = accelerator.attention_efficiency["backward" if backward else "forward"] * accelerator.older_attention.get(generation, 1.0)
-    share = share * narrow * _in_training(accelerator, "attention")
+    share = (
+        share * narrow * _in_training(accelerator, "attention") * ((accelerator.fp8_attention or 1.0) if generation == "flash_fp8" else 1.0)
+    )
     seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
     return _launched(seconds, flop, accelerator)
 
 
-def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0) -> Number:
-    """Return seconds of `launches` kernels that are bound by device memory: `size` bytes at the sustained bandwidth."""
-    return _launched(_streamed(size, accelerator), size, accelerator, launches)
+def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0, gathers: bool = False) -> Number:
+    """Return seconds of `launches` kernels that are bound by device memory: `size` bytes at the sustained bandwidth.
+
+    Parameters
+    ----------
+    gathers : bool
+        Whether they gather or scatter rows (`GATHERING`).
+    """
+    return _launched(_streamed(size, accelerator) / (GATHERING if gathers else 1.0), size, accelerator, launches)
 
 
 def host_wait_s(launches: Number, meanwhile_s: Number, dispatch_s: float | None) -> Number:

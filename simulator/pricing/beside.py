@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from simulator.pricing import device_bytes
+from simulator.pricing.operations import device_bytes
 from simulator.scenario.cluster import Accelerator, Cluster
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
@@ -51,6 +51,7 @@ class Beside:
                 products = products + seconds
             else:
                 share = plan.overlap.multiprocessors if op.kind == "all_to_all" else plan.overlap.collective_multiprocessors
+                share = 0.0 if op.apart else share
                 moved = np.where(np.asarray(seconds) > 0, device_bytes(op, model, plan, cluster), 0.0)
                 talks[op.stream] = _add(talks.get(op.stream, (0.0, 0.0, 0.0)), (seconds, share * seconds, moved))
         return cls(products, memory, talks)

@@ -1,0 +1,1 @@
+"""How long it takes: every operation, block and stage in seconds, for the hardware at hand."""
