@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from simulator.engine.replay import Lap, Runs, replay, replay_streams
-from simulator.pricing.beside import Beside
-from simulator.pricing.stage_times import PASSES, BlockPrice, StageTimes, price_blocks, slowed, stage_times
+from simulator.engine.replay import Lap, replay, replay_streams
+from simulator.pricing.stage_times import PASSES, BlockPrice, StageTimes, pair_runs, price_blocks, stage_times
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, schedule
@@ -104,26 +103,23 @@ def _ends(plan: Plan | PlanColumns, t: StageTimes, order: Schedule) -> tuple[Num
         ends = replay(order, {kind: t.pass_s(kind) for kind in PASSES}, t.hop_s, ready, not plan.overlap.pp)
         return ends, ends.max(axis=-1)
     args = order, lambda what: _laps(plan, t, what), t.forward_s.shape[:-1], t.hop_s
-    return replay_streams(*args, ready, busy, not plan.overlap.pp, plan.overlap.prefetch if plan.zero >= 3 else 1)
+    keys = [tuple(map(id, stage)) for stage in t.stage_blocks]
+    ahead, alike = plan.overlap.prefetch if plan.zero >= 3 else 1, [keys.index(key) for key in keys]
+    return replay_streams(*args, ready, busy, not plan.overlap.pp, ahead, alike)
 
 
 def _laps(plan: Plan | PlanColumns, t: StageTimes, what: tuple[tuple[str, int], ...]) -> list[list[Lap]]:
-    """Return the blocks of an entry as the streams run them; those of a pair segment by segment, slowed by what all of it shares."""
-    slow: Number = 1.0
+    """Return the blocks of an entry as the streams run them; those of a pair segment by segment."""
+    blocks_of = [t.stage_blocks[stage] if kind == "F" else t.stage_blocks[stage][::-1] for kind, stage in what]
     if len(what) == 2:
-        slow = sum((p.paired[kind] for kind, stage in what for p in t.stage_blocks[stage]), Beside()).slowdown(t.accelerator)
-    laps = []
-    for kind, stage in what:
-        row = []
-        for p in t.stage_blocks[stage] if kind == "F" else reversed(t.stage_blocks[stage]):
-            runs: Runs = ((("compute", p.pass_s(kind)),),)
-            if len(what) == 2:
-                of = p.forward_runs if kind == "F" else p.backward_runs
-                runs = slowed(of, slow)
-            gather = p.gather_s if plan.zero >= 3 and kind != "W" else 0.0
-            row.append(Lap(runs, gather, p.reduce_s if plan.zero >= 2 and kind in "BW" else 0.0))
-        laps.append(row or [Lap(((("compute", 0.0),),))])  # a stage without blocks still waits for its message
-    return laps
+        runs = pair_runs(*(t.stage_blocks[stage] for _, stage in what), t.accelerator)
+    else:
+        runs = [[((("compute", p.pass_s(kind)),),) for p in row] for (kind, _), row in zip(what, blocks_of, strict=True)]
+    found = []
+    for (kind, _), row, own in zip(what, blocks_of, runs, strict=True):
+        gathers, reduces = plan.zero >= 3 and kind != "W", plan.zero >= 2 and kind in "BW"
+        found.append([Lap(r, p.gather_s if gathers else 0.0, p.reduce_s if reduces else 0.0) for r, p in zip(own, row, strict=True)])
+    return [row or [Lap(((("compute", 0.0),),))] for row in found]  # a stage without blocks still waits for its message
 
 
 def _reduced(plan: Plan | PlanColumns, t: StageTimes, ends: Number, order: Schedule) -> Number:

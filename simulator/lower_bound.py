@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import groupby
 
 import numpy as np
 
 from simulator.pricing.operations import Known, op_s, segments_s
-from simulator.pricing.stage_times import BlockPrice, price_blocks
+from simulator.pricing.stage_times import BlockPrice, least_pair_s, price_blocks
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
@@ -25,6 +25,8 @@ from simulator.workload.ops import Block
 from simulator.workload.stages import StageBlocks, blocks, stage_blocks
 from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parameter_ops, send_op
 
+#: from the stages of a forward and of a backward to the seconds that the pair of them takes by itself
+PairSeconds = Callable[[int, int], Number]
 #: streams that the passes of a block keep busy
 BUSY = ("compute", "tp", "cp", "ep")
 #: prices of a block that tokens and the groups inside a stage decide: its passes, and how long F and B keep each stream busy
@@ -202,12 +204,13 @@ def decisive(held: tuple[tuple[int, ...], ...], stages: tuple[StageBlocks, ...],
     return tuple(sorted({0, *last.values(), *first.values()}))
 
 
-def _in_pairs(t: Sums, order: Schedule, ranks: list[int], m: Number) -> Number:
+def _in_pairs(t: Sums, order: Schedule, ranks: list[int], m: Number, pair_s: PairSeconds | None) -> Number:
     """Return the least time that ranks need for their forwards and backwards, partly in pairs; (..., ranks).
 
     Notes
     -----
-    Outside pairs actions follow one another. Pairs last as long as the busiest stream, and as their backwards.
+    Outside pairs actions follow one another. Pairs last as long as the busiest stream, and as their backwards; where `pair_s`
+    says more, as each of them lasts by itself: the actions of a rank follow a pair only when both of its parts have ended.
     """
     blocks, many = t.counts[:, np.array(order.held)[ranks]], m[..., None]  # (K, ranks, vpp), (..., 1, 1)
     apart = [np.minimum(of_kind, many) for of_kind in order.alone[:, ranks]]
@@ -218,16 +221,22 @@ def _in_pairs(t: Sums, order: Schedule, ranks: list[int], m: Number) -> Number:
     }
     backward = t.over("backward_s", blocks)
     longest = np.maximum.reduce([*busy.values(), (backwards * backward).sum(axis=-1)])
+    if pair_s:
+        own = [sum((n * pair_s(order.held[r][f], order.held[r][b]) for (f, b), n in order.paired[r].items()), 0.0) for r in ranks]
+        longest = np.maximum(longest, np.stack(np.broadcast_arrays(*own, longest[..., 0])[:-1], axis=-1))
     return longest + (apart[0] * t.over("forward_s", blocks) + apart[1] * backward).sum(axis=-1)
 
 
-def bound_s(plan: Plan | PlanColumns, t: Sums, micro_batches: Number, order: Schedule) -> Number:
+def bound_s(plan: Plan | PlanColumns, t: Sums, micro_batches: Number, order: Schedule, pair_s: PairSeconds | None = None) -> Number:
     """Return a lower bound on the simulated step, seconds.
 
     Parameters
     ----------
     order : Schedule
         Places and kinds of actions; its own number of micro-batches matters only for how many actions stand outside pairs.
+    pair_s : callable, optional
+        Returns what a pair of a forward of one stage and a backward of another takes by itself, (...); makes the bound of a
+        schedule with pairs tight. `order` then has the plans' own number of micro-batches.
 
     Notes
     -----
@@ -246,7 +255,7 @@ def bound_s(plan: Plan | PlanColumns, t: Sums, micro_batches: Number, order: Sch
     hops = np.asarray(t.hop_s)[..., None, None] * np.array(order.messages_before)[entry]
     fill, drain = ((t.over(field, t.before[:, entry]) + hops).min(axis=-1) for field in ("forward_s", gradient))
     if pairs:
-        work = _in_pairs(t, order, ranks, m)
+        work = _in_pairs(t, order, ranks, m, pair_s)
         before_last = m * np.maximum.reduce([t.over(f"forward_{stream}_s", own) for stream in BUSY]) if split else work
     else:
         before_last = m * (t.over("forward_s", own) + t.over(gradient, own))
@@ -293,4 +302,15 @@ def bound(scenario: Scenario) -> float:
         optimize=optimizer_of(model, plan, job, cluster),
     )
     order = schedule(plan.schedule, plan.pp, plan.vpp, scenario.micro_batches, plan.table)
-    return float(bound_s(plan, sums, scenario.micro_batches, order))
+    return float(bound_s(plan, sums, scenario.micro_batches, order, _pairs(scenario, all_blocks, sums.stages) if order.pairs else None))
+
+
+def _pairs(scenario: Scenario, all_blocks: Mapping[str, Block], stages: tuple[StageBlocks, ...]) -> PairSeconds:
+    """Return what the pairs of one plan take by themselves."""
+    prices = price_blocks(all_blocks, scenario.model, scenario.plan, scenario.cluster)
+
+    @cache
+    def pair_s(forward: StageBlocks, backward: StageBlocks) -> Number:
+        return least_pair_s([prices[name] for name in forward], [prices[name] for name in backward], scenario.cluster.accelerator, ())
+
+    return lambda forward, backward: pair_s(stages[forward], stages[backward])

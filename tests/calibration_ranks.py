@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from simulator.calibration.cases import Case, Row
 from simulator.calibration.launch import Tell
+from simulator.calibration.measure import dispatch
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
+from simulator.calibration.steps import peak_memory
 from simulator.calibration.weights import Part
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
@@ -63,6 +66,15 @@ def gradients_names(step: MoEStep) -> list[str]:
 
 def alone_step(model: Model, plan: Plan, job: Job, options: Options) -> MoEStep:
     return MoEStep(model, plan, job, 0, options, CPU)
+
+
+def peaks(rank: int, world: int, tell: Tell, case: Case) -> list[float]:
+    """Return the peak memory of the same step, several times."""
+    return [peak_memory(case, rank, CPU) for _ in range(4)]
+
+
+def launched(rank: int, world: int, tell: Tell) -> Row:
+    return dispatch(CPU, world, 0)
 
 
 def fail(rank: int, world: int, tell: Tell) -> float:

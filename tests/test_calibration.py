@@ -12,7 +12,7 @@ import pytest
 
 from simulator.calibration import calibrate as calibration
 from simulator.calibration import check, fit, machine, profile
-from simulator.calibration.cases import COLLECTIVES, SCANS, Row, collective_sizes, counts, held_out, joint, ops_of, probes
+from simulator.calibration.cases import COLLECTIVES, SCANS, Row, collective_sizes, counts, held_out, joint, launches, ops_of, probes, tiny
 from simulator.errors import ProfileError
 from simulator.network.collectives import measured_s as talk_s
 from simulator.pricing.compute import measured_s
@@ -129,7 +129,7 @@ def test_what_ranks_lose_together_is_found():
     """Kernels at 0.8 of their speed, 5 % of skew, collectives three times as slow as by themselves: all three come out."""
     found = profile.build("x", beside(made_up(), 0.8, 0.05, 3.0), ABOUT, "a test", 0.0)
     shares = found.cluster.accelerator.in_training
-    assert shares == pytest.approx(dict.fromkeys(("gemm", "grouped", "attention", "memory"), 0.8 / 1.05), rel=0.02)
+    assert shares == pytest.approx(dict.fromkeys(("gemm", "grouped", "attention", "memory", "optimizer"), 0.8 / 1.05), rel=0.02)
     assert found.residuals()["skew"] == pytest.approx(0.0, abs=1e-9)
     talk = found.cluster.host.collectives["all_gather.bf16.2"]
     assert float(talk_s(2e6, talk)) == pytest.approx(3 * (LATENCY + 2e6 * WIRE), rel=0.02)
@@ -242,6 +242,40 @@ def test_two_disturbed_measurements_predict_alike():
         assert one == pytest.approx(two, rel=0.05)
 
 
+def test_a_hosts_launches_are_measured_and_make_a_short_step_longer():
+    """A made-up host of 0.5 ms a launch: the profile holds it, and a step of little work takes its launches' time."""
+    rows = pd.concat([made_up(), pd.DataFrame([asdict(Row("single", "tiny", "dispatch", 2, 500, 0, 0, 500 * 5e-4, 0, 0, 7, 0))])])
+    found = profile.build("x", rows.reset_index(drop=True), ABOUT, "a test", 0.0)
+    assert found.cluster.host.dispatch_s == pytest.approx(5e-4)
+    assert {row["grade"] for row in found.cluster.host.provenance() if row["fact"] == "dispatch_s"} == {"measured"}
+    case = tiny()
+    one = found.cluster.model_copy(update={"accelerators": 1})
+    without = one.model_copy(update={"host": one.host.model_copy(update={"dispatch_s": None})})
+    slow, fast = (simulate_step(Scenario(model=case.model, cluster=c, plan=case.plan, job=case.job)).step_time_s for c in (one, without))
+    assert slow > launches(case) * 5e-4 > fast
+
+
+def test_two_profiles_are_compared(exact: profile.MachineProfile, tmp_path: Path, monkeypatch, capsys):
+    from simulator.cli import main
+
+    slower = made_up()
+    slower["seconds"] *= 1.1
+    slower["cpu_s"] *= 1.1
+    other = profile.build("slower", slower, ABOUT, "a test", 0.0)
+    table = check.agreement(exact, other)
+    assert table["difference"].to_numpy() == pytest.approx(0.1, abs=0.01)
+    assert len(table) == len(held_out())
+    for made in (exact, other):
+        profile.save(made, made_up(), tmp_path / f"{made.name}.yaml")
+    words = ["--check", str(tmp_path / "made-up.yaml"), "--against", str(tmp_path / "slower.yaml")]
+    monkeypatch.setattr("sys.argv", ["myriad", "calibrate", *words])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"differ by {table['difference'].max():.1%} at most" in capsys.readouterr().out
+    with pytest.raises(machine.CalibrationError, match="compare profiles of the same"):
+        check.agreement(exact, profile.load("h100"))
+
+
 # --- the proof ---
 
 
@@ -309,13 +343,15 @@ def test_a_call_costs_what_its_last_rank_spends():
     """By hand: the first of two ranks arrives 3 s early once, the second 1 s; small exchanges count with the large one."""
     pytest.importorskip("torch")
     from simulator.calibration.recorder import Call
-    from simulator.calibration.together import split
+    from simulator.calibration.together import split, waited
 
-    one = [Call("all_gather.bf16", 100, 5.0), Call("all_to_all.int64", 16, 1.0), Call("all_to_all.bf16", 1000, 4.0)]
-    two = [Call("all_gather.bf16", 100, 2.0), Call("all_to_all.int64", 16, 2.0), Call("all_to_all.bf16", 1200, 4.0)]
-    costs, waited = split([one, two])
-    assert costs == {("all_gather.bf16", 100): [2.0], ("all_to_all.bf16", 1100): [5.0]}
-    assert waited == pytest.approx((3 + 1) / 2)
+    one = [Call("all_gather.bf16", 100, 5.0, "dp"), Call("all_to_all.int64", 16, 1.0, "ep"), Call("all_to_all.bf16", 1000, 4.0, "ep")]
+    two = [Call("all_gather.bf16", 100, 2.0, "dp"), Call("all_to_all.int64", 16, 2.0, "ep"), Call("all_to_all.bf16", 1200, 4.0, "ep")]
+    assert split([one, two]) == {("all_gather.bf16", 100): [2.0], ("all_to_all.bf16", 1100): [5.0]}
+    assert waited([one, two]) == pytest.approx({"dp": 1.5, "ep": 0.5})
+    tensor = [[Call("all_gather.bf16", 100, 5.0, "tp")], [Call("all_gather.bf16", 100, 2.0, "tp")]]
+    assert split(tensor) == {("all_gather.bf16", 100): [3.5]}  # its waiting is its own
+    assert waited(tensor) == {"tp": 0.0}
 
 
 def test_a_collective_inside_a_kernel_is_not_the_kernels_on_cuda_either(monkeypatch: pytest.MonkeyPatch):
@@ -343,7 +379,7 @@ def test_a_collective_inside_a_kernel_is_not_the_kernels_on_cuda_either(monkeypa
     with recorder.region("loss.forward"), recorder.call("tp", "all_reduce", torch.float32, 64):
         pass
     assert not waited  # nothing waits for the device while the step runs
-    assert recorder.calls() == [Call("all_reduce.fp32", 64, 1e-3)]
+    assert recorder.calls() == [Call("all_reduce.fp32", 64, 1e-3, "tp")]
     assert {name: spent.wall_s for name, spent in recorder.take().items()} == pytest.approx({"loss.forward": 2e-3, "tp.all_reduce": 1e-3})
     assert len(waited) == 2
     assert not recorder.take()

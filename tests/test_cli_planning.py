@@ -14,7 +14,7 @@ from command_line import data
 import simulator as sim
 from simulator.planning.advice import advise
 from simulator.planning.compare import compare
-from simulator.planning.layouts import judge
+from simulator.planning.layouts import WITH_PAIRS, judge
 from simulator.planning.space import Space
 
 QUESTION = {
@@ -150,10 +150,15 @@ def test_export_to_deepspeed_names_what_it_cannot_say(myriad, file):
     refused = myriad("export", file, "--to", "deepspeed")
     assert refused.code == 2
     assert "DeepSpeed" in refused.err
-    alone = myriad("export", file, "--to", "deepspeed", "--set", "plan.tp=1", "--set", "plan.pp=1", "--set", "job.global_batch=1024")
-    assert alone.code in (0, 2)
-    if alone.code == 0:
-        assert json.loads(alone.out)["train_batch_size"] == 1024
+    sets = ["plan.tp=1", "plan.pp=1", "job.global_batch=1024"]
+    said = [word for one in sets for word in ("--set", one)]
+    refused = myriad("export", file, "--to", "deepspeed", *said)
+    assert refused.code == 2
+    unsaid = {"recompute": "none", "sequence_parallel": "false", "precision.gradient_reduce": "bf16"}
+    assert all(f"DeepSpeed cannot say {term}" in refused.err for term in unsaid)
+    written = myriad("export", file, "--to", "deepspeed", *said, *(w for k, v in unsaid.items() for w in ("--set", f"plan.{k}={v}")))
+    assert written.code == 0, written.err
+    assert json.loads(written.out)["train_batch_size"] == 1024
 
 
 def test_layouts_name_the_term_that_disagrees(myriad, file, tmp_path):
@@ -174,6 +179,17 @@ def test_layouts_name_the_term_that_disagrees(myriad, file, tmp_path):
     nothing = myriad("layouts", "--no-record")
     assert nothing.code == 2
     assert "no layout to judge" in nothing.err
+
+
+def test_a_layout_with_a_table_is_held_against_what_its_trainer_can_run(file):
+    s = sim.Scenario.load(file)
+    rows = ["0F0 0F1+0B0 0F2+0B1 0F3+0B2 0B3"]
+    table = s.with_plan(tp=8, pp=1, schedule="table", table="\n".join(rows)).model_copy(
+        update={"job": s.job.model_copy(update={"global_batch": 4 * s.cluster.accelerators // 8})}
+    )
+    verdict = judge(table)
+    assert verdict.best.scenario.plan.schedule in WITH_PAIRS or verdict.excess == 0
+    assert verdict.legal > 1
 
 
 def test_plan_keeps_to_what_is_allowed(myriad, file):

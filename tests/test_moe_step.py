@@ -9,18 +9,22 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from calibration_ranks import CPU, compare, fail, sequences  # noqa: E402
+from calibration_ranks import CPU, compare, fail, launched, peaks, sequences  # noqa: E402
 from small import dense  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from simulator.calibration import kernels  # noqa: E402
+from simulator.calibration.cases import Case, held_out, plan  # noqa: E402
 from simulator.calibration.launch import RankError, run_ranks  # noqa: E402
 from simulator.calibration.moe_model import Options  # noqa: E402
 from simulator.calibration.moe_step import MoEStep  # noqa: E402
+from simulator.calibration.profile import load  # noqa: E402
 from simulator.errors import PlanError  # noqa: E402
 from simulator.scenario.job import Job  # noqa: E402
 from simulator.scenario.model import Experts, LatentAttention, Model  # noqa: E402
 from simulator.scenario.plan import Plan  # noqa: E402
+from simulator.scenario.scenario import Scenario  # noqa: E402
+from simulator.simulate import simulate_step  # noqa: E402
 from simulator.workload.layers import ATTENTION_BACKWARD_FLOP, attended  # noqa: E402
 from simulator.workload.ops import total  # noqa: E402
 from simulator.workload.stages import blocks, sequence  # noqa: E402
@@ -192,3 +196,21 @@ def test_what_the_step_does_not_have_is_refused():
 def test_a_failing_rank_is_told():
     with pytest.raises(RankError, match="rank 0 failed(.|\n)*zero_division|ZeroDivisionError"):
         run_ranks(fail, 1)
+
+
+def test_peak_memory_does_not_hang_on_who_frees_a_tensor():
+    """gloo's threads let go of tensors when they like: a step of many tensor-parallel collectives peaks at the same place, and where
+    the simulator says."""
+    case = next(case for case in held_out(small=True) if case.name == "DP2")
+    tensor = Case("TP2", case.model.model_copy(update={"heads": 8, "kv_heads": 8, "head_dim": 56}), plan(tp=2), case.job)
+    for each in (case, tensor):
+        found = np.array(run_ranks(peaks, 2, each))
+        assert np.ptp(found) < 0.01 * found.mean()
+        scenario = Scenario(model=each.model, cluster=load("epyc").cluster, plan=each.plan, job=each.job)
+        assert simulate_step(scenario).peak_memory_bytes == pytest.approx(found.max(), rel=0.1)
+
+
+def test_what_a_launch_costs_the_host_is_measured_on_a_step():
+    (row,) = run_ranks(launched, 1)
+    assert row.calls > 50
+    assert 1e-6 < row.seconds / row.calls < 1e-2

@@ -14,7 +14,7 @@ from simulator.closed_forms import estimate
 from simulator.errors import PlanError, ProfileError
 from simulator.feasibility import memory, structure
 from simulator.lower_bound import bound, passes_table
-from simulator.planning.priced import Priced, distinct
+from simulator.planning.priced import PAIRED, Estimates, Priced, distinct
 from simulator.planning.search import search
 from simulator.planning.space import CHUNKS, CONTEXT, EXPERT_TENSOR, MICRO_BATCHES, SCHEDULES, Space, grouped, legal_table, numbered
 from simulator.pricing.operations import Known
@@ -22,8 +22,9 @@ from simulator.scenario.model import Model
 from simulator.scenario.placement import ORDER, PIPELINE_INSIDE
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Overlap, Plan, PlanColumns, Precision
 from simulator.scenario.profiles import CLUSTERS
+from simulator.schedules import SCHEDULES as EVERY
 from simulator.simulate import simulate_step
-from simulator.workload.stages import blocks
+from simulator.workload.stages import blocks, stage_blocks
 
 
 def question(model: Model, accelerators: int, batch: int, host: int = 4, plan: Plan | None = None, **of_job: object) -> Small:
@@ -50,13 +51,18 @@ def with_plan(s: Small, plan: Plan) -> Small:
     return s.model_copy(update={"plan": plan})
 
 
-EVERY_SCHEDULE = (*SCHEDULES, "interleaved-overlapped", "dualpipe", "dualpipev")
-STRUCTURE = Space(schedule=EVERY_SCHEDULE, zero=(1,), recompute=("none",))
+STRUCTURE = Space(schedule=SCHEDULES, zero=(1,), recompute=("none",))
 
 
 def key(plan: Plan) -> tuple:
     said = (plan.zero, plan.recompute, plan.recompute_modules, plan.schedule, plan.layout)
     return (*(getattr(plan, name) for name in COLUMNS), *said)
+
+
+def same_stages(s: Small, plan: Plan, layout: str) -> bool:
+    """Whether another layout, legal for the plan, divides the layers as its own does."""
+    other = plan.model_copy(update={"layout": None if layout == "even" else layout})
+    return not structure(with_plan(s, other)) and stage_blocks(s.model, other, s.job) == stage_blocks(s.model, plan, s.job)
 
 
 def brute_force(s: Small, space: Space = STRUCTURE) -> list[Plan]:
@@ -79,7 +85,7 @@ def brute_force(s: Small, space: Space = STRUCTURE) -> list[Plan]:
             if not (vpp == 2 if schedule in TWO_CHUNKS else vpp > 1 if schedule in INTERLEAVED else vpp == 1):
                 continue
             plan = like.model_copy(update=said)
-            if structure(with_plan(s, plan)):
+            if structure(with_plan(s, plan)) or any(same_stages(s, plan, other) for other in space.layout[: space.layout.index(layout)]):
                 continue
             for zero, (recompute, modules) in product(space.zero, space.recomputes(s.model)):
                 found.append(plan.model_copy(update={"zero": zero, "recompute": recompute, "recompute_modules": modules}))
@@ -104,11 +110,15 @@ def test_legal_plans_are_those_of_a_brute_force(s):
 def test_columns_are_priced_as_single_plans(name):
     s = SCENARIOS[name]
     draw = np.random.default_rng(0)
-    for zero, schedules in ((1, EVERY_SCHEDULE), (3, ("1f1b", "interleaved"))):
+    for zero, schedules in ((1, SCHEDULES), (3, ("1f1b", "interleaved"))):
         table = legal_table(s, Space(schedule=schedules)).of_kind(zero=zero)
         chosen = np.sort(draw.choice(len(table), size=min(5, len(table)), replace=False))
         priced = Priced.of(s, table.take(chosen))
         bounds, estimates, needs = priced.bounds(), priced.estimates(), priced.peak_memory()
+        in_pairs = np.flatnonzero(priced.table.runs(*PAIRED))
+        if len(in_pairs):
+            tight = priced.tight_bounds(in_pairs, Estimates(priced, in_pairs).pair_seconds())
+            bounds[in_pairs] = np.maximum(bounds[in_pairs], tight)
         for i, row in enumerate(chosen.tolist()):
             one = with_plan(s, table.row(row))
             assert bounds[i] == pytest.approx(bound(one), rel=1e-12)
@@ -124,7 +134,7 @@ def drawn(seed: int) -> tuple[Small, Space]:
     one = random.Random(seed)
     model = one.choice([dense, moe])(one.choice([3, 4, 6]), one.choice([256, 512, 1024]))
     s = question(model, one.choice([2, 4]), 8, host=one.choice([2, 4]))
-    schedules = ("1f1b", *one.sample([name for name in EVERY_SCHEDULE if name != "1f1b"], 1))
+    schedules = ("1f1b", *one.sample([name for name in SCHEDULES if name != "1f1b"], 1))
     zero, recompute = one.sample([0, 1, 2, 3], 1), ("none", one.choice(["full", "layernorm", "core_attn+mlp_act"]))
     return s, Space(schedule=schedules, zero=tuple(zero), recompute=recompute, micro_batch=(one.choice([1, 2]),), vpp=(1, 2), etp=(1,))
 
@@ -170,11 +180,31 @@ def test_the_front_is_the_fastest_plan_within_each_memory():
 
 def test_more_wanted_than_there_are():
     found = search(question(dense(1, heads=1, kv_heads=1), 1, 1), top=1000)
-    assert (
-        len(found.table) == found.legal == found.estimated == 160
-    )  # 2 layouts, 2 schedules, 4 kinds of sharding, 10 of recompute and chunks
+    assert len(found.table) == found.legal == found.estimated == 6 * 4 * 5  # schedules of one rank, kinds of sharding, of recompute
     assert isinstance(found.table, pd.DataFrame)
     assert found.table["step_time_s"].is_monotonic_increasing
+
+
+def test_no_plan_stands_in_a_list_twice():
+    """Modules that the model lacks, and layouts that divide its layers alike, make no new plan."""
+    s = question(dense(4), 8, 16)
+    space = Space(recompute=("none", "moe_act", "layernorm", "layernorm+moe_act", "mla_up_proj+layernorm", "full"))
+    assert [kind for kind, _ in space.recomputes(s.model)] == ["none", "selective", "full"]
+    assert space.recomputes(s.model)[1][1] == ("layernorm",)
+    assert ("selective", ("layernorm", "moe_act")) in space.recomputes(moe(4))
+    found = search(s, top=40)
+    effects = [(key(plan)[:-1], stage_blocks(s.model, plan, s.job)) for plan in (one.plan for one in found.scenarios)]
+    assert len(set(effects)) == len(effects) == 40
+
+
+def test_every_schedule_is_searched():
+    s = question(moe(4, 2048), 8, 64, host=2)
+    assert set(SCHEDULES) == set(EVERY)
+    space = Space(pp=(2,), vpp=(1, 2), zero=(1,), recompute=("none",), micro_batch=(1,))
+    found = search(s, top=200, space=space)
+    assert {plan.schedule for plan in (one.plan for one in found.scenarios)} == set(SCHEDULES)
+    assert not found.pool.loose[found.pool.legal].any()
+    assert (found.table["bound_s"] <= found.table["step_time_s"] * (1 + 1e-9)).all()
 
 
 def test_twice_the_same():

@@ -18,8 +18,8 @@ import numpy as np
 
 import simulator as sim
 from simulator.network.flows import flow_times
-from simulator.planning.priced import PAIRED, Passes, Priced
-from simulator.planning.space import SCHEDULES, Space, legal_table
+from simulator.planning.priced import Passes, Priced
+from simulator.planning.space import Space, legal_table
 from simulator.scenario.profiles import FABRICS
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "kimi-k2-10240-h100.yaml"
@@ -56,7 +56,7 @@ def peak_gb() -> float:
 
 def bound_plans(scenario: sim.Scenario, at_most: int) -> int:
     """Bound different legal plans of `scenario`, prices included, as a search does; return how many."""
-    table, done = legal_table(scenario, Space(schedule=(*SCHEDULES, *PAIRED))), 0
+    table, done = legal_table(scenario, Space()), 0
     passes = None
     for zero in (1, 2, 3, 0):
         part = table.of_kind(zero=zero).take(np.arange(min(len(table), at_most - done)))

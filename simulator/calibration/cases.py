@@ -13,7 +13,7 @@ from simulator.pricing.operations import kernel_name
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
 from simulator.scenario.plan import Plan, Reserve
-from simulator.workload.ops import COMPUTE, Op
+from simulator.workload.ops import COMPUTE, Op, host_wait
 from simulator.workload.stages import blocks, sequence
 from simulator.workload.step import optimizer_ops
 
@@ -174,9 +174,25 @@ def held_out(device: str = "cpu", small: bool = False) -> list[Case]:
     ]
 
 
+def tiny() -> Case:
+    """Return a step so small that a GPU waits for its host to launch every kernel."""
+    return _case("tiny", model(256, 2, 4, 4, 8, 256, vocab=1024), 2, 64)
+
+
+def _micro_batches(case: Case) -> int:
+    return case.job.global_batch // (case.plan.dp * case.plan.micro_batch)
+
+
+def launches(case: Case) -> float:
+    """Return the kernels of forward and backward that the host launches for one rank's step, as the simulator counts them."""
+    made = blocks(case.model, case.plan, case.job)
+    ways = [way for name in sequence(case.model) for way in (made[name].forward, made[name].backward)]
+    return _micro_batches(case) * sum(float(host_wait(way, case.plan.kernels).launches) for way in ways)
+
+
 def ops_of(case: Case) -> Iterator[Op]:
     """Yield every kernel of one rank's step, without pipeline stages."""
-    made, micro_batches = blocks(case.model, case.plan, case.job), case.job.global_batch // (case.plan.dp * case.plan.micro_batch)
+    made, micro_batches = blocks(case.model, case.plan, case.job), _micro_batches(case)
     names = sequence(case.model)
     for name in names:
         for segment in (made[name].forward + made[name].backward) * micro_batches:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from simulator.calibration.cases import Case
+from simulator.calibration.cases import Case, held_out
 from simulator.calibration.fit import NINETY
 from simulator.calibration.machine import FOREIGN, CalibrationError
 from simulator.calibration.profile import MachineProfile
@@ -26,6 +26,8 @@ from simulator.simulate import simulate_step
 WORST, MEMORY, STEPS = 0.20, 0.10, 8
 #: mean error of step times, and the least length of a step, by device: a scheduler's ticks blur short steps on a CPU
 MEAN, LEAST_S = {"cpu": 0.10, "cuda": 0.05}, {"cpu": 0.5, "cuda": 0.0}
+#: the part of a step that is messages between stages, and waiting for another rank
+WAITING = "pp and waiting"
 #: beyond this spread of the same step a machine is too noisy to judge
 SPREAD = 0.05
 
@@ -40,8 +42,9 @@ class Measured:
     seconds : tuple of float
         The repeats, over all turns, on the slowest rank.
     parts_s : dict
-        Mean over ranks and repeats by the clock, by kind of operation as the simulator's breakdown names them. A rank's waiting for
-        the slower one counts with communication here; a prediction has it in the kernels of the slower one.
+        Mean over ranks and repeats by the clock, by kind of operation as the simulator's breakdown names them. What ranks wait in a
+        collective for the last one to arrive counts as waiting, in a prediction, too: there for one with more experts' tokens.
+        Waiting for one whose kernels happen to be slower is in the kernels of a prediction.
     peak_bytes : tuple of float
         Largest sum of live tensors on every rank.
     counts : tuple of tuple of int
@@ -91,6 +94,31 @@ def predict(measured: Measured, profile: MachineProfile) -> StepResult:
     return simulate_step(Scenario(model=case.model, cluster=profile.cluster, plan=case.plan, job=job))
 
 
+def agreement(one: MachineProfile, other: MachineProfile) -> pd.DataFrame:
+    """Return what two profiles of a machine predict for the held-out steps, tokens spread evenly: ``case one_s other_s difference``.
+
+    Raises
+    ------
+    CalibrationError
+        When they were not measured on the same kind and number of devices.
+    """
+    if (one.about["device"], one.cluster.accelerators) != (other.about["device"], other.cluster.accelerators):
+        raise CalibrationError(
+            f"{one.name} is of {one.cluster.accelerators} ranks on {one.about['device']}, {other.name} of {other.cluster.accelerators} on "
+            f"{other.about['device']}; compare profiles of the same"
+        )
+    rows = []
+    for case in held_out(one.about["device"]):
+        if case.plan.world == one.cluster.accelerators:
+            first, second = (
+                simulate_step(Scenario(model=case.model, cluster=p.cluster, plan=case.plan, job=case.job)).step_time_s for p in (one, other)
+            )
+            rows.append({"case": case.name, "one_s": first, "other_s": second, "difference": second / first - 1})
+    if not rows:
+        raise CalibrationError(f"no held-out step runs on {one.cluster.accelerators} ranks")
+    return pd.DataFrame(rows)
+
+
 #: parts that are kernels; what has no name of its own is bandwidth-bound
 KERNELS = ("gemm", "grouped_gemm", "attention", "optimizer", "memory")
 
@@ -99,7 +127,7 @@ def part_of(name: str) -> str:
     """Return the part of the simulator's breakdown that a recorded name belongs to."""
     head = name.split(".")[0]
     if head in ("tp", "ep", "pp", "dp", "edp", "world"):
-        return {"edp": "dp", "world": "dp", "pp": "pp and waiting"}.get(head, head)
+        return {"edp": "dp", "world": "dp", "pp": WAITING}.get(head, head)
     return head if head in KERNELS else "memory"
 
 
@@ -108,7 +136,7 @@ def predicted_parts(result: StepResult) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in result.breakdown().itertuples():
         name = str(row.part).split(": ")[-1]
-        name = "pp and waiting" if name in ("pp", "idle") else name
+        name = WAITING if name in ("pp", "idle") else name
         found[name] = found.get(name, 0.0) + float(row.seconds)
     return found
 
@@ -122,7 +150,7 @@ def half_width(result: StepResult, profile: MachineProfile, noise: float) -> flo
         sigma.setdefault(part, []).append(residual)
     parts, variance = predicted_parts(result), noise**2
     for part, seconds in parts.items():
-        key = "communication" if part in ("tp", "ep", "dp", "pp and waiting") else part
+        key = "communication" if part in ("tp", "ep", "dp", WAITING) else part
         if key in sigma:
             variance += (float(np.mean(sigma[key])) * seconds / result.step_time_s) ** 2
     return NINETY * float(np.sqrt(variance))

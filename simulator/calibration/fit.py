@@ -8,7 +8,7 @@ are differences of logarithms, their loss grows linearly beyond `SCALE` (soft L1
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from scipy.optimize import least_squares
 
 from simulator.calibration.machine import CalibrationError
 from simulator.pricing.compute import measured_s
+from simulator.pricing.operations import training_part
 from simulator.scenario.measured import CollectiveCost, KernelCost
 from simulator.units import format_quantity
 
@@ -78,20 +79,24 @@ def check_rows(rows: pd.DataFrame, where: str = "measurements") -> None:
         )
 
 
-def _relative(matrix: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return non-negative coefficients of ``matrix @ c = seconds``, their relative 90 % half-widths, and relative residuals."""
+def _relative(matrix: np.ndarray, seconds: np.ndarray, calls: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return non-negative coefficients of ``matrix @ c = seconds``, their relative 90 % half-widths, and relative residuals.
+
+    Each row is the mean of so many `calls`, and counts by the root of their number.
+    """
+    weight = np.sqrt(calls / calls.mean())
     scale = np.where(matrix.any(axis=0), matrix.max(axis=0), 1.0) / seconds.max()
     unit = matrix / scale
     if not np.isfinite(seconds).all() or (seconds <= 0).any():
         raise CalibrationError("a time that is not finite and above zero cannot be fitted")
 
     def off(logarithms: np.ndarray) -> np.ndarray:
-        return np.log(np.maximum(unit @ np.exp(logarithms), 1e-300) / seconds)
+        return weight * np.log(np.maximum(unit @ np.exp(logarithms), 1e-300) / seconds)
 
     start = np.full(matrix.shape[1], np.log(1.0 / matrix.shape[1]))
     found = least_squares(off, start, loss="soft_l1", f_scale=SCALE, bounds=(-30.0, 10.0))
     c = np.exp(found.x)
-    residuals = unit @ c / seconds - 1
+    residuals = weight * (unit @ c / seconds - 1)
     freedom = max(len(seconds) - len(c), 1)
     try:
         covariance = np.linalg.inv(found.jac.T @ found.jac) * float(residuals @ residuals) / freedom
@@ -101,7 +106,7 @@ def _relative(matrix: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.n
     return c / scale, width, residuals
 
 
-def linear(name: str, columns: dict[str, np.ndarray], seconds: np.ndarray) -> Fit:
+def linear(name: str, columns: dict[str, np.ndarray], seconds: np.ndarray, calls: np.ndarray | None = None) -> Fit:
     """Return the fit of seconds to a sum of terms, each a column times a coefficient of at least zero.
 
     Parameters
@@ -109,11 +114,14 @@ def linear(name: str, columns: dict[str, np.ndarray], seconds: np.ndarray) -> Fi
     columns : dict
         ``launch_s`` or ``latency_s``: the coefficient itself; a key that ends in ``_per_s``: its reciprocal. Terms that explain
         less than a thousandth of every row are left out.
+    calls : ndarray, optional
+        How many calls each row is the mean of; all alike by default.
     """
+    calls = np.ones_like(seconds) if calls is None else calls
     columns = {key: values for key, values in columns.items() if np.any(values)}
     while True:
         matrix = np.column_stack(list(columns.values())).astype(float)
-        c, width, residuals = _relative(matrix, seconds)
+        c, width, residuals = _relative(matrix, seconds, calls)
         share = (matrix * c / seconds[:, None]).max(axis=0)
         if share.min() >= 1e-3 or len(columns) == 1:
             break
@@ -182,22 +190,23 @@ def attention_curve(rows: pd.DataFrame, device: str) -> dict[str, KernelCost]:
 
 
 def _talk(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per collective and size: in a step where it was measured there, by itself only beyond twice the largest such size."""
+    """Return a row per collective and size: in a step where it was measured there, by itself only beyond twice the largest such size.
+
+    Between kernels a call of gloo takes a moment or a tick of the scheduler: a row tells as much as it has calls.
+    """
     alone = _typical(rows[rows["part"] == "collective"], "seconds")
     inside = rows[(rows["part"] == "together") & rows["name"].isin(alone["name"])]
     if inside.empty:
-        return alone
-    inside = inside.groupby(["name", "ranks", "case", "bytes"], sort=False)["seconds"].median().reset_index()
+        return alone.assign(calls=1.0)
+    inside = inside.groupby(["name", "ranks", "case", "bytes"], sort=False)[["calls", "seconds"]].median().reset_index()
     largest = inside.groupby(["name", "ranks"])["bytes"].max().rename("largest")
     alone = alone.merge(largest, on=["name", "ranks"], how="left")
     return pd.concat([inside, alone[~(alone["bytes"] <= 2 * alone["largest"])]], ignore_index=True)
 
 
-#: the part of ``Accelerator.in_training`` that a kind of kernel belongs to; all others are bound by memory
-_PARTS = {"gemm": "gemm", "grouped_gemm": "grouped", "attention": "attention"}
-
-
-def fit_together(rows: pd.DataFrame, costs: Mapping[str, KernelCost], keys: Mapping[str, float]) -> tuple[dict[str, Fit], Fit | None]:
+def fit_together(
+    rows: pd.DataFrame, costs: Mapping[str, KernelCost], keys: Mapping[str, float], alike: Collection[str]
+) -> tuple[dict[str, Fit], Fit | None]:
     """Return what several ranks together change: the speed that kernels keep, by part, and the skew of the ranks.
 
     Parameters
@@ -206,6 +215,9 @@ def fit_together(rows: pd.DataFrame, costs: Mapping[str, KernelCost], keys: Mapp
         Fitted cost of every kind of kernel in a rank's own probe.
     keys : mapping
         Mean number of keys that a query of each probe sees.
+    alike : collection of str
+        Probes whose ranks do the same, and meet only when all of it is done: what they wait for is neither tokens of experts, which a
+        step knows by itself, nor a tensor-parallel collective, which has its waiting in its cost.
 
     Returns
     -------
@@ -213,21 +225,21 @@ def fit_together(rows: pd.DataFrame, costs: Mapping[str, KernelCost], keys: Mapp
         ``share``: seconds in the own probe over those beside communication, whose buffers have emptied the caches and whose threads share
         the core.
     skew : Fit or None
-        ``share``: the waiting for the slower rank at collectives, mean over ranks, over the time of the kernels before them. For two
-        ranks that is the expected maximum of their kernels over the mean less one.
+        ``share``: in `alike` probes, the waiting for the slower rank at collectives, mean over ranks, over the time of the kernels
+        before them. For two ranks that is the expected maximum of their kernels over the mean less one.
     """
     table = rows[rows["part"] == "together"]
     if table.empty:
         return {}, None
     inside = table[table["name"].isin(costs.keys())].copy()
     inside["alone"] = [float(measured_s(r.flop, r.bytes, r.calls, costs[r.name], keys[r.case])) for r in inside.itertuples(index=False)]
-    inside["in"] = inside["name"].map(lambda name: _PARTS.get(name.split(".")[0], "memory"))
+    inside["in"] = inside["name"].map(training_part)
     sums = inside.groupby(["in", "case", "turn"])[["alone", "seconds"]].sum()
     shares = (sums["alone"] / sums["seconds"]).groupby(["in", "case"]).max()  # of the turns: what disturbs one only lengthens it
     kept = {part: _share(f"in_training.{part}", group) for part, group in shares.groupby("in")}
     kernels = inside.groupby(["case", "turn"])["seconds"].sum()
-    waits = table[table["name"] == "wait"].set_index(["case", "turn"])["seconds"]
-    return kept, _share("skew", waits / kernels)
+    waits = table[(table["name"] == "wait") & table["case"].isin(alike)].set_index(["case", "turn"])["seconds"]
+    return kept, _share("skew", (waits / kernels).dropna()) if len(waits) else None
 
 
 def _share(name: str, shares: pd.Series) -> Fit:
@@ -243,15 +255,15 @@ def fit_collectives(rows: pd.DataFrame) -> dict[str, Fit]:
     table = _talk(rows)
     for (name, ranks), part in table.groupby(["name", "ranks"], sort=False):
         key = f"{name}.{ranks}"
-        size, seconds = part["bytes"].to_numpy(float), part["seconds"].to_numpy(float)
-        best = linear(key, {"latency_s": np.ones_like(size), "bytes_per_s": size}, seconds)
+        size, seconds, calls = (part[column].to_numpy(float) for column in ("bytes", "seconds", "calls"))
+        best = linear(key, {"latency_s": np.ones_like(size), "bytes_per_s": size}, seconds, calls)
         for knee in sorted(set(size))[2:-1]:
             columns = {
                 "latency_s": np.ones_like(size),
                 "bytes_per_s": np.minimum(size, knee),
                 "beyond_bytes_per_s": np.maximum(size - knee, 0),
             }
-            bent = linear(key, columns, seconds)
+            bent = linear(key, columns, seconds, calls)
             if set(bent.values) == set(columns) and bent.residual**2 < 0.5 * best.residual**2:
                 best = Fit(key, bent.values | {"knee_bytes": knee}, bent.low, bent.high, bent.rows, bent.residual)
         # in noise a time may not grow with its buffer: nothing is then known to move faster than the fastest seen

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from simulator.calibration import kernels
-from simulator.calibration.cases import COLLECTIVES, SCANS, Case, Row, counts, ops_of
+from simulator.calibration.cases import COLLECTIVES, SCANS, Case, Row, counts, launches, ops_of, tiny
 from simulator.calibration.launch import Tell, device_of
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
@@ -209,6 +209,17 @@ def singles(device: torch.device, world: int, turn: int) -> Iterator[Row]:
         yield row("32 MiB", "to host", partial(pinned.copy_, large), 1, 0, large.nbytes)
 
 
+def dispatch(device: torch.device, world: int, turn: int) -> Row:
+    """Return the row of forwards and backwards whose kernels a GPU ends sooner than its host launches the next.
+
+    Their time over their launches is what a launch takes of the host: through Python and autograd, as in every step.
+    """
+    case = tiny()
+    step = MoEStep(case.model, case.plan, case.job, 0, Options(lr=STILL), device)
+    middle, spread, cpu, repeats = repeated(partial(step.backward, batch(case, device)), device, KERNEL_S)
+    return Row("single", case.name, "dispatch", world, launches(case), 0, 0, middle, spread, cpu, repeats, turn)
+
+
 def beside(device: torch.device, world: int, turn: int) -> Iterator[Row]:
     """Yield the time of a product alone, and of the same product while an all-reduce runs beside it."""
     x, w = (torch.zeros(1024, 1024, dtype=torch.bfloat16, device=device) for _ in range(2))
@@ -270,6 +281,8 @@ def run(rank: int, world: int, tell: Tell, todo: list[Todo], kind: str, repeats:
             rows = [collective(name, dtype, size, groups[ranks], ranks, device, item.turn)]
         elif item.key.startswith("single"):
             rows = [*attentions(device, world, item.turn), *singles(device, world, item.turn)]
+            if kind == "cuda":  # a core launches nothing: its kernels run where they are called
+                rows.append(dispatch(device, world, item.turn))
         elif world > 1:
             rows = list(beside(device, world, item.turn))
         tell(item.key, [asdict(row) for row in rows])

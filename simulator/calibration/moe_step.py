@@ -197,10 +197,16 @@ class MoEStep:
         return float(total) / self.context.tokens
 
     def reduce(self) -> None:
-        """Sum the gradients over replicas, block by block from the last to the first; every rank keeps its shards."""
+        """Sum the gradients over replicas, block by block from the last to the first; every rank keeps its shards.
+
+        Those of norms and routers, which tensor-parallel ranks computed from rows of their own, are summed before, all at once.
+        """
+        copies = [bucket.gradients for bucket in self.buckets if bucket.weights[0].kind == "replicated"]
+        if copies:
+            summed = self.ranks.all_reduce("tp", torch.cat(copies))
+            for own, whole in zip(copies, summed.split([copy.numel() for copy in copies]), strict=True):
+                own.copy_(whole)
         for bucket in reversed(self.buckets):
-            if bucket.weights[0].kind == "replicated":
-                self.ranks.all_reduce("tp", bucket.gradients)
             bucket.reduce()
 
     def norm(self) -> float:

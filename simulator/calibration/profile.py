@@ -104,14 +104,16 @@ def build(name: str, rows: pd.DataFrame, about: dict[str, Any], command: str, fo
     world, device = int(about["ranks"]), about["device"]
     kernels, talk = fit_kernels(rows, device), fit_collectives(rows)
     costs = {k: fit.kernel() for k, fit in kernels.items()} | attention_curve(rows, device)
-    keys = {case.name: (case.job.sequence_length + 1) / 2 for case in joint(world, device)}
-    kept, skew = fit_together(rows, costs, keys)
+    ranks = joint(world, device)
+    keys = {case.name: (case.job.sequence_length + 1) / 2 for case in ranks}
+    alike = {case.name for case in ranks if case.plan.tp == 1 and case.plan.ep == 1}
+    kept, skew = fit_together(rows, costs, keys, alike)
     source = f"{command}, torch {about['torch']}, commit {about['commit']}"
     lost = 1.0 + (skew.values["share"] if skew else 0.0)
     shares = {part: fit.values["share"] / lost for part, fit in kept.items()}
     tables = (
         _accelerator(name, rows, about, source, costs, device) | {"in_training": shares},
-        _host(name, world, source, talk),
+        _host(name, world, source, talk, _dispatch(rows)),
         _fabric(name, world),
     )
     measured = {"grade": "measured", "source": source, "date": about["date"]}
@@ -166,7 +168,13 @@ def _accelerator(name: str, rows: pd.DataFrame, about: dict, source: str, costs:
     }  # fmt: skip
 
 
-def _host(name: str, world: int, source: str, talk: dict[str, Fit]) -> dict[str, Any]:
+def _dispatch(rows: pd.DataFrame) -> float | None:
+    """Return the host's time for one launch, seconds; None where it was not measured, as on a CPU."""
+    waits = rows[(rows["part"] == "single") & (rows["name"] == "dispatch")]
+    return float((waits["seconds"] / waits["calls"]).median()) if len(waits) else None
+
+
+def _host(name: str, world: int, source: str, talk: dict[str, Fit], dispatch_s: float | None) -> dict[str, Any]:
     rates = {}
     for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"):
         found = [fit.values["bytes_per_s"] for key, fit in talk.items() if key.startswith(f"{kind}.") and "bytes_per_s" in fit.values]
@@ -181,11 +189,13 @@ def _host(name: str, world: int, source: str, talk: dict[str, Fit]) -> dict[str,
         "bus_bytes_per_s": {k: format_quantity(v, "bytes_per_s") for k, v in rates.items()},
         "nic_bytes_per_s": "1 GB/s", "base_latency_s": protocols, "hop_latency_s": zero,
         "protocol_share": dict.fromkeys(protocols, 1.0), "tree_share": 1.0, "overhead_w": "0 W",
+        "dispatch_s": None if dispatch_s is None else format_quantity(dispatch_s, "s"),
         "collectives": {k: fit.collective().model_dump(mode="json") for k, fit in talk.items()},
         "sources": [
             {"grade": grade, "source": source, "facts": [
                 "accelerators", "scale_up_domain", "scale_up_bytes_per_s", "bus_bytes_per_s", "base_latency_s",
             ]},
+            *([] if dispatch_s is None else [{"grade": "measured", "source": source, "facts": ["dispatch_s"]}]),
             *([{"grade": "fitted", "source": f"to the raw table beside this file, {source}", "facts": ["collectives"]}] if talk else []),
             {"grade": "assumed", "source": "one machine: no network is crossed, power was not measured", "facts": [
                 "nic_bytes_per_s", "hop_latency_s", "protocol_share", "tree_share", "overhead_w",

@@ -35,11 +35,12 @@ def now() -> Spent:
 
 
 class Call(NamedTuple):
-    """One collective: kind and datatype as ``all_gather.bf16``, bytes as the simulator counts them, seconds by the clock."""
+    """One collective: kind and datatype as ``all_gather.bf16``, bytes as the simulator counts them, seconds by the clock, axis."""
 
     name: str
     size: int
     seconds: float
+    axis: str
 
 
 class Recorder:
@@ -57,7 +58,7 @@ class Recorder:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event, str | None]] = []  # and the name around it
         self._open: list[str] = []
         self._inside: list[Spent] = []
-        self._calls: list[tuple[str, int, int | float]] = []
+        self._calls: list[tuple[str, int, int | float, str]] = []
 
     @contextmanager
     def call(self, axis: str, kind: str, dtype: torch.dtype, size: int) -> Iterator[None]:
@@ -68,7 +69,7 @@ class Recorder:
             took = time.perf_counter() - begin
         if self.on:
             # on CUDA the seconds are those of the region's events, the last ones recorded
-            self._calls.append((f"{kind}.{_SHORT.get(dtype, str(dtype))}", size, len(self._events) - 1 if self._events else took))
+            self._calls.append((f"{kind}.{_SHORT.get(dtype, str(dtype))}", size, len(self._events) - 1 if self._events else took, axis))
 
     @contextmanager
     def region(self, name: str) -> Iterator[None]:
@@ -112,7 +113,7 @@ class Recorder:
         if self._events:
             torch.cuda.synchronize(self.device)
         found = []
-        for name, size, at in self._calls:
+        for name, size, at, axis in self._calls:
             seconds = self._events[int(at)][1].elapsed_time(self._events[int(at)][2]) / 1e3 if self._events else at
-            found.append(Call(name, size, float(seconds)))
+            found.append(Call(name, size, float(seconds), axis))
         return found

@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from simulator.calibration.cases import Case
-from simulator.calibration.check import Measured, part_of
+from simulator.calibration.check import WAITING, Measured, part_of
 from simulator.calibration.launch import Tell, device_of
-from simulator.calibration.measure import STILL, batch, timed
+from simulator.calibration.measure import STILL, batch
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
+from simulator.calibration.together import observed, waited
 
 WARM = 1
 
@@ -51,9 +52,12 @@ def _gathered(value: object) -> list:
     return found
 
 
-def _memory(case: Case, rank: int, device: torch.device) -> float:
+def peak_memory(case: Case, rank: int, device: torch.device) -> float:
+    """Return the peak memory of a rank that makes a step and runs it once; all ranks together."""
+
     def one() -> None:
         steps.append(MoEStep(case.model, case.plan, case.job, rank, Options(), device))
+        steps[0].ranks.settles = device.type == "cpu"
         steps[0].run(tokens)
 
     tokens, steps = batch(case, device), []
@@ -72,15 +76,18 @@ def _turn(case: Case, rank: int, device: torch.device, repeats: int) -> tuple[li
     step.recorder.on = True
     step.recorder.take()
     for _ in range(repeats):
-        taken.append(timed(step, tokens, device).wall_s)
-        for name, spent in step.recorder.take().items():
-            parts[part_of(name)] += spent.wall_s / repeats
+        everyone = observed(step, tokens, device)
+        taken.append(max(whole.wall_s for _, whole, _ in everyone))
+        for times, _, _ in everyone:
+            for name, spent in times.items():
+                parts[part_of(name)] += spent.wall_s / repeats / len(everyone)
+        if case.plan.pp == 1:  # stages do not call the same: their waiting stays with their messages
+            for axis, seconds in waited([calls for *_, calls in everyone]).items():
+                parts[part_of(axis)] -= seconds / repeats
+                parts[WAITING] += seconds / repeats
     counts = [(layer / repeats).long().tolist() for layer in step.routed()]
     step.close()
-    slowest = [max(times) for times in zip(*_gathered(taken), strict=True)]
-    everyone = _gathered(dict(parts))
-    mean = {part: sum(p.get(part, 0.0) for p in everyone) / len(everyone) for part in {k for p in everyone for k in p}}
-    return slowest, mean, counts
+    return taken, dict(parts), counts
 
 
 def run(rank: int, world: int, tell: Tell, cases: list[Case], kind: str, turns: int, repeats: int) -> list[Measured]:
@@ -91,7 +98,7 @@ def run(rank: int, world: int, tell: Tell, cases: list[Case], kind: str, turns: 
     counts: dict[str, list] = {}
     peaks = {}
     for case in cases:
-        peaks[case.name] = tuple(_gathered(_memory(case, rank, device)))
+        peaks[case.name] = tuple(_gathered(peak_memory(case, rank, device)))
         tell("memory", len(peaks), len(cases))
     for turn in range(turns):
         for number, case in enumerate(cases):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,45 @@ SMALL = 1 / 16
 TALK = ("tp", "ep", "dp", "edp", "pp", "world")
 
 
-def split(ranks: list[list[Call]]) -> tuple[dict[tuple[str, float], list[float]], float]:
-    """Return the seconds of every collective by name and bytes, and the mean over ranks of the seconds that they waited in them.
+#: what one rank did in a step: time by recorded name, the whole step, and its collectives in order
+Seen = tuple[dict[str, Spent], Spent, list[Call]]
+
+
+def observed(step: MoEStep, tokens: torch.Tensor, device: torch.device) -> list[Seen]:
+    """Run one recorded step and return what every rank did in it; all ranks together."""
+    whole, calls = timed(step, tokens, device), step.recorder.calls()
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (step.recorder.take(), whole, calls))
+    return everyone
+
+
+def _cost(calls: Sequence[Call]) -> float:
+    """Return the seconds of one collective from those of its ranks.
+
+    The last rank to arrive waits for nobody: the least time is the cost, what the mean is more is waiting. But tensor-parallel ranks
+    do the same work and meet a hundred times a step: what they wait is how the collectives themselves came in late, and recurs with them.
+    """
+    seconds = [call.seconds for call in calls]
+    return statistics.fmean(seconds) if calls[0].axis == "tp" else min(seconds)
+
+
+def waited(ranks: list[list[Call]]) -> dict[str, float]:
+    """Return the seconds that ranks waited in collectives for the last one to arrive, mean over ranks, by axis; none for tp.
+
+    Parameters
+    ----------
+    ranks : list of list of Call
+        The calls of each rank, in the same order.
+    """
+    found: dict[str, float] = defaultdict(float)
+    for calls in zip(*ranks, strict=True):
+        seconds = [call.seconds for call in calls]
+        found[calls[0].axis] += statistics.fmean(seconds) - _cost(calls)
+    return found
+
+
+def split(ranks: list[list[Call]]) -> dict[tuple[str, float], list[float]]:
+    """Return the seconds of every collective by name and bytes, without what `waited` says.
 
     Parameters
     ----------
@@ -38,25 +75,23 @@ def split(ranks: list[list[Call]]) -> tuple[dict[tuple[str, float], list[float]]
 
     Notes
     -----
-    The last rank to arrive waits for nobody: the least time over ranks is the cost of a call, what the mean is more is waiting.
     An exchange of rows is announced and accompanied by small ones (their numbers, their weights), which the simulator does not
     count: these are shared out over the exchanges of rows.
     """
-    costs, waited = defaultdict(list), 0.0
+    costs = defaultdict(list)
     exchanges = []
     for calls in zip(*ranks, strict=True):
-        seconds, size = [call.seconds for call in calls], statistics.fmean(call.size for call in calls)
-        waited += statistics.fmean(seconds) - min(seconds)
+        cost, size = _cost(calls), statistics.fmean(call.size for call in calls)
         if calls[0].name.startswith("all_to_all"):
-            exchanges.append((calls[0].name, size, min(seconds)))
+            exchanges.append((calls[0].name, size, cost))
         else:
-            costs[calls[0].name, size].append(min(seconds))
+            costs[calls[0].name, size].append(cost)
     most = max((size for _, size, _ in exchanges), default=0.0)
     rows = [(name, size) for name, size, _ in exchanges if size > SMALL * most]
     if rows:
         mean, total = statistics.fmean(size for _, size in rows), sum(seconds for *_, seconds in exchanges)
         costs[rows[0][0], round(mean)] = [total / len(rows)] * len(rows)
-    return costs, waited
+    return costs
 
 
 def together(case: Case, rank: int, device: torch.device, repeats: int, turn: int) -> Iterator[Row]:
@@ -74,17 +109,15 @@ def together(case: Case, rank: int, device: torch.device, repeats: int, turn: in
     taken: dict[tuple[str, float], list[Spent]] = defaultdict(list)
     number: dict[tuple[str, float], int] = {}
     for _ in range(repeats):
-        whole, calls = timed(step, tokens, device), step.recorder.calls()
-        kernels = {name: spent for name, spent in step.recorder.take().items() if name.split(".")[0] not in TALK}
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (kernels | {"step": whole}, calls))
-        costs, waited = split([of for _, of in everyone])
-        for key, seconds in costs.items():
+        everyone = observed(step, tokens, device)
+        calls = [calls for *_, calls in everyone]
+        for key, seconds in split(calls).items():
             taken[key].append(Spent(statistics.fmean(seconds)))
             number[key] = len(seconds)
-        taken["wait", 0.0].append(Spent(waited))
-        for name in kernels.keys() | {"step"}:
-            spent = [of.get(name, Spent()) for of, _ in everyone]
+        taken["wait", 0.0].append(Spent(sum(waited(calls).values())))
+        took = [times | {"step": whole} for times, whole, _ in everyone]
+        for name in {name for times in took for name in times if name.split(".")[0] not in TALK}:
+            spent = [times.get(name, Spent()) for times in took]
             taken[name, 0.0].append(Spent(statistics.fmean(s.wall_s for s in spent), statistics.fmean(s.cpu_s for s in spent)))
     step.close()
     counted = counts(ops_of(case))

@@ -21,6 +21,9 @@ def calibrate(
     check: Annotated[
         str | None, typer.Option(help="Prove this profile (a path or a shipped name) on steps that it was not fitted to.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="With --check: do not measure, but say how far this other profile predicts the same steps.")
+    ] = None,
     to: Annotated[Path, typer.Option("--to", help="Where the profile goes; the raw table stands beside it.")] = Path("machine.yaml"),
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What to measure.")] = "cpu",
     ranks: Annotated[int | None, typer.Option(help="Processes, one per core or GPU; all of them by default, at most eight.")] = None,
@@ -37,6 +40,9 @@ def calibrate(
         table = read_foreign(read)
         print_json(records(table)) if as_json else show(table)
         return
+    if against:
+        _report_agreement(check, against, as_json)
+        return
     from simulator.calibration.calibrate import calibrate as measure
     from simulator.calibration.calibrate import check as prove
 
@@ -49,6 +55,23 @@ def calibrate(
         _report_proof(proof, as_json)
     else:
         _report_profile(profile, to, as_json)
+
+
+def _report_agreement(check: str | None, against: str, as_json: bool) -> None:
+    from simulator.calibration.check import agreement
+    from simulator.calibration.machine import CalibrationError
+    from simulator.calibration.profile import load
+
+    if check is None:
+        raise CalibrationError("--against compares with another profile: myriad calibrate --check PROFILE --against OTHER")
+    table = agreement(load(check), load(against))
+    largest = float(table["difference"].abs().max())
+    if as_json:
+        print_json({"largest_difference": largest, "rows": records(table)})
+        return
+    text = {"one_s": "{:.3f}", "other_s": "{:.3f}", "difference": "{:+.1%}"}
+    show(table.assign(**{name: table[name].map(form.format) for name, form in text.items()}), f"{escape(check)} and {escape(against)}")
+    say(f"Their predictions differ by {largest:.1%} at most.")
 
 
 def _report_profile(profile: MachineProfile, path: Path, as_json: bool) -> None:

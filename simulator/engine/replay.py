@@ -134,6 +134,14 @@ class Passage:
     matrix: np.ndarray
     held: Held
 
+    def after(self, clocks: np.ndarray, messages: Sequence[Number | None]) -> np.ndarray:
+        """Return the clocks after an entry; no message is one that was there from the start."""
+        new = (self.matrix[:, : len(clocks)] + clocks).max(axis=1)
+        for column, arrives in enumerate(messages, start=len(clocks)):
+            if arrives is not None:
+                np.maximum(new, self.matrix[:, column] + arrives, out=new)
+        return new
+
     @classmethod
     def of(cls, laps: Sequence[Sequence[Lap]], held: Held, shape: tuple[int, ...], what: tuple, ahead: int) -> Passage:
         """Return what an entry does: the laps of its action, or those of the two of a pair, which take turns by segments.
@@ -156,10 +164,7 @@ class Passage:
         waiting = [(key, unit[2 + h + n], seconds) for n, (key, seconds) in enumerate(held)]
         walk = _Walk(unit[0], unit[1 + h], waiting, ahead)
         threads = [_Thread(unit[0], list(unit[1 : 1 + h])) for _ in laps]
-        messages = unit[_clocks(ahead) :]
-        turns = [walk.steps(thread, row, at, (what, n)) for n, (thread, row, at) in enumerate(zip(threads, laps, messages, strict=True))]
-        while turns:
-            turns = [turn for turn in turns if next(turn, None) is not None]
+        walk.take_turns(threads, laps, unit[_clocks(ahead) :], what)
         last = reduce(np.maximum, [thread.last for thread in threads])
         begun = [reduce(np.maximum, [thread.begun[n] for thread in threads]) for n in range(h)]
         behind = [end for _, end, _ in walk.waiting] + [last] * (h - len(walk.waiting))
@@ -191,6 +196,14 @@ class _Walk:
         self.free, self.parallel, self.waiting, self.ahead = free, parallel, waiting, ahead
         self.streams: dict[str, np.ndarray] = {}
 
+    def take_turns(
+        self, threads: Sequence[_Thread], laps: Sequence[Sequence[Lap]], messages: Sequence[np.ndarray], what: tuple = ()
+    ) -> None:
+        """Run the actions of an entry, a segment of each in turn; `what` tells its reductions from those of others."""
+        turns = [self.steps(thread, row, at, (what, n)) for n, (thread, row, at) in enumerate(zip(threads, laps, messages, strict=True))]
+        while turns:
+            turns = [turn for turn in turns if next(turn, None) is not None]
+
     def steps(self, thread: _Thread, laps: Sequence[Lap], message: np.ndarray, of: Hashable) -> Iterator[bool]:
         """Run the laps of one action; yields after each segment."""
         waits: list[tuple[Number, np.ndarray]] = [(1.0, message)]
@@ -221,6 +234,20 @@ class _Walk:
         self.parallel = np.where(np.asarray(seconds) > 0, done, self.parallel)
 
 
+def entry_s(laps: Sequence[Sequence[Lap]], shape: tuple[int, ...]) -> Number:
+    """Return how long an entry without gathers takes at least: with every message there and every stream free when it begins.
+
+    Parameters
+    ----------
+    laps, shape
+        As for `Passage.of`.
+    """
+    start = np.zeros(shape)
+    walk, threads = _Walk(start, start, [], 0), [_Thread(start, [start]) for _ in laps]
+    walk.take_turns(threads, laps, [start] * len(laps))
+    return reduce(np.maximum, [thread.last for thread in threads])
+
+
 def replay_streams(
     order: Schedule,
     laps: Callable[[tuple[tuple[str, int], ...]], Sequence[Sequence[Lap]]],
@@ -230,6 +257,7 @@ def replay_streams(
     busy: Number | float = 0.0,
     blocking: bool = False,
     ahead: int = 1,
+    alike: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return when each chunk of each rank ends its last backward, and when each rank has reduced what it reduces on the way.
 
@@ -245,11 +273,14 @@ def replay_streams(
         When the data-parallel stream of each rank is free for the first time.
     ahead : int
         Blocks that are gathered ahead of the one that runs.
+    alike : sequence of int, optional
+        For every stage one that has the same blocks; what their entries do is then found once.
 
     Returns
     -------
     ndarray (..., pp, vpp), ndarray (..., pp)
     """
+    alike = range(order.stages) if alike is None else alike
     busy = np.broadcast_to(busy, (*shape, order.pp))
     count, parallel = _clocks(ahead), 1 + max(ahead, 1)
     clocks = [np.zeros((count, *shape)) for _ in range(order.pp)]
@@ -261,20 +292,19 @@ def replay_streams(
     last: list[list[Number]] = [[np.zeros(shape)] * order.vpp for _ in range(order.pp)]
     for rank, entry in order.order:
         parts = tuple(actions((entry,)))
-        what = tuple((a.kind, order.held[rank][a.chunk]) for a in parts)
+        what = tuple((a.kind, alike[order.held[rank][a.chunk]]) for a in parts)
         key = (what, tuple(of for of, _ in held[rank]))
         if key not in known:
             known[key] = Passage.of(laps(what), held[rank], shape, what, ahead)
-        arrives = [mail.take(rank, a) for a in parts]
-        old = [*clocks[rank], *(np.zeros(shape) if x is None else np.broadcast_to(x, shape) for x in arrives)]
-        new = (known[key].matrix + np.stack(old)).max(axis=1)
+        new = known[key].after(clocks[rank], [mail.take(rank, a) for a in parts])
         for i, a in enumerate(parts, start=count):
             if ready is not None and a.kind == "F" and (rank, a.chunk) not in started:
                 started.add((rank, a.chunk))
                 new[i] = np.maximum(new[i], ready[..., rank, a.chunk])
                 new[0] = np.maximum(new[0], new[i])
         clocks[rank], held[rank] = new[:count], known[key].held
-        for a, end in sorted(zip(parts, new[count:], strict=True), key=lambda part: float(np.mean(part[1]))):
+        ended = list(zip(parts, new[count:], strict=True))
+        for a, end in sorted(ended, key=lambda part: float(part[1].sum())) if len(ended) > 1 else ended:
             if a.kind in "BW":
                 last[rank][a.chunk] = end
             left = mail.send(rank, a, end)

@@ -17,6 +17,8 @@ from simulator.simulate import simulate_step
 
 #: schedules that every Megatron-like trainer has: a layout published for one of them could have used the other
 COMMON_SCHEDULES = ("1f1b", "interleaved")
+#: what a trainer that pairs passes without a pipeline (`table`, in the record) can also run: its own pairs in a pipeline, or none
+WITH_PAIRS = (*COMMON_SCHEDULES, "interleaved-overlapped")
 #: a published layout that is predicted to take less than this more than the best is confirmed
 CLOSE = 0.10
 
@@ -73,10 +75,11 @@ def same_options(scenario: Scenario) -> Space:
     """Return the space of layouts with the memory options of a plan: sharding, recompute and all that `Space` keeps by itself.
 
     Degrees, chunks, micro-batch and the division of layers are free. A plan in one of `COMMON_SCHEDULES` may use the others;
-    any other schedule is kept, because it needs a trainer of its own.
+    one given as a table, which fits its own number of micro-batches alone, those of `WITH_PAIRS`; any other schedule is kept,
+    because it needs a trainer of its own.
     """
     plan = scenario.plan
-    schedules = COMMON_SCHEDULES if plan.schedule in COMMON_SCHEDULES else (plan.schedule,)
+    schedules = COMMON_SCHEDULES if plan.schedule in COMMON_SCHEDULES else WITH_PAIRS if plan.schedule == "table" else (plan.schedule,)
     return Space.like(plan, "zero", "recompute", schedule=schedules)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from simulator.planning.priced import Estimates, Passes, Priced
+from simulator.planning.priced import PAIRED, Estimates, Passes, Priced
 from simulator.planning.space import Space, kinds_of, legal_table, placeable
 from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
@@ -27,15 +27,19 @@ class Pool:
         One table for each sharding, precision, dispatcher, overlap and placement, all with the same n rows.
     bound_s, memory_bytes, estimate_s : ndarray (kinds * n,)
         Estimates are infinite until they are made; all three are for plans that a kind's placement is illegal for.
+    loose : ndarray (kinds * n,)
+        Plans whose bound a closer look at their pairs would raise.
     """
 
     priced: list[Priced]
     bound_s: np.ndarray
     memory_bytes: np.ndarray
     estimate_s: np.ndarray = field(init=False)
+    loose: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.estimate_s = np.full(len(self.bound_s), np.inf)
+        self.loose = np.tile(self.priced[0].table.runs(*PAIRED), len(self.priced))
 
     @classmethod
     def of(cls, scenario: Scenario, space: Space, tell: Progress) -> Pool:
@@ -90,20 +94,42 @@ class Pool:
         Notes
         -----
         Plans go in groups that share a schedule, most promising bound first. A plan is passed over only when its bound exceeds
-        the estimates of `top` others.
+        the estimates of `top` others. Those whose bounds are tight go first; the others have theirs tightened where it is below
+        what these reach.
         """
-        first = min(FIRST * top, len(among)) - 1
-        limit = self.threshold(among, top)
-        limit = max(at_least, min(limit, float(np.partition(self.bound_s[among], first)[first])))
+        tight = among[~self.loose[among]]
+        if 0 < len(tight) < len(among):
+            self.settle(tight, top, tell, at_least)
         while True:
-            wanted = among[(self.bound_s[among] <= limit) & np.isinf(self.estimate_s[among])]
-            self._estimate(wanted, among, top, tell, at_least)
             reached = max(at_least, self.threshold(among, top))
-            if not np.any((self.bound_s[among] <= reached) & np.isinf(self.estimate_s[among])):
+            left = among[(self.bound_s[among] <= reached) & np.isinf(self.estimate_s[among])]
+            if not len(left):
                 break
-            limit = reached
+            if np.isinf(reached):  # a few, to know what is to be beaten
+                few = min(FIRST * top, len(left)) - 1
+                left = left[self.bound_s[left] <= np.partition(self.bound_s[left], few)[few]]
+            if self.loose[left].any():
+                self._tighten(left[self.loose[left]])
+                continue
+            self._estimate(left, among, top, tell, at_least)
         best = among[np.argsort(self.estimate_s[among], kind="stable")]
         return best[: min(top, int(np.isfinite(self.estimate_s[among]).sum()))]
+
+    def _tighten(self, plans: np.ndarray) -> None:
+        """Raise loose bounds; pairs are priced once for all kinds that differ in their sharding, with the collectives of the least."""
+        kind, row = np.divmod(plans, len(self.priced[0].table))
+        together: dict[int, list[int]] = {}
+        for one in np.unique(kind).tolist():
+            together.setdefault(id(self.priced[one].passes), []).append(one)
+        for kinds in together.values():
+            rows = np.unique(row[np.isin(kind, kinds)])
+            least = min((self.priced[one] for one in kinds), key=lambda priced: priced.table.plans.like.zero)
+            pair_s = Estimates(least, rows).pair_seconds()
+            for one in kinds:
+                mine, at = plans[kind == one], np.searchsorted(rows, row[kind == one])
+                found = self.priced[one].tight_bounds(rows[at], lambda part, *stages, at=at, pair_s=pair_s: pair_s(at[part], *stages))
+                self.bound_s[mine] = np.maximum(self.bound_s[mine], found)
+                self.loose[mine] = False
 
     def _estimate(self, wanted: np.ndarray, among: np.ndarray, top: int, tell: Progress, at_least: float) -> None:
         """Estimate some plans group by group; skips those that the threshold overtakes."""

@@ -5,7 +5,7 @@ Shapes: n plans, U distinct combinations, K kinds of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,10 +27,11 @@ from simulator.lower_bound import (
 )
 from simulator.planning.space import Table, grouped, numbered
 from simulator.pricing.operations import Known, op_s
-from simulator.pricing.stage_times import BlockPrice, price_blocks, stage_times
+from simulator.pricing.stage_times import BlockPrice, least_pair_s, price_blocks, stage_times
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, repeating, schedule
+from simulator.units import Number
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Block
 from simulator.workload.stages import StageBlocks, blocks, stages_of
@@ -131,8 +132,7 @@ class Priced:
             columns = _like(plans, plans.like.model_copy(update={"schedule": name}))
             parts.append(sharding_table(blocks(scenario.model, columns, scenario.job), scenario.model, columns, scenario.cluster))
         found = {name: np.concatenate([part[name] for part in parts]) for name in SHARDING}
-        twice = np.isin(table.shape, [i for i, (name, _) in enumerate(table.shapes) if name == "dualpipe"])
-        return cls(scenario, table, passes, found, inverse + twice * len(first))
+        return cls(scenario, table, passes, found, inverse + table.runs("dualpipe") * len(first))
 
     @cached_property
     def micro_batches(self) -> np.ndarray:
@@ -175,6 +175,27 @@ class Priced:
             columns = self.columns(index)
             order = _fewest(columns.like, self.micro_batches[index])
             found[index] = bound_s(columns, self.sums(index, columns), self.micro_batches[index], order)
+        return found
+
+    def tight_bounds(self, index: np.ndarray, pair_s: Callable[[np.ndarray, StageBlocks, StageBlocks], np.ndarray]) -> np.ndarray:
+        """Return the bounds of plans in pairs, each pair of forward and backward as long as it takes by itself, seconds.
+
+        Parameters
+        ----------
+        index : ndarray
+            Rows of the table.
+        pair_s : callable
+            From positions in `index` and the blocks of two stages to seconds, as `Estimates.pair_seconds`.
+        """
+        found, plans, m = np.empty(len(index)), self.table.plans, self.micro_batches[index]
+        for part in grouped(self.table.shape[index], plans.pp[index], plans.vpp[index], m):
+            columns = self.columns(index[part])
+            stages, order = self.stages(columns.like), _orders(columns.like)(int(m[part[0]]))
+
+            def pairs(forward: int, backward: int, part: np.ndarray = part, stages: tuple[StageBlocks, ...] = stages) -> np.ndarray:
+                return pair_s(part, stages[forward], stages[backward])
+
+            found[part] = bound_s(columns, self.sums(index[part], columns), m[part], order, pairs)
         return found
 
     def peak_memory(self) -> np.ndarray:
@@ -231,12 +252,18 @@ class Estimates:
         self.groups = grouped(table.shape, table.plans.pp, table.plans.vpp, self.micro_batches, group)
         self.row = np.zeros(len(index), dtype=np.int64)
         self.prices: dict[int, tuple[dict[str, BlockPrice], int]] = {}
-        for family in np.unique(self.family).tolist():
-            mine = np.flatnonzero(self.family == family)
+        place = self.family // kinds
+        for one in np.unique(place).tolist():
+            mine = np.flatnonzero(place == one)
             part = table.take(mine)
             first, self.row[mine] = distinct(part.plans, tuple(dict.fromkeys(_TOKENS + _GROUPS)))
-            columns = _like(part.plans.take(first), part.row(0))
-            self.prices[family] = price_blocks(blocks(s.model, columns, s.job), s.model, columns, s.cluster), len(first)
+            known = Known(s.model, _like(part.plans.take(first), part.row(0)), s.cluster)
+            for number in np.unique(part.recompute).tolist():
+                recompute, modules = table.recomputes[number]
+                like = part.row(0).model_copy(update={"recompute": recompute, "recompute_modules": modules})
+                columns = _like(part.plans.take(first), like)
+                found = price_blocks(blocks(s.model, columns, s.job), s.model, columns, s.cluster, known=known)
+                self.prices[one * kinds + number] = found, len(first)
 
     def of(self, part: np.ndarray) -> np.ndarray:
         """Return the estimates of one of the groups, or of a part of it."""
@@ -255,6 +282,23 @@ class Estimates:
         )
         return estimate_s(columns, times, micro_batches, order_of)
 
+    def pair_seconds(self) -> Callable[[np.ndarray, StageBlocks, StageBlocks], np.ndarray]:
+        """Return a function from plans in pairs, of a forward and a backward stage, to what such a pair takes by itself, seconds."""
+        known: dict[tuple, Number] = {}
+
+        def pair_s(part: np.ndarray, forward: StageBlocks, backward: StageBlocks) -> np.ndarray:
+            seconds, family = np.empty(len(part)), self.family[part]
+            for one in np.unique(family).tolist():
+                place = np.flatnonzero(family == one)
+                if (one, forward, backward) not in known:
+                    prices, length = self.prices[one]
+                    of = ([prices[name] for name in names] for names in (forward, backward))
+                    known[one, forward, backward] = least_pair_s(*of, self.priced.scenario.cluster.accelerator, (length,))
+                seconds[place] = known[one, forward, backward][self.row[part[place]]]
+            return seconds
+
+        return pair_s
+
     def _prices(self, part: np.ndarray) -> dict[str, BlockPrice]:
         """Return the prices of blocks for the plans of a group, put together from those of each recompute."""
         family = self.family[part]
@@ -272,14 +316,14 @@ class Estimates:
 
 
 def _families(table: Table) -> np.ndarray:
-    """Return numbers of plans whose blocks are priced together: by recompute; in pairs also by schedule and the axes in use.
+    """Return numbers of plans whose blocks are alike: by recompute, the remainder; in pairs also by the axes in use, from 1 on.
 
-    Pairs interleave segments, and segments are the same only where the same axes communicate.
+    Pairs interleave segments, and segments are the same only where the same axes communicate; DualPipe has copies that meet, too.
     """
     kinds, p = len(table.recomputes), table.plans
     used = sum((np.asarray(axis) > 1) * 2**bit for bit, axis in enumerate((p.tp, p.cp, p.ep, p.etp)))
-    paired = np.isin(table.shape, [i for i, (name, _) in enumerate(table.shapes) if name in PAIRED])
-    return np.where(paired, kinds + (table.shape * kinds + table.recompute) * 16 + used, table.recompute)
+    paired, twice = table.runs(*PAIRED), table.runs("dualpipe")
+    return np.where(paired, 1 + twice * 16 + used, 0) * kinds + table.recompute
 
 
 def _cut(value: Any, index: np.ndarray, length: int) -> Any:
@@ -319,4 +363,5 @@ def _fewest(plan: Plan, micro_batches: np.ndarray) -> Schedule:
         m = int(repeating(plan.schedule, plan.pp, int(micro_batches[0])))
     elif plan.schedule in INTERLEAVED:
         m = plan.pp
-    return schedule(plan.schedule, plan.pp, plan.vpp, m)
+    name = "zb-h1" if plan.schedule in ("zb-1p", "zb-2p") else plan.schedule  # whose tables are searched for, with the same places
+    return schedule(name, plan.pp, plan.vpp, m)

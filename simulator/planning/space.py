@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -17,18 +17,16 @@ from simulator.scenario.model import Model
 from simulator.scenario.placement import ORDER, PIPELINE_INSIDE, Placement
 from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Module, Overlap, Plan, PlanColumns, Precision, Schedule
 from simulator.scenario.scenario import Scenario
-from simulator.workload.stages import stages_of
+from simulator.workload.stages import StageBlocks, stages_of
 
 #: what a degree may be when it is free and no fact of the question says more
 CHUNKS, MICRO_BATCHES, EXPERT_TENSOR, CONTEXT = (1, 2, 3, 4, 6, 8), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
-#: schedules that are searched when the choice is free. On demand only: those that run forwards and backwards in pairs
-#: (interleaved-overlapped, dualpipe, dualpipev), which need a trainer that interleaves two passes and whose bound is loose, so that
-#: many must be estimated; zb-1p and zb-2p, because each of their tables is itself the result of a search
-SCHEDULES = ("1f1b", "gpipe", "interleaved", "interleaved-zb", "zb-h1", "zb-h2", "zb-v")
+#: schedules that are searched when the choice is free: all that have a name; a table is the user's own
+SCHEDULES = tuple(name for name in get_args(Schedule) if name != "table")
 #: orders of the axes that launchers know
 ORDERS = (ORDER, PIPELINE_INSIDE)
-#: modules in the order in which selective recompute takes them on: cheapest seconds per byte first
-LADDER: tuple[Module, ...] = ("layernorm", "mlp_act", "moe_act", "mla_up_proj", "core_attn")
+#: modules in the order in which selective recompute takes them on, cheapest seconds per byte first: dense and routed MLPs in one step
+LADDER: tuple[tuple[Module, ...], ...] = (("layernorm",), ("mlp_act", "moe_act"), ("mla_up_proj",), ("core_attn",))
 Recomputes = tuple[tuple[str, tuple[Module, ...]], ...]
 
 
@@ -108,17 +106,19 @@ class Space(Frozen):
         return tuple(Placement.model_validate(own.model_dump() | {"order": order}) for order in dict.fromkeys(orders))
 
     def recomputes(self, model: Model) -> Recomputes:
-        """Return the kinds of recompute as a plan writes them: (recompute, modules)."""
-        if self.recompute is not None:
-            return tuple((t, ("core_attn",)) if t in ("none", "full") else ("selective", tuple(t.split("+"))) for t in self.recompute)
+        """Return the kinds of recompute as a plan writes them, (recompute, modules): each once, without modules that the model lacks."""
+        steps = ["+".join(module for rung in LADDER[:n] for module in rung) for n in range(1, len(LADDER) + 1)]
         has = {
-            "mlp_act": not all(k.moe for k in model.kinds),
-            "moe_act": model.experts is not None,
+            **dict.fromkeys(("mlp_act", "mlp"), not all(k.moe for k in model.kinds)),
+            **dict.fromkeys(("moe_act", "moe"), model.experts is not None),
             "mla_up_proj": model.latent is not None,
         }
-        ladder = [module for module in LADDER if has.get(module, True)]
-        steps = tuple(("selective", tuple(ladder[: n + 1])) for n in range(len(ladder)))
-        return (("none", ("core_attn",)), *steps, ("full", ("core_attn",)))
+        found: dict[object, tuple[str, tuple[Module, ...]]] = {}
+        for text in self.recompute if self.recompute is not None else ("none", *steps, "full"):
+            modules = () if text in ("none", "full") else tuple(module for module in text.split("+") if has.get(module, True))
+            kind = ("selective", modules) if modules else (text if text == "full" else "none", ("core_attn",))
+            found.setdefault((kind[0], frozenset(kind[1])), kind)
+        return tuple(found.values())
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,10 @@ class Table:
     def take(self, index: np.ndarray) -> Table:
         """Return the plans at `index`."""
         return Table(self.plans.take(index), self.shape[index], self.recompute[index], self.shapes, self.recomputes)
+
+    def runs(self, *schedules: str) -> np.ndarray:
+        """Return which plans run one of `schedules`."""
+        return np.isin(self.shape, [i for i, (name, _) in enumerate(self.shapes) if name in schedules])
 
     def row(self, index: int) -> Plan:
         """Return one of the plans."""
@@ -244,8 +248,8 @@ def _rules(p: PlanColumns, scenario: Scenario) -> Iterator[tuple[str, np.ndarray
     yield "sequence divides by cp and tp", job.sequence_length % parts == 0
 
 
-def _of_schedule(name: str, layout: str | None, p: PlanColumns, scenario: Scenario) -> np.ndarray:
-    """Return which plans a schedule and a layout exist for."""
+def _of_schedule(name: str, layout: str | None, before: Sequence[str | None], p: PlanColumns, scenario: Scenario) -> np.ndarray:
+    """Return which plans a schedule and a layout exist for, and no layout `before` it divides the layers in the same way."""
     model, job = scenario.model, scenario.job
     chunks = (p.vpp == 2) if name in TWO_CHUNKS else (p.vpp > 1) if name in INTERLEAVED else (p.vpp == 1)
     m = job.global_batch // (p.dp * p.micro_batch)
@@ -254,17 +258,18 @@ def _of_schedule(name: str, layout: str | None, p: PlanColumns, scenario: Scenar
         legal &= (m >= p.pp) & (m % np.maximum(m // p.pp, 1) == 0)
     stages = np.where(name == "dualpipe", p.pp, p.pp * p.vpp)
     for pp, vpp, count in set(zip(p.pp[legal].tolist(), p.vpp[legal].tolist(), stages[legal].tolist(), strict=True)):
-        if not _divides(model, layout, count, job.sequence_length):
+        own = _divided(model, layout, count, job.sequence_length)
+        if own is None or own in [_divided(model, other, count, job.sequence_length) for other in before]:
             legal &= (p.pp != pp) | (p.vpp != vpp)
     return legal & _exists(name, p, m)
 
 
-def _divides(model: Model, layout: str | None, stages: int, sequence_length: int) -> bool:
+def _divided(model: Model, layout: str | None, stages: int, sequence_length: int) -> tuple[StageBlocks, ...] | None:
+    """Return the blocks of each stage; None where the layers do not divide so."""
     try:
-        stages_of(model, layout, stages, sequence_length)
+        return stages_of(model, layout, stages, sequence_length)
     except PlanError:
-        return False
-    return True
+        return None
 
 
 def _exists(name: str, p: PlanColumns, m: np.ndarray) -> np.ndarray:
@@ -304,7 +309,8 @@ def _table(scenario: Scenario, space: Space) -> Table | str:
             return rule
     plans = plans.take(np.flatnonzero(left))
     shapes = tuple((name, None if layout == "even" else layout) for name, layout in product(space.schedule, space.layout))
-    rows = [np.flatnonzero(_of_schedule(name, layout, plans, scenario)) for name, layout in shapes]
+    layouts = list(dict.fromkeys(layout for _, layout in shapes))
+    rows = [np.flatnonzero(_of_schedule(name, layout, layouts[: layouts.index(layout)], plans, scenario)) for name, layout in shapes]
     recomputes, index = space.recomputes(scenario.model), np.concatenate(rows)
     if not len(index):
         return "the layers fill pp * vpp and the schedule exists for pp, vpp and the micro-batches"

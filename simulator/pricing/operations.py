@@ -10,7 +10,7 @@ import numpy as np
 from simulator.network import collectives
 from simulator.network.sharing import share
 from simulator.pricing import compute
-from simulator.scenario.cluster import Cluster
+from simulator.scenario.cluster import Cluster, InTraining
 from simulator.scenario.mesh import placed
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
@@ -77,7 +77,7 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
     """Return the seconds of a kernel at full speed: as measured on this machine, or by the model of its kind."""
     kernels = cluster.accelerator.kernels
     if kernels and (cost := kernels.get(kernel_name(op))):
-        kept = cluster.accelerator.in_training.get("grouped" if op.kind == "grouped_gemm" else op.kind, 1.0)
+        kept = cluster.accelerator.in_training.get(training_part(kernel_name(op)), 1.0)
         return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op), kept)
     if op.kind in ("gemm", "grouped_gemm"):
         grouped = op.kind == "grouped_gemm" and plan.kernels.experts == "grouped"
@@ -121,6 +121,15 @@ def kernel_name(op: Op) -> str:
         return f"{op.kind}.{op.grad if op.grad in ('input', 'weight') else 'forward'}"
     kind = "attention" if op.kind == "attention" else op.name.split(".")[-1]
     return f"{kind}.{'backward' if op.grad == 'input' else 'forward'}"
+
+
+#: the part of ``Accelerator.in_training`` that a measured kind of kernel belongs to; all others are bound by memory
+_TRAINING_PARTS: dict[str, InTraining] = {"gemm": "gemm", "grouped_gemm": "grouped", "attention": "attention", "optimizer": "optimizer"}
+
+
+def training_part(name: str) -> InTraining:
+    """Return the part of ``Accelerator.in_training`` that a kind of kernel, as `kernel_name` names it, belongs to."""
+    return _TRAINING_PARTS.get(name.split(".")[0], "memory")
 
 
 def keys_of(op: Op) -> Number:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
 
-from simulator.engine.replay import Runs
+from simulator.engine.replay import Lap, Runs, entry_s
 from simulator.pricing.beside import Beside
 from simulator.pricing.operations import Known, op_s, segments_s
 from simulator.scenario.cluster import Accelerator, Cluster
@@ -109,6 +109,19 @@ def _longest(parts: list[Number]) -> Number:
     return parts[0] if len(parts) == 1 else np.maximum.reduce(np.broadcast_arrays(*parts))
 
 
+def pair_runs(forward: Sequence[BlockPrice], backward: Sequence[BlockPrice], accelerator: Accelerator) -> tuple[list[Runs], list[Runs]]:
+    """Return the blocks of a pair's forward and of its backward, each in the order in which they run, slowed by what all of it shares."""
+    shared = sum((*(p.paired["F"] for p in forward), *(p.paired["B"] for p in backward)), Beside())
+    slow = shared.slowdown(accelerator)
+    there, back = {id(p): slowed(p.forward_runs, slow) for p in forward}, {id(p): slowed(p.backward_runs, slow) for p in backward}
+    return [there[id(p)] for p in forward], [back[id(p)] for p in reversed(backward)]
+
+
+def least_pair_s(forward: Sequence[BlockPrice], backward: Sequence[BlockPrice], accelerator: Accelerator, shape: tuple[int, ...]) -> Number:
+    """Return the seconds of a pair that waits for nothing: no message, no gather; `shape` is that of the prices."""
+    return entry_s([[Lap(runs) for runs in row] for row in pair_runs(forward, backward, accelerator)], shape)
+
+
 def beside(block: Block, kind: str, plan: Plan | PlanColumns, paired: bool = False) -> tuple[Op, ...]:
     """Return the kernels of a pass of `block` and the collectives that run beside them.
 
@@ -125,9 +138,12 @@ def beside(block: Block, kind: str, plan: Plan | PlanColumns, paired: bool = Fal
     return (*own, *gathers, *reduces)
 
 
-def pass_beside(block: Block, kind: str, model: Model, plan: Plan | PlanColumns, cluster: Cluster, paired: bool = False) -> Beside:
-    """Return what runs beside what in a pass of `block`, priced."""
-    return Beside.of(((op, op_s(op, model, plan, cluster)) for op in beside(block, kind, plan, paired)), model, plan, cluster)
+def pass_beside(
+    block: Block, kind: str, model: Model, plan: Plan | PlanColumns, cluster: Cluster, paired: bool = False, known: Known | None = None
+) -> Beside:
+    """Return what runs beside what in a pass of `block`, priced; `known` as for `price_blocks`."""
+    known = known or Known(model, plan, cluster)
+    return Beside.of(((op, known.op_s(op)) for op in beside(block, kind, plan, paired)), model, plan, cluster)
 
 
 def price_blocks(
@@ -159,7 +175,10 @@ def price_blocks(
         priced = {id(op): known.op_s(op) for segment in (*block.forward, *block.backward) for op in segment}
         own = {kind: runs(passes(block, kind), priced) for kind in PASSES}
         alone = {kind: runs_s(own[kind]) for kind in PASSES}
-        slow = {kind: pass_beside(block, kind, model, plan, cluster).slowdown(cluster.accelerator) if sharing else 1.0 for kind in PASSES}
+        slow = {
+            kind: pass_beside(block, kind, model, plan, cluster, known=known).slowdown(cluster.accelerator) if sharing else 1.0
+            for kind in PASSES
+        }
         return BlockPrice(
             **{field: alone[kind] for kind, field in PASSES.items()},
             gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster) if sharing else 0.0,
@@ -167,7 +186,7 @@ def price_blocks(
             forward_runs=own["F"],
             backward_runs=own["B"],
             extra_s={kind: runs_s(own[kind], slow[kind]) - alone[kind] if np.any(slow[kind] != 1.0) else 0.0 for kind in PASSES},
-            paired={kind: pass_beside(block, kind, model, plan, cluster, paired=True) for kind in "FB"} if sharing else {},
+            paired={kind: pass_beside(block, kind, model, plan, cluster, True, known) for kind in "FB"} if sharing else {},
         )
 
     return {name: one(block) for name, block in all_blocks.items()}

@@ -13,7 +13,7 @@ from simulator.scenario.wiring import SHAPES, Clos, Shape
 from simulator.units import Bytes, BytesPerS, Count, FlopPerS, Seconds, UsdPerHour, Watts, readable
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
-InTraining = Literal["gemm", "gemm_low", "grouped", "attention", "memory"]
+InTraining = Literal["gemm", "gemm_low", "grouped", "attention", "memory", "optimizer"]
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 

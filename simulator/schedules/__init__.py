@@ -69,11 +69,12 @@ def repeating(name: str, pp: Number, micro_batches: Number) -> Number:
     Notes
     -----
     Peaks are reached in the first rounds; what m leaves over of whole rounds stays over. Rounds have pp micro-batches, in
-    interleaved schedules ``m / (m // pp)``. 1F1B needs one round, GPipe's formula none.
+    interleaved schedules ``m / (m // pp)``. 1F1B needs one round, GPipe's formula none, ZB-1p and ZB-2p two.
     """
     m = np.asarray(micro_batches)
     if name in ("gpipe", "1f1b"):
         return np.minimum(m, pp)
     whole = np.maximum(m // pp, 1)
-    few = 3 * m // whole if name.startswith("interleaved") else 3 * np.asarray(pp) + m % pp
-    return np.where(whole > 3, few, m)
+    rounds = 2 if name in ("zb-1p", "zb-2p") else 3
+    few = rounds * m // whole if name.startswith("interleaved") else rounds * np.asarray(pp) + m % pp
+    return np.where(whole > rounds, few, m)

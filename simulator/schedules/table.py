@@ -123,6 +123,11 @@ class Schedule:
         return found
 
     @cached_property
+    def paired(self) -> tuple[Counter[tuple[int, int]], ...]:
+        """For each rank, how often a forward of one chunk runs in a pair with a backward of another."""
+        return tuple(Counter((e.forward.chunk, e.backward.chunk) for e in row if isinstance(e, Pair)) for row in self.table)
+
+    @cached_property
     def finishes(self) -> tuple[tuple[tuple[int, str], ...], ...]:
         """For each rank, its chunks in the order in which their last backward ends, and whether that is a B or a W."""
         last = [{a.chunk: (n, a.kind) for n, a in enumerate(actions(row)) if a.kind in "BW"} for row in self.table]
