@@ -9,7 +9,9 @@ from small import dense, scenario
 from simulator.scenario.plan import Plan
 from simulator.simulate import simulate_step
 
-SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-h2", 1), ("zb-v", 2), ("dualpipe", 2), ("dualpipev", 2)]
+SCHEDULES = [
+    ("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-h2", 1), ("zb-v", 2), ("v-min", 2), ("dualpipe", 2), ("dualpipev", 2)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "vpp"), SCHEDULES)

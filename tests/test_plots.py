@@ -5,6 +5,7 @@ from __future__ import annotations
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -173,6 +174,19 @@ class TestTimeline:
     def test_refuses(self, wrong: dict, plain: sim.StepResult, ax: Axes):
         with pytest.raises(sim.SimulatorError, match="give|choose"):
             plots.plot_timeline(plain, ax=ax, **wrong)
+
+
+class TestActivations:
+    def test_a_line_for_each_rank_up_to_its_peak(self, ax: Axes):
+        table = pd.DataFrame({"time_s": [0.0, 1.0, 3.0], "activations_bytes": [0.0, 2e9, 1e9]})
+        plots.plot_activations({"one": table, "two": table.assign(activations_bytes=[0.0, 5e9, 0.0])}, ax=ax)
+        assert [list(line.get_ydata()) for line in ax.lines] == [[0.0, 2.0, 1.0], [0.0, 5.0, 0.0]]
+        assert [line.get_label() for line in ax.lines] == ["one: 2.0 GB at most", "two: 5.0 GB at most"]
+        assert ax.get_ylim()[1] > 5.0
+
+    def test_nothing_to_draw_is_refused(self):
+        with pytest.raises(sim.SimulatorError, match="at least one"):
+            plots.plot_activations({})
 
 
 class TestMemory:

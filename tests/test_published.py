@@ -51,7 +51,7 @@ SKIPPED = {
     "not printed: heads": 16,
     "not printed: tp": 17,
     "not printed: layers": 12,
-    "not printed: gbs": 14,
+    "not printed: gbs": 20,
     "not printed: gpus": 7,
     "no step time follows from tflops_per_gpu": 5,
     "no accelerator profile: TPU v6e (Trillium)": 5,
@@ -68,9 +68,6 @@ SKIPPED = {
     "no accelerator profile: A800-SXM-80GB": 1,
     "no accelerator profile: TPU v4": 1,
     "pipeline schedule not modelled: ZB-B": 1,
-    "pipeline schedule not modelled: ZB-V": 2,
-    "pipeline schedule not modelled: V-half": 2,
-    "pipeline schedule not modelled: V-min": 2,
     "pipeline schedule not modelled: zero-bubble": 1,
 }
 PAPER = "mcoremoe-dsv3-gb200-mxfp8-4096"

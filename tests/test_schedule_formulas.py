@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from simulator.engine.replay import Lap, replay_streams
-from simulator.schedules import Pair, Schedule, actions, schedule
+from simulator.schedules import Pair, Schedule, actions, repeating, schedule
 from simulator.schedules.zero_bubble import automatic, longest_row, row_ends, zb_h1, zb_h2
 
 EXACT = {"rel": 1e-9, "abs": 1e-9}
@@ -279,3 +279,30 @@ def test_dualpipe_beyond_its_formula(name):
         f, i, w = times
         bubble, _ = run(schedule(name, half, 2, 20), times)
         assert sign * (bubble.max() - 3 * (f + i + w + i + w - 3 * w)) > 0.1
+
+
+@pytest.mark.parametrize("p", [2, 3, 4, 5, 6, 8, 9, 16, 32])
+@pytest.mark.parametrize(("name", "share", "bubble"), [("v-half", 1 / 2, (0.5, 0.67)), ("v-min", 1 / 3, (0.5, 0.75))])
+def test_controllable_memory(p, name, share, bubble):
+    """Half and a third of the activations of 1F1B, p whole stages, but for three half stages at most, at F = I = W.
+
+    What a weight gradient still needs counts as if it were everything. The bubble is 0.5 to 0.67 of that of 1F1B,
+    (p - 1) (F + I + W), under V-Half and 0.5 to 0.75 under V-Min; with 32 ranks 0.55 and 0.66.
+    """
+    m = 6 * p
+    order = schedule(name, p, 2, m).check()
+    halves = order.in_flight.sum(axis=(2, 3)).max()  # in half stages, of which 1F1B holds 2 p
+    assert 2 * p * share <= halves <= 2 * p * share + 3 + 1e-9
+    end = max(end for *_, end in order.spans())
+    ratio = (end / 6 - m) / (p - 1)  # F, I and W of both chunks take 6
+    assert bubble[0] <= ratio <= bubble[1]
+    if p == 32:
+        assert ratio == pytest.approx({"v-half": 0.55, "v-min": 0.66}[name], abs=0.005)
+
+
+@pytest.mark.parametrize("name", ["v-half", "v-min"])
+def test_few_micro_batches_tell_the_memory_of_many(name):
+    for p in (2, 3, 4, 8):
+        counts = (int(repeating(name, p, 20 * p + 1)), 20 * p + 1)
+        few, many = (schedule(name, p, 2, m).in_flight.sum(axis=(2, 3)).max(axis=1).tolist() for m in counts)
+        assert few == many

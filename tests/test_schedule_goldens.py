@@ -19,10 +19,12 @@ SIZES = {
     "zb-h2": (4, 1, 8),
     "zb-1p": (4, 1, 8),
     "zb-2p": (4, 1, 8),
+    "v-half": (4, 2, 8),
+    "v-min": (4, 2, 8),
     "dualpipe": (4, 2, 10),
     "interleaved-overlapped": (4, 2, 8),
 }
-TWO = ("interleaved", "interleaved-overlapped", "interleaved-zb", "zb-v", "dualpipe", "dualpipev")
+TWO = ("interleaved", "interleaved-overlapped", "interleaved-zb", "zb-v", "v-half", "v-min", "dualpipe", "dualpipev")
 
 
 @pytest.mark.parametrize("name", SIZES)

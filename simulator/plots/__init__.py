@@ -10,7 +10,7 @@ from simulator.plots.measured import plot_measured
 from simulator.plots.networks import plot_fabric_costs, plot_fabrics, plot_shares
 from simulator.plots.plans import plot_differences, plot_front, plot_heat, plot_intervals, plot_scaling, plot_tornado
 from simulator.plots.style import COLOURS, WORDS
-from simulator.plots.tables import plot_breakdown, plot_comparison, plot_memory, plot_plans
+from simulator.plots.tables import plot_activations, plot_breakdown, plot_comparison, plot_memory, plot_plans
 from simulator.plots.timeline import ACTIONS, KINDS, bars, plot_schedule, plot_timeline
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "WORDS",
     "bars",
     "plot_accuracy",
+    "plot_activations",
     "plot_breakdown",
     "plot_collectives",
     "plot_comparison",

@@ -45,6 +45,29 @@ def plot_memory(result: StepResult, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_activations(held: Mapping[str, pd.DataFrame], ax: Axes | None = None) -> Axes:
+    """Draw the activations that ranks hold over the step, one line each, and return the Axes.
+
+    Parameters
+    ----------
+    held : mapping of str to DataFrame
+        Tables of ``time_s`` and ``activations_bytes`` by the name of their line (`RanksResult.activations_over_time`).
+    ax : Axes, optional
+    """
+    if not held:
+        raise SimulatorError("no table of activations to draw; give at least one by name")
+    ax = new_axes(ax, 10.0, 3.6)
+    lines, colours = [], [COLOURS["activations"], COLOURS["gradients"], COLOURS["weights"], OTHER]
+    for n, (name, table) in enumerate(held.items()):
+        size, colour = table["activations_bytes"].to_numpy() / 1e9, colours[n % len(colours)]
+        lines += ax.step(table["time_s"], size, where="post", color=colour, linewidth=1.6, label=f"{name}: {size.max():.1f} GB at most")
+    ax.set_xlim(0, max(table["time_s"].max() for table in held.values()))
+    ax.set_ylim(0, 1.08 * max(table["activations_bytes"].max() for table in held.values()) / 1e9)
+    frame(ax, f"Activations of {len(held)} rank{'s' if len(held) > 1 else ''} over the step", "seconds", "activations (GB)")
+    legend(ax, lines)
+    return ax
+
+
 def plot_breakdown(result: StepResult, ax: Axes | None = None) -> Axes:
     """Draw where the step goes, longest part first, in seconds and shares, and return the Axes.
 

@@ -18,10 +18,10 @@ from simulator.units import Bytes
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
 Schedule = Literal[
     "gpipe", "1f1b", "interleaved", "interleaved-overlapped", "interleaved-zb",
-    "zb-h1", "zb-h2", "zb-1p", "zb-2p", "zb-v", "dualpipe", "dualpipev", "table",
+    "zb-h1", "zb-h2", "zb-1p", "zb-2p", "zb-v", "v-half", "v-min", "dualpipe", "dualpipev", "table",
 ]  # fmt: skip
 #: schedules that need several model chunks on a rank, and those that need exactly two
-INTERLEAVED, TWO_CHUNKS = ("interleaved", "interleaved-overlapped", "interleaved-zb"), ("zb-v", "dualpipe", "dualpipev")
+INTERLEAVED, TWO_CHUNKS = ("interleaved", "interleaved-overlapped", "interleaved-zb"), ("zb-v", "v-half", "v-min", "dualpipe", "dualpipev")
 Recompute = Literal["none", "selective", "full"]
 #: parts of a layer whose activations selective recompute may drop, in Megatron's words; mlp_act is moe_act for a dense MLP
 Module = Literal["core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj", "mlp", "moe", "attn_out", "mlp_gate", "tp_gather"]
@@ -208,8 +208,8 @@ class Plan(Frozen, _Degrees):
         Sequences per micro-batch.
     schedule : str
         ``gpipe``, ``1f1b``; with vpp > 1 ``interleaved``, ``interleaved-overlapped`` (forward and backward in pairs) and
-        ``interleaved-zb``; zero-bubble ``zb-h1``, ``zb-h2``, ``zb-1p``, ``zb-2p``; with vpp = 2 ``zb-v``, ``dualpipe`` and
-        ``dualpipev``; or ``table``.
+        ``interleaved-zb``; zero-bubble ``zb-h1``, ``zb-h2``, ``zb-1p``, ``zb-2p``; with vpp = 2 ``zb-v``, ``v-half`` and
+        ``v-min`` (about half and a third of the activations of 1F1B), ``dualpipe`` and ``dualpipev``; or ``table``.
     table : str or None
         The user's own schedule: a line per rank, entries such as ``0F3``, ``1B2`` or the pair ``0F3+1B2``. A line ``wiring: v``
         (chunk 1 runs back from the last rank) or ``wiring: two-way`` (chunk 1 is a second copy of the model, entered at the last

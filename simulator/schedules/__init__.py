@@ -10,6 +10,7 @@ import numpy as np
 from simulator.errors import PlanError, Problem, nearest
 from simulator.scenario.plan import wiring
 from simulator.schedules.classic import gpipe, interleaved, interleaved_overlapped, one_f_one_b
+from simulator.schedules.controllable import v_half, v_min
 from simulator.schedules.dual import dualpipe, dualpipev
 from simulator.schedules.table import Action, Entry, Pair, Schedule, Table, actions, read_table
 from simulator.schedules.zero_bubble import interleaved_zero_bubble, zb_1p, zb_2p, zb_h1, zb_h2, zb_v
@@ -26,6 +27,8 @@ SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
     "zb-1p": zb_1p,
     "zb-2p": zb_2p,
     "zb-v": zb_v,
+    "v-half": v_half,
+    "v-min": v_min,
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
 }

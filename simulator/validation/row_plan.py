@@ -155,7 +155,7 @@ def _schedule(row: Row, degrees: dict[str, int]) -> str:
     printed = row.text("pp_schedule")
     if degrees["pp"] == 1:
         return "1f1b"
-    if printed in ("ZB-1p", "ZB-2p", "DualPipe"):
+    if printed in ("ZB-1p", "ZB-2p", "DualPipe") or (printed in ("ZB-V", "V-half", "V-min") and degrees["vpp"] == 2):
         return printed.lower()
     if re.search(r"\bZB|zero-bubble|V-half|V-min", printed):
         raise ProfileError(f"pipeline schedule not modelled: {printed.split(' (')[0]}")

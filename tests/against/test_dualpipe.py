@@ -20,8 +20,11 @@ fitted to this row, published in brackets:
 So the step is met at both ends, and all phases but the bubble with balanced experts; with natural routing 1F is a point
 over. Missed: the bubble, by a quarter to two fifths, and the weight gradients on their own, half of the published
 time (0.48 s, below 1 s, so not a target): our FP8 efficiency is that of large library GEMMs, not of ones with fine-
-grained scales. DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives 0.8 s with the published times of the phases:
-what is published beyond that is waiting for stages and micro-batches that differ, and jitter explains little of it
+grained scales.
+
+The bubble is what DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives with our mean times of an action, within a tenth
+(`test_bubble_is_the_formulas`). With the published times it gives 0.98 s, half of what is published: the rest is
+waiting for stages, ranks and micro-batches that differ, which the source does not describe; jitter explains little of it
 (`test_jitter`).
 """
 
@@ -33,6 +36,7 @@ import pytest
 
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
+from simulator.schedules import Pair, schedule
 from simulator.simulate import simulate_step
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deepseek-v3-2048-h800.yaml"
@@ -86,6 +90,22 @@ def test_phases(step):
     assert max(abs(found[name]) for name in met) < 0.20
     assert found["forward_s"] < 0.22
     assert found["bubble_s"] == pytest.approx(-0.38, abs=0.15)
+
+
+def formula_s(phase: dict[str, float]) -> float:
+    """Return DualPipe's bubble for the mean seconds that a rank spends in each phase; B is a whole backward, I and W."""
+    order, count = schedule("dualpipe", 16, 2, 120), dict.fromkeys("FBIW+", 0.0)
+    for entry in (entry for row in order.table for entry in row):
+        count["+" if isinstance(entry, Pair) else entry.kind] += 1 / 16
+    pair, weight = phase["pair_s"] / count["+"], phase["weight_s"] / count["W"]
+    whole = (phase["backward_s"] + count["I"] * weight) / (count["B"] + count["I"])
+    return 7 * (pair + whole - 3 * weight)
+
+
+def test_bubble_is_the_formulas(step):
+    """Of our times within 10 %; of the published ones half of the published bubble: what we lack is not in the schedule."""
+    assert phases(step)["bubble_s"] == pytest.approx(formula_s(phases(step)), rel=0.10)
+    assert formula_s(PUBLISHED) == pytest.approx(0.98, abs=0.01)
 
 
 def test_small_phases_have_the_right_size(step):

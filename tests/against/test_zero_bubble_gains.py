@@ -27,8 +27,8 @@ fused (their activations grow with 5 a s^2), which takes time in F and I but non
 profile and 0.68 to 0.95 here, because the A100's matrix products are priced slower, and its kernels that memory bounds faster,
 than theirs. The more of a step is W, the more zero bubble gains.
 
-V-half and V-min are not among the schedules, and are, with ZB-V, only in rows of another source without batch and sequence length
-(Primus): no ratio could be formed of them.
+V-half, V-min and ZB-V are in rows of another source only, without batch and sequence length (Primus): no ratio can be formed of
+them.
 """
 
 from __future__ import annotations
