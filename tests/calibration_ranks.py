@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import torch
 
 from simulator.calibration.cases import Case, Row
-from simulator.calibration.launch import Tell
+from simulator.calibration.launch import Tell, run_ranks
 from simulator.calibration.measure import dispatch
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
@@ -75,6 +78,17 @@ def peaks(rank: int, world: int, tell: Tell, case: Case) -> list[float]:
 
 def launched(rank: int, world: int, tell: Tell) -> Row:
     return dispatch(CPU, world, 0)
+
+
+def linger(rank: int, world: int, tell: Tell) -> None:
+    """Tell this process's number and do nothing for a while."""
+    tell(os.getpid())
+    time.sleep(60)
+
+
+def start_lingering() -> None:
+    """Start a rank that lingers, and print its number."""
+    run_ranks(linger, 1, tell=lambda pid: print(pid, flush=True))
 
 
 def fail(rank: int, world: int, tell: Tell) -> float:

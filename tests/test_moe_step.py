@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,6 +213,31 @@ def test_peak_memory_does_not_hang_on_who_frees_a_tensor():
         assert np.ptp(found) < 0.01 * found.mean()
         scenario = Scenario(model=each.model, cluster=load("epyc").cluster, plan=each.plan, job=each.job)
         assert simulate_step(scenario).peak_memory_bytes == pytest.approx(found.max(), rel=0.1)
+
+
+def test_ranks_end_with_the_process_that_started_them():
+    """Killed outright, it cannot end them; they must not go on measuring beside the run that resumes."""
+    code = "from calibration_ranks import start_lingering\nif __name__ == '__main__': start_lingering()"
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path]))
+    starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+    assert starter.stdout is not None
+    rank = int(starter.stdout.readline())
+    assert alive(rank)
+    starter.kill()
+    starter.wait()
+    starter.stdout.close()
+    ends = time.monotonic() + 20
+    while alive(rank) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not alive(rank)
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def test_what_a_launch_costs_the_host_is_measured_on_a_step():

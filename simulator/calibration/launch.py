@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,8 +73,17 @@ def own_core(rank: int, world: int) -> None:
             os.sched_setaffinity(0, {cores[rank * len(cores) // world]})
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended: killed, that cannot end its ranks, and they would go on measuring."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
 def _rank(function: Callable, rank: int, world: int, kind: str, store: str, said: Any, touched: int, args: tuple) -> None:
     """Body of a process: join the others, run, and hand back the result."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         torch.set_num_threads(1)
         if kind == "cuda":
