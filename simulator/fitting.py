@@ -101,20 +101,17 @@ def fit(parameters: Sequence[Parameter], slopes: np.ndarray, misses: np.ndarray,
 
 def leave_out(
     parameters: Sequence[Parameter], slopes: np.ndarray, misses: np.ndarray, weights: np.ndarray, groups: np.ndarray
-) -> np.ndarray:
-    """Return by how much parameters fitted without a row's own group move its prediction, ``ln``, shape (R,).
+) -> dict[str, np.ndarray]:
+    """Return how far each group's absence moves the parameters, ``ln(value / start)`` of shape (P,), by group.
 
     Parameters
     ----------
     groups : ndarray of shape (R,)
-        Name of the group of each row; the other parameters as in `fit`.
+        Name of the group of each row; the other parameters as in `fit`. Where there is no other group the starts stand.
     """
     start = np.array([p.start for p in parameters])
-    moved = np.zeros(len(misses))
-    for group in dict.fromkeys(groups):
-        out = groups == group
-        if out.all():
-            continue  # nothing else to learn from: the starts stand
-        values = fit(parameters, slopes[~out], misses[~out], weights[~out]).values
-        moved[out] = slopes[out] @ np.log(values / start)
+    moved = {str(group): np.zeros(len(start)) for group in dict.fromkeys(groups)}
+    for group in moved if len(moved) > 1 else ():
+        kept = groups != group
+        moved[group] = np.log(fit(parameters, slopes[kept], misses[kept], weights[kept]).values / start)
     return moved

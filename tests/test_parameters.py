@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from simulator.closed_forms import estimate
 from simulator.validation.parameters import NAMES, cold, fitted, parameters_of, row_slopes, slopes
 from simulator.validation.published import published_runs, scenario_from_row, validate
+from simulator.validation.regimes import scored
 
 IDS = ("aa-131868", "vtrain-s-0000", "korth-22b-sel", "internevo-ck-8-8", "internevo-tp2-z4-8")
 
@@ -52,9 +54,26 @@ def test_parameters_have_bounds_around_their_values(runs):
 def test_a_cold_table_changes_predictions_only(runs):
     table, found = validate(rows=runs), row_slopes(runs)
     cooled = cold(table, found)
-    assert list(cooled.columns) == list(table.columns)
+    assert list(cooled.columns) == [*table.columns, "anchor"]
     assert cooled["id"].tolist() == table["id"].tolist()
     assert (cooled["predicted_s"] != table["predicted_s"]).any()
     assert cooled["relative_error"].to_numpy() == pytest.approx((cooled["predicted_s"] / table["measured_s"] - 1).to_numpy())
     for parameters, result in fitted(table, found).values():
         assert len(result.values) == len(parameters) <= 10
+
+
+def test_a_row_is_anchored_on_other_models_by_its_own_parameters():
+    """Two models, one parameter: without `a` the fit takes all of b's miss, so that b comes out right and `a` needs no factor."""
+    rows = pd.DataFrame({"id": ["a", "b"], "family": ["a", "b"], "accelerator": "x", "release": "1", "silicon": "Ampere"})
+    table = rows.drop(columns="silicon").assign(
+        skipped="", complete="yes", predicted_s=[1.0, 1.0], measured_s=[2.0, 1.1], relative_error=0.0
+    )
+    found = rows[["id", "silicon"]].assign(**dict.fromkeys(NAMES, 0.0), **{f"start.{name}": np.nan for name in NAMES})
+    found["in_training.gemm"], found["start.in_training.gemm"] = -1.0, 1.0
+    cooled = cold(table, found).set_index("id")
+    moved = np.log(cooled.loc["a", "predicted_s"])
+    assert 0 < moved < np.log(1.1)
+    assert cooled.loc["a", "anchor"] == pytest.approx(moved - np.log(1.1))
+    assert scored(cooled.reset_index().assign(flop=1.0, peak_flop_per_s=1.0, precision="bf16"))["factor"][0] == pytest.approx(
+        1.1 / np.exp(moved)
+    )

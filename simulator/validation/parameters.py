@@ -22,6 +22,7 @@ from simulator.pricing.stage_times import price_blocks, stage_times
 from simulator.scenario.plan import COLUMNS, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.validation.published import scenario_from_row
+from simulator.validation.regimes import others_median
 from simulator.workload.stages import blocks, stage_blocks
 
 #: beginning of an accelerator's name -> its generation of silicon and its power
@@ -159,14 +160,27 @@ def _arrays(group: pd.DataFrame, parameters: list[Parameter]) -> tuple[np.ndarra
 def cold(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     """Return a `validate` table whose predictions rest on parameters fitted without the row's model on its accelerator.
 
+    Returns
+    -------
+    DataFrame
+        With ``anchor``, too: ``ln(predicted / measured)`` of the other models of the row's release on its accelerator, by the
+        same parameters as the row itself (`simulator.validation.regimes.others_median`).
+
     Notes
     -----
     Complete rows of other groups decide; a row that is not complete decides nothing. To first order in the logarithms: the
     shipped parameters are those fitted to all rows, and leaving one group out moves them little.
     """
-    kept, result = _joined(table, found), table.set_index("id")
+    kept, result = _joined(table, found), table.set_index("id").assign(anchor=np.nan)
     for _, group, parameters in _by_silicon(kept):
-        moved = np.exp(leave_out(parameters, *_arrays(group, parameters), group["group"].to_numpy()))
-        result.loc[group["id"], "predicted_s"] = group["predicted_s"].to_numpy() * moved
+        slopes, misses, weights = _arrays(group, parameters)
+        for name, moved in leave_out(parameters, slopes, misses, weights, group["group"].to_numpy()).items():
+            own = (group["group"] == name).to_numpy()
+            moves = pd.Series(slopes @ moved, index=group.index)
+            rows = group.loc[own, "id"]
+            result.loc[rows, "predicted_s"] = (group["predicted_s"] * np.exp(moves))[own].to_numpy()
+            near = group[group["accelerator"] == group.loc[own, "accelerator"].iloc[0]]
+            residual = moves.loc[near.index] - near["miss"]
+            result.loc[rows, "anchor"] = others_median(near, residual).loc[rows.index].to_numpy()
     result["relative_error"] = result["predicted_s"] / result["measured_s"] - 1
-    return result.reset_index()[table.columns]
+    return result.reset_index()[[*table.columns, "anchor"]]

@@ -24,7 +24,8 @@ def scored(table: pd.DataFrame) -> pd.DataFrame:
     ----------
     table : DataFrame
         As `simulator.validation.published.validate` returns it. ``relative_error`` in it is already that of parameters
-        which rows of the same model and accelerator did not shape.
+        which rows of the same model and accelerator did not shape; ``anchor``, where it has one, is what the other models of
+        the release come out at by the same parameters (`simulator.validation.parameters.cold`).
 
     Returns
     -------
@@ -40,7 +41,8 @@ def scored(table: pd.DataFrame) -> pd.DataFrame:
     """
     kept = table[table["skipped"] == ""].reset_index(drop=True)
     kept["residual"] = np.log(kept["predicted_s"] / kept["measured_s"])
-    kept["factor"] = np.exp(-others_median(kept, kept["residual"]))
+    anchor = others_median(kept, kept["residual"])
+    kept["factor"] = np.exp(-(kept["anchor"].fillna(anchor) if "anchor" in kept else anchor))
     kept["anchored_s"] = kept["predicted_s"] * kept["factor"]
     kept["anchored_error"] = kept["anchored_s"] / kept["measured_s"] - 1
     kept["baseline_s"] = _baseline(kept)
