@@ -118,7 +118,7 @@ def _laps(plan: Plan | PlanColumns, t: StageTimes, what: tuple[tuple[str, int], 
     found = []
     for (kind, _), row, own in zip(what, blocks_of, runs, strict=True):
         gathers, reduces = plan.zero >= 3 and kind != "W", plan.zero >= 2 and kind in "BW"
-        found.append([Lap(r, p.gather_s if gathers else 0.0, p.reduce_s if reduces else 0.0) for r, p in zip(own, row, strict=True)])
+        found.append([Lap(r, p.gather_s if gathers else 0.0, p.reduce_s if reduces else None) for r, p in zip(own, row, strict=True)])
     return [row or [Lap(((("compute", 0.0),),))] for row in found]  # a stage without blocks still waits for its message
 
 

@@ -158,7 +158,7 @@ def _exposures(
             for link in last:
                 chain = [link]
                 while True:
-                    link = own[link][-1] if own[link] and all(collective[m] for m in own[link]) else previous[link]
+                    link = next((m for m in reversed(own[link]) if collective[m]), previous[link])
                     if link < 0 or not collective[link] or link in over:
                         break
                     chain.append(link)

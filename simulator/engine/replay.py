@@ -104,12 +104,13 @@ class Lap:
     runs : tuple
         Segments of (stream, seconds), one after the other; the operations of a segment run side by side.
     gather, reduce : Number
-        The gather that it waits for, and the reduction that follows it, on the data-parallel stream; 0 for none.
+        The gather that it waits for, and the reduction that follows it, on the data-parallel stream; 0 takes no time. None is no
+        reduction: one of no time still takes its turn among those that wait.
     """
 
     runs: Runs
     gather: Number = 0.0
-    reduce: Number = 0.0
+    reduce: Number | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +227,7 @@ class _Walk:
                     ends.append(self.streams[stream])
                 thread.last = reduce(np.maximum, ends)
                 yield True
-            if np.any(np.asarray(lap.reduce) > 0):
+            if lap.reduce is not None:
                 self.waiting.append(((of, number), thread.last, lap.reduce))
 
     def _talk(self, start: np.ndarray, seconds: Number) -> None:
