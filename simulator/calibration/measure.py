@@ -18,7 +18,7 @@ from simulator.calibration.launch import Tell, device_of
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
 from simulator.calibration.recorder import Spent, now
-from simulator.workload.layers import ATTENTION_BACKWARD_FLOP
+from simulator.workload.attention import ATTENTION_BACKWARD_FLOP
 
 #: a kernel is repeated until its repeats took this long, at least the given times
 KERNEL_S, COLLECTIVE_S, LEAST = 0.1, 0.15, 7
