@@ -16,7 +16,8 @@ from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, LatentAttention, Model
 from simulator.scenario.plan import COLUMNS, Overlap, Plan, PlanColumns, Precision
-from simulator.workload.layers import ATTENTION_BACKWARD_FLOP, attended, embedding, head, transformer_layer
+from simulator.workload.attention import ATTENTION_BACKWARD_FLOP, attended
+from simulator.workload.layers import embedding, head, transformer_layer
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Block, Op, Segment, arriving, gemm, leaving, total
 from simulator.workload.stages import blocks, stage_blocks

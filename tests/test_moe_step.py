@@ -30,7 +30,7 @@ from simulator.scenario.model import Experts, LatentAttention, Model  # noqa: E4
 from simulator.scenario.plan import Plan  # noqa: E402
 from simulator.scenario.scenario import Scenario  # noqa: E402
 from simulator.simulate import simulate_step  # noqa: E402
-from simulator.workload.layers import ATTENTION_BACKWARD_FLOP, attended  # noqa: E402
+from simulator.workload.attention import ATTENTION_BACKWARD_FLOP, attended  # noqa: E402
 from simulator.workload.ops import total  # noqa: E402
 from simulator.workload.stages import blocks, sequence  # noqa: E402
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -14,26 +13,16 @@ import torch.distributed as dist
 
 from simulator.calibration import kernels
 from simulator.calibration.cases import COLLECTIVES, SCANS, Case, Row, counts, launches, ops_of, tiny
+from simulator.calibration.clock import STILL, batch, quartiles, timed, wait
 from simulator.calibration.launch import Tell, device_of
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
-from simulator.calibration.recorder import Spent, now
-from simulator.workload.layers import ATTENTION_BACKWARD_FLOP
+from simulator.calibration.recorder import Spent
+from simulator.calibration.together import together
+from simulator.workload.attention import ATTENTION_BACKWARD_FLOP
 
 #: a kernel is repeated until its repeats took this long, at least the given times
 KERNEL_S, COLLECTIVE_S, LEAST = 0.1, 0.15, 7
-
-#: learning rate of measured steps: so small that the router's choices stay, because a CPU library prepares itself anew for every
-#: new number of rows, which no cost over FLOP and bytes can tell
-STILL = 1e-7
-
-
-def quartiles(values: list[float]) -> tuple[float, float]:
-    """Return the median, and the interquartile range over it."""
-    if len(values) < 2:
-        return values[0], 0.0
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, (high - low) / middle if middle else 0.0
 
 
 def _over_ranks(value: float) -> float:
@@ -42,22 +31,6 @@ def _over_ranks(value: float) -> float:
         mean = mean.cuda()
     dist.all_reduce(mean)
     return float(mean) / dist.get_world_size()
-
-
-def wait(device: torch.device) -> None:
-    """Return when the device has done everything."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(step: MoEStep, tokens: torch.Tensor, device: torch.device) -> Spent:
-    """Run one step that all ranks begin together, and return what it took on this one."""
-    wait(device)
-    dist.barrier()
-    begin = now()
-    step.run(tokens)
-    wait(device)
-    return now().less(begin)
 
 
 def repeated(run: Callable[[], object], device: torch.device, at_least_s: float) -> tuple[float, float, float, int]:
@@ -85,12 +58,6 @@ def repeated(run: Callable[[], object], device: torch.device, at_least_s: float)
 
 
 # --- probes ---
-
-
-def batch(case: Case, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """Return the tokens of a global batch, all ranks the same."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(case.model.vocab, (case.job.global_batch, case.job.sequence_length + 1), generator=generator).to(device)
 
 
 def probe(case: Case, world: int, device: torch.device, repeats: int, turn: int) -> Iterator[Row]:
@@ -266,8 +233,6 @@ def _groups(rank: int, world: int, sizes: list[int]) -> Iterator[tuple[int, dist
 
 def run(rank: int, world: int, tell: Tell, todo: list[Todo], kind: str, repeats: int) -> None:
     """Take the measurements of `todo` in order and tell each one's rows with its key."""
-    from simulator.calibration.together import together
-
     device = device_of(kind, rank)
     groups = dict(_groups(rank, world, sorted({t.collective[3] for t in todo if t.collective})))
     for item in todo:

@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from simulator.calibration.cases import Case
 from simulator.calibration.check import WAITING, Measured, part_of
+from simulator.calibration.clock import STILL, batch
 from simulator.calibration.launch import Tell, device_of
-from simulator.calibration.measure import STILL, batch
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
 from simulator.calibration.together import observed, waited

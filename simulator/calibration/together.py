@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from simulator.calibration.cases import Case, Row, counts, ops_of
-from simulator.calibration.measure import STILL, batch, quartiles, timed
+from simulator.calibration.clock import STILL, batch, quartiles, timed
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
 from simulator.calibration.recorder import Call, Spent

@@ -15,8 +15,8 @@ from simulator.scenario.mesh import placed
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.units import Number
+from simulator.workload.attention import ATTENTION_BACKWARD_FLOP
 from simulator.workload.experts import copies
-from simulator.workload.layers import ATTENTION_BACKWARD_FLOP
 from simulator.workload.ops import COMPUTE, HOST, Op, Segment
 
 _COLLECTIVES = {

@@ -8,7 +8,7 @@ from functools import lru_cache
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
-from simulator.workload.layers import attended
+from simulator.workload.attention import attended
 from simulator.workload.ops import Block, total
 from simulator.workload.stages import blocks, sequence
 

@@ -15,8 +15,9 @@ import pytest
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, LatentAttention, LayerKind, Model
 from simulator.scenario.plan import Plan
+from simulator.workload.attention import ATTENTION_BACKWARD_FLOP, attended
 from simulator.workload.flop import count
-from simulator.workload.layers import ATTENTION_BACKWARD_FLOP, attended, head, transformer_layer
+from simulator.workload.layers import head, transformer_layer
 from simulator.workload.ops import Segment, total
 
 torch = pytest.importorskip("torch")

@@ -1,0 +1,168 @@
+"""FLOP and bytes of attention, grouped-query or latent, fused or with its scores in memory, on one rank for one micro-batch.
+
+Shapes as in `simulator.workload.layers`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from simulator.scenario.model import LayerKind, Model
+from simulator.units import Number
+from simulator.workload.ops import BF16, FP32, BlockBuilder, Op, Segment, gemm
+from simulator.workload.parts import MASK, Shape, column_parallel, enter_tp, norm, row_parallel, twice
+
+#: bytes of the softmax that unfused attention saves per score: in 16 bits, or in fp32 and cast
+SCORE_SAVED: dict[str, float] = {"unfused": BF16, "eager": FP32 + BF16}
+#: backward over forward FLOP of fused attention: it computes the scores again and then four products instead of two
+ATTENTION_BACKWARD_FLOP = 2.5
+#: bytes per score that softmax moves, forward and backward: as one kernel in bf16 (read, write; read twice, write), or
+#: scale, mask, cast, fp32 softmax and cast on their own, and their gradients
+SCORE_BYTES: dict[str, tuple[float, float]] = {"unfused": (4.0, 6.0), "eager": (29.0, 35.0)}
+#: kernels of that softmax and its gradient
+SCORE_LAUNCHES = {"unfused": 1, "eager": 5}
+#: the fused softmax takes this many products per block: another number of sequences times heads goes the eager way (Megatron-LM,
+#: megatron/model/fused_softmax.py, is_kernel_available)
+SOFTMAX_BLOCK = 4
+#: times that eager rotary embedding reads or writes its rows, most of them in fp32
+EAGER_ROTARY_PASSES = 14
+
+
+def attended(sequence: Number, window: int | None, causal: bool = True) -> Number:
+    """Return the mean number of keys that a query sees.
+
+    Notes
+    -----
+    Causal: ``(s + 1) / 2``; within a window w < s: ``w (s - (w - 1) / 2) / s``; not causal: s. Flash kernels skip what
+    the mask hides in tiles, so the small surplus at the diagonal is part of their efficiency.
+    """
+    if not causal:
+        return sequence * 1.0
+    if window is None:
+        return (sequence + 1) / 2
+    w = np.minimum(window, sequence)
+    return w * (sequence - (w - 1) / 2) / sequence
+
+
+def _core_attention(
+    b: BlockBuilder, x: Shape, model: Model, heads: Number, qk_dim: int, v_dim: int, kv_width: Number, window: int | None
+) -> None:
+    """Scores and weighted values, fused; with context parallelism the keys and values pass around a ring beside it.
+
+    Notes
+    -----
+    FLOP = 2 T keys heads (qk_dim + v_dim), ring attention balanced over the ranks (zig-zag). One log-sum-exp per
+    head is saved; the output is saved as the input of the projection. Unfused, the softmax of every score is saved
+    (`SCORE_SAVED`), with dropout also its mask and its result (Korthikanti et al., 2022, section 4.1); backward, the
+    gradients of both pass. Fused, the query's gradient is summed up in fp32.
+    """
+    ring = x.tokens * x.cp * kv_width * BF16
+    passed = (Op("attn.ring", "all_gather", bytes=size * ring, axis="cp", grad=grad) for size, grad in ((1, ""), (2, "input")))
+    fused = b.kernels.attention not in SCORE_BYTES
+    cores = _fused_core(x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim)
+    forward, backward = ([(segments[0][0], beside), *segments[1:]] for segments, beside in zip(cores, passed, strict=True))
+    scores = x.tokens * x.sequence * heads
+    if b.kernels.attention in SCORE_SAVED:
+        saved = scores * (_of_softmax(b, x, heads, SCORE_SAVED) + (MASK + BF16 if b.kernels.dropout else 0.0))
+        works = scores * 2 * BF16
+    else:
+        saved = x.tokens * heads * FP32
+        works = x.tokens * (heads * (qk_dim * (BF16 + FP32) + 2 * v_dim * BF16) + kv_width * BF16)
+    if x.ulysses:
+        saved = saved + np.where(np.asarray(x.cp) > 1, x.tokens * heads * v_dim * BF16, 0.0)
+    b.add(forward, backward, saved, ("core_attn",))
+    b.works(works)
+
+
+def _of_softmax(b: BlockBuilder, x: Shape, heads: Number, what: dict[str, Any]) -> Number:
+    """Return what the softmax costs as the stack runs it: eagerly also where the fused kernel does not take the shape."""
+    ragged = np.mod(x.tokens * x.cp / x.sequence * heads, SOFTMAX_BLOCK) > 0
+    return np.where(ragged, what["eager"], what[b.kernels.attention])
+
+
+def _fused_core(
+    x: Shape, heads: Number, qk_dim: int, v_dim: int, kv_width: Number, window: int | None
+) -> tuple[list[Segment], list[Segment]]:
+    flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
+    traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
+    there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim, groups=heads)
+    back = replace(there, flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, grad="input")
+    return [(there,)], [(back,)]
+
+
+def _unfused_core(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int) -> tuple[list[Segment], list[Segment]]:
+    """Return scores, softmax and weighted values as kernels of their own; nothing that the mask hides is left out.
+
+    Notes
+    -----
+    With S = T s heads scores: two products of 2 S d FLOP forward, four backward. Softmax and dropout read and write S
+    elements, see `SCORE_BYTES`.
+    """
+    scores, products, rows = x.tokens * x.sequence * heads, x.tokens / x.sequence * x.cp * heads, x.sequence / x.cp
+    there, back = (_of_softmax(b, x, heads, {name: both[i] for name, both in SCORE_BYTES.items()}) for i in (0, 1))
+    drop = 2 * BF16 + MASK if b.kernels.dropout else 0.0
+    launches = _of_softmax(b, x, heads, SCORE_LAUNCHES) + 1  # scaling the scores or, with dropout, dropping them out
+
+    def product(name: str, k: Number, n: Number, grad: str = "") -> Segment:
+        op = gemm(f"attn.core.{name}", rows, k, n, "bf16", BF16, grad, groups=products)
+        return (replace(op, kind="gemm", launches=1.0),)  # one batch without weights: as fast as a single product
+
+    softmax = Op("attn.core.softmax", "memory", bytes=scores * (there + drop), launches=launches)
+    values, keys = product("values", v_dim, x.sequence, "input"), product("scores", x.sequence, qk_dim, "input")
+    forward = [product("scores", qk_dim, x.sequence), (softmax,), product("values", x.sequence, v_dim)]
+    gradient = replace(softmax, bytes=scores * (back + drop), grad="input")
+    return forward, [values, product("values", x.sequence, v_dim, "input"), (gradient,), keys, keys]
+
+
+def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
+    """Append grouped-query attention: norm, one projection to queries, keys and values, rotary, scores and values, output."""
+    h, dim, heads, kv = model.hidden, model.head_dim, model.heads, model.kv_heads
+    norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
+    local_heads, local_kv = heads / x.tp, np.maximum(kv / x.tp, 1.0)
+    width = (local_heads + 2 * local_kv) * dim
+    column_parallel(b, "attn", "attn.qkv", x, h, width)
+    rotated = x.tokens * (local_heads + local_kv) * dim * BF16
+    if model.qk_norm:
+        b.memory("attn.qk_norm", 2 * rotated, 3 * rotated, rotated, launches=(2, 4))
+    _rotary(b, rotated, x.tokens * width * BF16)
+    _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
+    b.add([], [], twice(b, x.tokens * local_heads * dim))  # attention's output, the projection's input
+    row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, ("attn_out",))
+    b.dense_parameters = b.dense_parameters + h * width + local_heads * dim * h
+    b.dense_parameters = b.dense_parameters + (width if model.attention_bias else 0) + (h if model.output_bias else 0)
+    b.dense_parameters = b.dense_parameters + (2 * dim if model.qk_norm else 0) + (local_heads if model.sinks else 0)
+
+
+def _rotary(b: BlockBuilder, rotated: Number, saved: Number, modules: tuple[str, ...] = ()) -> None:
+    """Turn queries and keys in one kernel, or eagerly: to fp32, four products and two sums, and back."""
+    eager = b.kernels.pointwise == "eager"
+    passes = EAGER_ROTARY_PASSES if eager else 2
+    b.memory("attn.rotary", passes * rotated, passes * rotated, saved, modules, launches=(8, 8) if eager else (1, 1))
+
+
+def latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
+    """Multi-head latent attention: down-projections on every tp rank, up-projections split by heads."""
+    h, mla, heads = model.hidden, model.latent, model.heads / x.tp
+    assert mla is not None
+    qk = mla.nope_dim + mla.rope_dim
+    norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
+    latent = mla.kv_rank + mla.rope_dim
+    up = ("mla_up_proj",)
+    if mla.q_rank:
+        b.linear("attn.q_down", x.split_tokens, h, mla.q_rank, saved=x.split_tokens * mla.q_rank * BF16)
+        norm(b, "attn.q_norm", x.split_tokens, mla.q_rank, model, x.split_tokens * mla.q_rank * b.element)
+    b.linear("attn.kv_down", x.split_tokens, h, latent, saved=x.split_tokens * latent * BF16)
+    norm(b, "attn.kv_norm", x.split_tokens, mla.kv_rank, model, x.split_tokens * mla.kv_rank * b.element)
+    q_input = mla.q_rank or h
+    beside = enter_tp(b, "attn", x, q_input + latent)
+    b.linear("attn.q_up", x.tokens, q_input, heads * qk, saved=x.tokens * heads * qk * BF16, modules=up, beside=beside)
+    keys_values = heads * (mla.nope_dim + mla.v_dim)
+    b.linear("attn.kv_up", x.tokens, mla.kv_rank, keys_values, saved=x.tokens * heads * (qk + mla.v_dim) * BF16, modules=up)
+    _rotary(b, x.tokens * heads * 2 * qk * BF16, 0.0, up)
+    _core_attention(b, x, model, heads, qk, mla.v_dim, heads * (qk + mla.v_dim), kind.window)
+    row_parallel(b, "attn", "attn.out", x, heads * mla.v_dim, h, saved=twice(b, x.tokens * heads * mla.v_dim))
+    q_down = h * mla.q_rank if mla.q_rank else 0
+    b.dense_parameters = b.dense_parameters + q_down + q_input * heads * qk + h * latent + mla.kv_rank * keys_values + heads * mla.v_dim * h

@@ -1,0 +1,151 @@
+"""What layers are made of: shapes on one rank, norms, residuals, linear layers divided by tensor parallelism.
+
+Shapes as in `simulator.workload.layers`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from simulator.scenario.job import Job
+from simulator.scenario.model import Model
+from simulator.scenario.plan import ELEMENT_BYTES, Plan
+from simulator.units import Number
+from simulator.workload.ops import BF16, FP32, BlockBuilder, Op
+
+#: bytes per element of an RMSNorm written in PyTorch: cast, square, mean, scale, cast back, weight; and their gradients
+EAGER_NORM_BYTES = (36.0, 100.0)
+#: bytes of one element of a dropout mask
+MASK = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of one micro-batch on one rank, for one plan or a column of plans."""
+
+    tokens: Number
+    split_tokens: Number
+    sequence: Number
+    tp: Number
+    cp: Number
+    ep: Number
+    etp: Number
+    sequence_parallel: bool
+    ulysses: bool
+    pieces: bool
+
+    @classmethod
+    def of(cls, plan: Plan, job: Job) -> Shape:
+        """Return the sizes that `plan` gives to one micro-batch of `job`."""
+        tokens = plan.micro_batch * job.sequence_length / plan.cp
+        split = tokens / plan.tp if plan.sequence_parallel else tokens
+        ulysses = plan.context_parallel == "all_to_all"
+        return cls(
+            tokens,
+            split,
+            job.sequence_length,
+            plan.tp,
+            plan.cp,
+            plan.ep,
+            plan.etp,
+            plan.sequence_parallel,
+            ulysses,
+            plan.overlap.tp == "pieces",
+        )
+
+
+def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
+    """Return the builder of a block in the datatypes of `plan`, its routed operations at `load` times the mean tokens."""
+    gemm = plan.precision.gemm
+    return BlockBuilder(
+        gemm,
+        ELEMENT_BYTES[gemm],
+        plan.recompute,
+        plan.recomputed,
+        bool(plan.overlap.tp),
+        ELEMENT_BYTES[plan.precision.gradients],
+        plan.kernels,
+        load,
+    )
+
+
+def norm(
+    b: BlockBuilder, name: str, tokens: Number, width: int, model: Model, saved: Number, modules: tuple[str, ...] = ("layernorm",)
+) -> None:
+    """Read and write the row forward; read it, its gradient, write the input's gradient backward.
+
+    An eager RMSNorm is seven operations in fp32, with twice as many behind them, and keeps an fp32 copy of the row and the
+    normalised row beside the row and the result; LayerNorm is one kernel in PyTorch too.
+    """
+    eager = b.kernels.norm == "eager" and not model.layer_norm
+    there, back = EAGER_NORM_BYTES if eager else (2 * BF16, 3 * BF16)
+    if eager:
+        saved = saved + tokens * width * (FP32 + BF16)
+    b.memory(name, there * tokens * width, back * tokens * width, saved, modules, launches=(7, 14) if eager else (1, 2))
+    b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
+
+
+def residual(b: BlockBuilder, x: Shape, model: Model) -> None:
+    """Add a branch to the residual stream; dropout writes a mask and reads it back."""
+    size, mask = x.split_tokens * model.hidden * BF16, x.split_tokens * model.hidden * MASK if b.kernels.dropout else 0.0
+    b.memory("residual", 3 * size + mask, 3 * size + mask, mask)
+
+
+def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = ()) -> tuple[Op | None, Op | None]:
+    """Gather the sequence-parallel rows for a column-parallel layer.
+
+    Returns the collectives that Megatron hides behind the layer's gradients: the rows are gathered again beside the
+    input gradient and their gradient is reduce-scattered (without sequence parallel: all-reduced) beside the weight's.
+    """
+    size = x.tokens * width * BF16
+    if not x.sequence_parallel:
+        return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input")
+    b.add([(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"),)], [], modules=(*modules, "tp_gather"))
+    again = Op(f"{name}.gather", "all_gather", bytes=size, axis="tp", grad="weight")
+    return again, Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
+
+
+def leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[str, ...] = ()) -> None:
+    """Sum the partial rows of a row-parallel layer."""
+    size = x.tokens * width * BF16
+    if x.sequence_parallel:
+        scatter, gather = (Op(f"{name}.{kind.split('_')[-1]}", kind, bytes=size, axis="tp") for kind in ("reduce_scatter", "all_gather"))
+        b.collective(scatter, gather, modules)
+    else:
+        b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
+
+
+def column_parallel(
+    b: BlockBuilder, part: str, name: str, x: Shape, width: int, n: Number, modules: tuple[str, ...] = (), saved: Number = 0.0
+) -> None:
+    """Append a column-parallel linear layer with the collectives of its rows, as the plan overlaps them.
+
+    In pieces, rows are gathered in the datatype of the product, as Transformer Engine's buffers are (``fp8_buf``), by copy
+    engines (``use_ce``).
+    """
+    if not x.pieces:
+        beside = enter_tp(b, part, x, width, modules)
+        b.linear(name, x.tokens, width, n, saved=saved, modules=modules, beside=beside)
+        return
+    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype)
+    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
+    beside = replace(gather, grad="weight"), scatter
+    b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp)
+
+
+def row_parallel(
+    b: BlockBuilder, part: str, name: str, x: Shape, k: Number, width: int, modules: tuple[str, ...] = (), saved: Number = 0.0
+) -> None:
+    """Append a row-parallel linear layer and the sum of its partial rows, as the plan overlaps them."""
+    if not x.pieces:
+        b.linear(name, x.tokens, k, width, saved=saved, modules=modules)
+        leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"))  # by operation, what is reduce-scattered is kept
+        return
+    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
+    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype, grad="input")
+    b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), replace(gather, apart=True)), pieces=x.tp)
+
+
+def twice(b: BlockBuilder, elements: Number) -> Number:
+    """Bytes of a tensor that attention keeps in bf16 and a low-precision linear layer in its own datatype."""
+    return elements * (BF16 + (b.element if b.element < BF16 else 0.0))
