@@ -200,7 +200,8 @@ def test_no_plan_stands_in_a_list_twice():
 def test_every_schedule_is_searched():
     s = question(moe(4, 2048), 8, 64, host=2)
     assert set(SCHEDULES) == set(EVERY)
-    space = Space(pp=(2,), vpp=(1, 2), zero=(1,), recompute=("none",), micro_batch=(1,))
+    assert set(SCHEDULES) - set(Space().schedule) == {"dualpipe"}
+    space = Space(pp=(2,), vpp=(1, 2), zero=(1,), recompute=("none",), micro_batch=(1,), schedule=SCHEDULES)
     found = search(s, top=200, space=space)
     assert {plan.schedule for plan in (one.plan for one in found.scenarios)} == set(SCHEDULES)
     assert not found.pool.loose[found.pool.legal].any()

@@ -21,8 +21,10 @@ from simulator.workload.stages import StageBlocks, stages_of
 
 #: what a degree may be when it is free and no fact of the question says more
 CHUNKS, MICRO_BATCHES, EXPERT_TENSOR, CONTEXT = (1, 2, 3, 4, 6, 8), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
-#: schedules that are searched when the choice is free: all that have a name; a table is the user's own
+#: schedules that can be searched: all that have a name; a table is the user's own
 SCHEDULES = tuple(name for name in get_args(Schedule) if name != "table")
+#: those that are tried when nothing else is said: DualPipe runs the pairs of DualPipeV, as fast, on twice the parameters per rank
+USUAL = tuple(name for name in SCHEDULES if name != "dualpipe")
 #: orders of the axes that launchers know
 ORDERS = (ORDER, PIPELINE_INSIDE)
 #: modules in the order in which selective recompute takes them on, cheapest seconds per byte first: dense and routed MLPs in one step
@@ -40,7 +42,7 @@ class Space(Frozen):
     zero : tuple of int
         Sharding of the state.
     schedule : tuple of str
-        Names; `SCHEDULES` unless said otherwise.
+        Names; `USUAL` unless said otherwise, which leaves out DualPipe.
     recompute : tuple of str, optional
         ``none``, ``full`` or modules joined by ``+``, e.g. ``layernorm+moe_act``. Free: none, every first few of `LADDER` that
         the model has, and full.
@@ -62,7 +64,7 @@ class Space(Frozen):
     micro_batch: tuple[int, ...] | None = None
     dp_replicate: tuple[int, ...] | None = None
     zero: tuple[int, ...] = Field(default=(0, 1, 2, 3), min_length=1)
-    schedule: tuple[Schedule, ...] = Field(default=SCHEDULES, min_length=1)
+    schedule: tuple[Schedule, ...] = Field(default=USUAL, min_length=1)
     recompute: tuple[str, ...] | None = None
     layout: tuple[str, ...] = Field(default=("balanced", "even"), min_length=1)
     precision: tuple[Precision, ...] | None = None
