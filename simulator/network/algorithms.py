@@ -245,12 +245,14 @@ def cheapest(
     would be faster: its tables give it a ring's rate without a ring's latency, and two to three times a tree's rate per channel.
     """
     table = ALL_REDUCE if kind == "all_reduce" else GATHER
-    best = np.inf
+    best, reduced = np.inf, np.inf
     for name in (algorithm,) if algorithm else TUNED[kind]:
         for wire in (protocol,) if protocol else reach.share:
-            best = np.minimum(best, table[name](size, reach, wire))
+            seconds = table[name](size, reach, wire)
+            best = np.minimum(best, seconds)
+            reduced = seconds if name == "in_network" and wire == "simple" else reduced
     if kind == "all_reduce" and algorithm is None and protocol is None:
-        reduced, loops = in_network_s(size, reach), TREE_CHUNKS[-1][1]
+        loops = TREE_CHUNKS[-1][1]
         preferred = np.isfinite(reduced) & (np.asarray(reach.domains) > 1) & (size >= loops * loop_bytes(size, reach))
         best = np.where(preferred, reduced, best)
     return best
