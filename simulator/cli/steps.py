@@ -32,8 +32,13 @@ def plan(
         return
     degrees = [str(r.scenario.plan) for r in found.results]
     figures = found.table[["step_time_s", "mfu_causal", "peak_memory_bytes", "training_days", "cost_usd"]]
-    view = figures.assign(plan=degrees, recompute=found.table["recompute"])  # plans may differ in the modules alone
+    kinds = list(dict.fromkeys(found.table["recompute"]))  # plans may differ in the modules alone, whose names are too long for a column
+    marks = {kind: kind if kind in ("none", "full") else f"({number})" for number, kind in enumerate(kinds, start=1)}
+    view = figures.assign(plan=degrees, recompute=found.table["recompute"].map(marks))
     show(view[["plan", *figures.columns, "recompute"]], f"The {len(found.table)} fastest plans")
+    for kind, mark in marks.items():
+        if mark != kind:
+            say(f"{mark} recompute of {kind.replace('+', ', ')}")
     say(f"{found.legal:,} legal plans, {found.fitting:,} fit in memory, {found.estimated:,} estimated, {len(found.results)} simulated.\n")
     headline(found.best)
     if files:
