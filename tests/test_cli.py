@@ -53,7 +53,12 @@ def started(*words: object) -> subprocess.Popen:
     """Start a process of the package under test, wheel or checkout."""
     command = [sys.executable, "-c", "from simulator.cli import main; main()", *map(str, words)]
     paths = os.environ | {"PYTHONPATH": str(Path(sim.__file__).parents[1])}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=paths)
+    # a shell that starts something in the background lets it ignore Ctrl-C, and so all that it starts
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=paths)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- each verb is its function ---

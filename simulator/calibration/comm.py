@@ -91,11 +91,16 @@ class Ranks:
     @contextmanager
     def _call(self, axis: str, kind: str, size: int, *tensors: torch.Tensor) -> Iterator[None]:
         """Record a collective over `tensors`, the first of which has its datatype, and settle it."""
-        with self.recorder.call(axis, kind, tensors[0].dtype, size):
-            held = [x._use_count() for x in tensors]
+        with self.recorder.call(axis, kind, tensors[0].dtype, size), self._settled(*tensors):
             yield
-            while self.settles and any(x._use_count() > before for x, before in zip(tensors, held, strict=True)):
-                time.sleep(0)
+
+    @contextmanager
+    def _settled(self, *tensors: torch.Tensor) -> Iterator[None]:
+        """Wait until nobody else holds `tensors` any more."""
+        held = [x._use_count() for x in tensors]
+        yield
+        while self.settles and any(x._use_count() > before for x, before in zip(tensors, held, strict=True)):
+            time.sleep(0)
 
     def all_gather(self, axis: str, x: torch.Tensor) -> torch.Tensor:
         """Return the rows of all ranks, in order."""
@@ -112,7 +117,13 @@ class Ranks:
             return x
         x, out = x.contiguous(), x.new_empty((x.shape[0] // self.size(axis), *x.shape[1:]))
         with self._call(axis, "reduce_scatter", x.nbytes, x, out):
-            dist.reduce_scatter_single(out, x, group=self._group[axis])
+            if x.is_cuda:
+                dist.reduce_scatter_single(out, x, group=self._group[axis])
+            else:  # what gloo does, but the copy is ours: gloo's thread would free it, unseen by the profiler
+                whole = x.clone()
+                with self._settled(whole):
+                    dist.all_reduce(whole, group=self._group[axis])
+                out.copy_(whole.chunk(self.size(axis))[self.index(axis)])
         return out
 
     def share_sum(self, axis: str, whole: torch.Tensor) -> torch.Tensor:
