@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from small import moe, scenario
 
 from simulator.errors import PlanError, ProfileError
@@ -15,7 +16,7 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing, read_counts
 from simulator.scenario.variation import Variation
 from simulator.simulate import simulate_ranks
-from simulator.workload.routing import _capped, moe_layer_count, placement, popularity, route
+from simulator.workload.routing import _capped, _many, moe_layer_count, placement, popularity, route
 
 EXPERTS = Experts(count=64, top_k=4, ffn=128)
 TOKENS = np.full((3, 5), 8192)
@@ -258,3 +259,20 @@ def test_capacity_cuts_each_slot_of_a_multinomial(capacity_factor):
     assert found.max() <= 12 * np.ceil(capacity_factor * 3000 / 48)
     assert np.abs(found.mean(axis=0) - plain.mean(axis=0)).max() <= 5 * (plain.std(axis=0) * np.sqrt(2 / 4000)).max() + 1e-9
     assert found.std(axis=0) == pytest.approx(plain.std(axis=0), rel=0.1, abs=0.2)
+
+
+def test_large_counts_are_drawn_as_multinomial():
+    """Marginal binomials and their correlations, against scipy's; small counts are numpy's own draws."""
+    weight, picks = np.array([0.2, 0.0, 0.5, 0.3]), np.full((200, 500), 1000)
+    counts = _many(picks, weight, random(4))
+    assert (counts.sum(axis=0) == 1000).all()
+    assert (counts >= 0).all()
+    assert (counts[1] == 0).all()
+    for part in (0, 2, 3):
+        value, times = np.unique(counts[part], return_counts=True)
+        found = np.cumsum(times) / picks.size
+        assert np.abs(found - stats.binom.cdf(value, 1000, weight[part])).max() < 1.95 / np.sqrt(picks.size)  # Kolmogorov, 0.1 %
+    want = -np.sqrt(0.2 * 0.5 / (0.8 * 0.5))
+    assert np.corrcoef(counts[0].ravel(), counts[2].ravel())[0, 1] == pytest.approx(want, abs=0.01)
+    few = _many(picks // 10, weight, random(4))
+    assert (np.moveaxis(few, 0, -1) == random(4).multinomial(picks // 10, weight)).all()

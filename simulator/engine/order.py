@@ -91,8 +91,11 @@ def prepare(
             members.setdefault(number, []).append(node)
     meeting = {nodes[0]: tuple(nodes) for nodes in members.values()}
     order = _order(before, meeting, describe)
-    waited = {m for n in range(count) for m in before[n] if stage[m] == stage[n]}
-    sinks = [n for n in range(count) if n not in waited]
+    waited = [False] * count
+    for n, waits in enumerate(before):
+        for m in waits:
+            waited[m] = waited[m] or stage[m] == stage[n]
+    sinks = [n for n in range(count) if not waited[n]]
     collective = [group[n][0] > 1 or meet[n] >= 0 for n in range(count)]
     exposing = _exposures(queues, needs, previous, stage, collective, sinks)
     slot = _slots(order, before, meeting, exposing)
@@ -101,7 +104,9 @@ def prepare(
 
 def _waits(needs: Sequence[tuple[int, ...]], previous: Sequence[int], node: int) -> tuple[int, ...]:
     """Return what `node` waits for; the one before it on its stream is left out when something needed ends no earlier."""
-    wanted, earlier = tuple(dict.fromkeys(needs[node])), previous[node]
+    wanted, earlier = needs[node], previous[node]
+    if len(wanted) > 1:
+        wanted = tuple(dict.fromkeys(wanted))
     if earlier < 0 or earlier in wanted or any(earlier in needs[n] for n in wanted):
         return wanted
     return (*wanted, earlier)
@@ -145,7 +150,13 @@ def _exposures(
 
     A chain goes back to the first collective that an earlier kernel has waited for: that one cannot hold up anything now.
     """
-    own = [tuple(m for m in needs[n] if stage[m] == stage[n]) for n in range(len(needs))]
+
+    def own(node: int) -> Sequence[int]:
+        return [m for m in needs[node] if stage[m] == stage[node]]
+
+    def talks(node: int) -> Sequence[int]:
+        return [m for m in needs[node] if collective[m] and stage[m] == stage[node]]
+
     exposing: dict[int, Exposing] = {}
     for (number, stream), kernels in queues.items():
         if stream != "compute":
@@ -153,19 +164,20 @@ def _exposures(
         over: set[int] = set()
         tail = tuple(n for n in sinks if stage[n] == number)
         for kernel, node in zip([-1, *kernels], [*kernels, -1 - number], strict=True):
-            last = [n for n in (own[node] if node >= 0 else tail) if collective[n]]
+            last = talks(node) if node >= 0 else [n for n in tail if collective[n]]
+            if not last:
+                continue
             chains = []
             for link in last:
                 chain = [link]
                 while True:
-                    link = next((m for m in reversed(own[link]) if collective[m]), previous[link])
+                    link = (talks(link) or previous[link : link + 1])[-1]
                     if link < 0 or not collective[link] or link in over:
                         break
                     chain.append(link)
-                chains.append((tuple(chain), kernel in own[chain[-1]]))
+                chains.append((tuple(chain), kernel in own(chain[-1])))
             over.update(last)
-            if chains:
-                exposing[node] = kernel, tuple(chains)
+            exposing[node] = kernel, tuple(chains)
     return exposing
 
 
@@ -175,27 +187,30 @@ def _slots(
     """Return a row of working memory for each node, used again once its last reader is done."""
 
     def reads(node: int) -> Iterable[int]:
-        kernel, chains = exposing.get(node, (-1, ()))
         waits = before[node] if node >= 0 else ()
+        if node not in exposing:
+            return waits
+        kernel, chains = exposing[node]
         return (*waits, *(link for chain, _ in chains for link in chain), *((kernel,) if kernel >= 0 else ()))
 
-    last = {}
+    last = [0] * len(before)
     for position, first in enumerate(order):
         for node in meeting.get(first, (first,)):
             last[node] = position
             for other in reads(node):
                 last[other] = position
     for node in range(-1, min(exposing, default=0) - 1, -1):
-        last.update(dict.fromkeys(reads(node), len(order)))
-    slot, free, used = [0] * len(before), [], 0
-    done: list[list[int]] = [[] for _ in range(len(order) + 1)]
-    for node, position in last.items():
-        done[position].append(node)
+        for other in reads(node):
+            last[other] = len(order)
+    slot, free, used, gone = [0] * len(before), [], 0, 0
+    done = sorted(range(len(before)), key=last.__getitem__)
     for position, first in enumerate(order):
         for node in meeting.get(first, (first,)):
             if not free:
                 free.append(used)
                 used += 1
             slot[node] = free.pop()
-        free.extend(slot[node] for node in done[position])
+        while gone < len(done) and last[done[gone]] == position:
+            free.append(slot[done[gone]])
+            gone += 1
     return slot

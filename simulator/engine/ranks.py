@@ -64,18 +64,18 @@ def longest(values: np.ndarray, size: int, stride: int) -> np.ndarray:
 
     Parameters
     ----------
-    values : ndarray of shape (ranks,)
+    values : ndarray of shape (..., ranks)
 
     Returns
     -------
-    ndarray of shape (groups, 1, stride)
-        Broadcasts against ``values.reshape(-1, size, stride)``.
+    ndarray of shape (..., groups, 1, stride)
+        Broadcasts against ``values.reshape(..., -1, size, stride)``.
     """
-    x = values.reshape(-1, size, stride)
+    x = values.reshape(*values.shape[:-1], -1, size, stride)
     while size > 1 and size % 2 == 0:  # by halves: five times as fast as numpy's reduction over a short axis
         size //= 2
-        x = np.maximum(x[:, :size], x[:, size:])
-    return x if size == 1 else x.max(axis=1, keepdims=True)
+        x = np.maximum(x[..., :size, :], x[..., size:, :])
+    return x if size == 1 else x.max(axis=-2, keepdims=True)
 
 
 class _Run:
@@ -88,7 +88,8 @@ class _Run:
         pool = list(np.empty((max(program.slot, default=0) + 1, program.ranks)))
         self.rows = [pool[s] for s in program.slot] if self.ends is None else list(self.ends)
         self.lasted: list[float | np.ndarray] = [0.0] * len(pool)  # collectives, by slot
-        self.scratch, self.zero = np.empty(program.ranks), np.zeros(program.ranks)
+        self.lengths = [np.empty(program.ranks) for _ in pool]
+        self.scratch, self.both, self.zero = np.empty(program.ranks), np.empty((2, program.ranks)), np.zeros(program.ranks)
         self.compute = [np.zeros(program.ranks) for _ in range(program.stages)]
         self.compute_all, self.exposed_all = [0.0] * program.stages, [0.0] * program.stages  # what is the same on all ranks
         self.exposed = [np.zeros(program.ranks) for _ in range(program.stages)]
@@ -111,26 +112,32 @@ class _Run:
 
     def collective(self, nodes: tuple[int, ...]) -> None:
         """Run collectives, of several stages if they meet, that start together and last as long as the longest."""
-        group, ready, length = self.program.group, None, None
+        program, ready, length = self.program, None, None
         for node in nodes:
-            size, stride = group[node]
-            arrives, takes = longest(self.begin(node), size, stride), self.durations(node)
-            takes = longest(takes, size, stride) if isinstance(takes, np.ndarray) else takes
+            size, stride = program.group[node]
+            arrives, takes = self.begin(node), self.durations(node)
+            if isinstance(takes, np.ndarray):  # both maxima at once
+                both = np.empty((2, program.ranks)) if len(nodes) > 1 else self.both
+                both[0], both[1] = arrives, takes
+                arrives, takes = longest(both, size, stride)
+            else:
+                arrives = longest(arrives, size, stride)
             if ready is None:
                 ready, length = arrives if len(nodes) == 1 else arrives.copy(), takes
             else:
                 ready, length = np.maximum(ready, arrives), np.maximum(length, takes)
+        assert ready is not None
+        assert length is not None
         for node in nodes:
-            size, stride = group[node]
-            row = self.rows[node].reshape(-1, size, stride)
-            np.add(ready, length, out=row)
+            stage, slot, shape = program.stage[node], program.slot[node], (-1, *program.group[node])
+            np.add(ready, length, out=self.rows[node].reshape(shape))
             if isinstance(length, np.ndarray):
-                each = np.broadcast_to(length, row.shape).reshape(-1)
-                self.collect[self.program.stage[node]] += each
+                each = self.lasted[slot] = self.lengths[slot]
+                np.copyto(each.reshape(shape), length)
+                self.collect[stage] += each
             else:
-                each = length
-                self.collect_all[self.program.stage[node]] += length
-            self.lasted[self.program.slot[node]] = each
+                self.lasted[slot] = length
+                self.collect_all[stage] += length
 
     def kernel(self, node: int, length: float | np.ndarray) -> None:
         """Add a kernel, and the communication that it had to wait for, to the sums of its ranks."""

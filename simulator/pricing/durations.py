@@ -204,6 +204,7 @@ class RankDurations:
         if self.uneven.tokens is not None:
             self.more, self.more_squared = self.uneven.tokens - 1.0, self.uneven.tokens**2 - 1.0
         self.routed, self.linear, self.square = [], [], []
+        self._known: dict[tuple[int, int, int], float | np.ndarray] = {}
         for (task, slow), prices in zip(kinds, self.prices, strict=True):
             linear = square = 0.0
             routed = np.zeros(len(loads))
@@ -221,28 +222,25 @@ class RankDurations:
             self.square.append(square)
 
     def __call__(self, node: int) -> float | np.ndarray:
-        """Return the seconds of `node`: one number, or one per rank of its stage, shape (W,)."""
-        kind = self.kind[node]
-        length = self.seconds[kind]
-        if self.micro_batch[node] >= 0 and (self.uneven.load is not None or self.uneven.tokens is not None):
-            change = self._change(node, kind)
-            if change is not None:
-                length = length + change
-        if not self.computes[kind]:
-            return length
-        slow, sigma = self.slow[self.stage[node]], self.sigma[kind]
-        if slow is not None:
-            length = length * slow
-        return length * self._jitter(node, sigma) if sigma > 0.0 else length
-
-    def _change(self, node: int, kind: int) -> np.ndarray | None:
-        change, batch = None, self.micro_batch[node]
+        """Return the seconds of `node`: one number, or one per rank of its stage, shape (W,); not to be written to."""
+        kind, stage, batch = self.kind[node], self.stage[node], self.micro_batch[node]
+        length = self._steady(kind, stage, batch)
         if self.layer[node] >= 0 and self.routed[kind] is not None:
             change = self.routed[kind].take(self.load_index[self.layer[node], batch])
-        if self.uneven.tokens is not None and (self.linear[kind] or self.square[kind]):
-            more = self.linear[kind] * self.more[batch] + self.square[kind] * self.more_squared[batch]
-            change = more if change is None else change + more
-        return change
+            length = change + length if self.slow[stage] is None or not self.computes[kind] else change * self.slow[stage] + length
+        return length * self._jitter(node, self.sigma[kind]) if self.sigma[kind] > 0.0 else length
+
+    def _steady(self, kind: int, stage: int, batch: int) -> float | np.ndarray:
+        """Return what every node of this kind, stage and micro-batch takes, routed load and jitter apart."""
+        known = self._known.get((kind, stage, batch))
+        if known is None:
+            known = self.seconds[kind]
+            if self.uneven.tokens is not None and batch >= 0 and (self.linear[kind] or self.square[kind]):
+                known = known + self.linear[kind] * self.more[batch] + self.square[kind] * self.more_squared[batch]
+            if self.computes[kind] and self.slow[stage] is not None:
+                known = known * self.slow[stage]
+            self._known[kind, stage, batch] = known
+        return known
 
     def _jitter(self, node: int, sigma: float) -> np.ndarray:
         """Return a factor for every rank, log-normal with mean 1; drawn in float32, whose 6e-8 is nothing beside sigma."""
