@@ -29,7 +29,7 @@ SCALES = {
 #: words that make runs comparable, and how many units a difference counts
 WORDS = {"accelerator": 1.5, "arch": 1.5, "precision": 1.0, "recompute": 0.5, "sharding": 1.0}
 #: units over which the weight of a row falls to 1/e, shortest first, and how many groups of rows must count
-REACHES, GROUPS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0), 5.0
+REACHES, GROUPS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0), 4.0
 #: a question is inside the validated range when a row is as near as this, units
 NEAR = 2.0
 
