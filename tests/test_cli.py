@@ -22,6 +22,8 @@ from command_line import data
 import simulator as sim
 from simulator import plots
 from simulator.cli import app
+from simulator.planning.explain import constraint_costs
+from simulator.planning.space import Space
 from simulator.results.outcome import sources
 from simulator.scenario.profiles import CLUSTERS
 from simulator.validation import collectives, memory, published, report
@@ -108,6 +110,19 @@ def test_plan_equals_search(myriad, file):
         "estimated": searched.estimated,
         "simulated": len(searched.results),
     }
+
+
+def test_plan_says_why_and_what_the_constraints_cost(myriad, file, tmp_path):
+    words = ("plan", file, "--top", 2, "--allow", "pp=2", "--explain")
+    found = data(myriad(*words, "--json"))
+    searched = sim.search(sim.Scenario.load(file), top=2, space=Space(pp=(2,)))
+    first, second = (result.step_time_s for result in searched.results)
+    assert sum(row["seconds"] for row in found["why"]) == pytest.approx(second - first, abs=1e-9)
+    pd.testing.assert_frame_equal(pd.DataFrame(found["constraint_costs"]), constraint_costs(searched))
+    said = myriad(*words, "--out", tmp_path / "out")
+    assert f"The second takes {second - first:.3f} s longer" in said.out
+    assert "What each constraint costs" in said.out
+    assert (tmp_path / "out" / "front.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import typer
 import yaml
 from command_line import data
 
 import simulator as sim
+from simulator.cli.planning import _money
 from simulator.planning.advice import advise
 from simulator.planning.compare import compare
 from simulator.planning.layouts import WITH_PAIRS, judge
@@ -69,6 +71,17 @@ def test_cheapest_keeps_to_its_limits(myriad, file):
     refused = myriad("cheapest", file, *words, "--budget", 1e-3)
     assert refused.code == 2
     assert "come nearest" in refused.err
+
+
+@pytest.mark.parametrize(("text", "usd"), [("20M", 20e6), ("20e6", 20e6), ("1.5B", 1.5e9), ("$300k", 3e5), ("20 M$", 20e6), ("7", 7.0)])
+def test_money_as_people_write_it(text, usd):
+    assert _money(text) == usd
+
+
+@pytest.mark.parametrize("text", ["20 millions", "M", "1.2.3M", "", "nan"])
+def test_what_is_no_money_is_refused(text):
+    with pytest.raises(typer.BadParameter, match="is not an amount of money; write 20e6"):
+        _money(text)
 
 
 def test_budget_buys_tokens_in_proportion(myriad, file):

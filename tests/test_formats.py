@@ -118,6 +118,33 @@ def test_files_come_back(tmp_path):
     assert same(speed, plan_from_deepspeed(tmp_path / "ds.json").plan.on(16))
 
 
+@pytest.mark.filterwarnings("default")
+def test_torchtitan_loads_what_is_written(tmp_path):
+    """Its own parser: `pip install torchtitan==0.2.2`; 0.3 configures in Python and reads no TOML."""
+    manager = pytest.importorskip("torchtitan.config.job_config") and pytest.importorskip("torchtitan.config.manager")
+    plan = Plan(tp=2, pp=2, vpp=2, ep=4, dp_shard=8, zero=2, schedule="interleaved", micro_batch=2, overlap=Overlap(tp=False))
+    (tmp_path / "run.toml").write_text(torchtitan_text(question(plan)))
+    loaded = manager.ConfigManager().parse_args(["--job.config_file", str(tmp_path / "run.toml")])
+    for section, table in torchtitan_config(question(plan)).items():
+        assert {key: getattr(getattr(loaded, section), key) for key in table} == table
+
+
+@pytest.mark.filterwarnings("default")
+def test_deepspeed_loads_what_is_written(tmp_path, monkeypatch):
+    """Its own parser (seen with 0.19.8), which asks the communicator for its size: it is told that of the plan."""
+    config = pytest.importorskip("deepspeed.runtime.config")
+    monkeypatch.setattr(config.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(config.dist, "get_world_size", lambda: 16)
+    overlap = Overlap(grad_reduce=True, param_gather=True)
+    plan = Plan(dp_shard=16, zero=3, sequence_parallel=False, micro_batch=2, precision=Precision(gradient_reduce="bf16"), overlap=overlap)
+    (tmp_path / "ds.json").write_text(deepspeed_text(question(plan)))
+    loaded = config.DeepSpeedConfig(str(tmp_path / "ds.json"))
+    batch = (loaded.train_batch_size, loaded.train_micro_batch_size_per_gpu, loaded.gradient_accumulation_steps)
+    assert batch == (64, 2, 2)
+    assert (int(loaded.zero_config.stage), loaded.zero_config.overlap_comm) == (3, True)
+    assert loaded.bfloat16_config.enabled
+
+
 @pytest.mark.parametrize(
     ("write", "change", "term"),
     [

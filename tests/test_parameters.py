@@ -9,7 +9,7 @@ import pytest
 from simulator.closed_forms import estimate
 from simulator.validation.parameters import NAMES, cold, fitted, parameters_of, row_slopes, slopes
 from simulator.validation.published import published_runs, scenario_from_row, validate
-from simulator.validation.regimes import scored
+from simulator.validation.regimes import pairs, scored
 
 IDS = ("aa-131868", "vtrain-s-0000", "korth-22b-sel", "internevo-ck-8-8", "internevo-tp2-z4-8")
 
@@ -54,12 +54,30 @@ def test_parameters_have_bounds_around_their_values(runs):
 def test_a_cold_table_changes_predictions_only(runs):
     table, found = validate(rows=runs), row_slopes(runs)
     cooled = cold(table, found)
-    assert list(cooled.columns) == [*table.columns, "anchor"]
+    kept = [*table.columns, "anchor", "silicon"]
+    assert list(cooled.columns) == [*kept, *(f"slope.{n}" for n in NAMES), *(f"moved.{n}" for n in NAMES)]
     assert cooled["id"].tolist() == table["id"].tolist()
     assert (cooled["predicted_s"] != table["predicted_s"]).any()
     assert cooled["relative_error"].to_numpy() == pytest.approx((cooled["predicted_s"] / table["measured_s"] - 1).to_numpy())
     for parameters, result in fitted(table, found).values():
         assert len(result.values) == len(parameters) <= 10
+
+
+def test_both_rows_of_a_pair_are_predicted_by_parameters_that_neither_shaped():
+    """Three models, one parameter: the absences of both rows of a pair move it for both, and add up to first order."""
+    names = ["a", "b", "c"]
+    rows = pd.DataFrame({"id": names, "family": names, "accelerator": "x", "release": "1"})
+    table = rows.assign(skipped="", complete="yes", predicted_s=1.0, measured_s=[1.05, 1.02, 1.01], relative_error=0.0)
+    table = table.assign(flop=1.0, peak_flop_per_s=1.0, precision="bf16", arch="moe", configuration="", options="")
+    found = rows[["id"]].assign(silicon="Ampere", **dict.fromkeys(NAMES, 0.0), **{f"start.{name}": np.nan for name in NAMES})
+    found["in_training.gemm"], found["start.in_training.gemm"] = [-1.0, -0.5, -0.2], 1.0
+    cooled = cold(table, found)
+    both = pairs(scored(cooled)).set_index(["i", "j"])["error"]
+    for i, j in both.index:
+        moved = cooled.loc[[i, j], "moved.in_training.gemm"].sum()
+        slopes = found.loc[[i, j], "in_training.gemm"].to_numpy()
+        residual = np.log(table.loc[[i, j], "predicted_s"] / table.loc[[i, j], "measured_s"]).to_numpy() + slopes * moved
+        assert both[i, j] == pytest.approx(abs(residual[0] - residual[1]))
 
 
 def test_a_row_is_anchored_on_other_models_by_its_own_parameters():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from simulator.validation.keys import configuration_of, family_of, release_of
 from simulator.validation.published import published_runs, validate
-from simulator.validation.regimes import errors, floor, others_median, pairs, regimes, scored
+from simulator.validation.regimes import errors, floor, kinds, others_median, pairs, regimes, scored
 
 
 def table(*rows: tuple[str, str, float, float], **changes) -> pd.DataFrame:
@@ -61,6 +61,16 @@ def test_pairs_share_a_release_and_any_common_factor_cancels():
     found = pairs(rows)
     assert sorted(zip(found["i"], found["j"], strict=True)) == [(0, 1), (0, 2), (1, 2)]
     np.testing.assert_allclose(found["error"], [0, np.log(2), np.log(2)], atol=1e-12)
+
+
+def test_pairs_are_told_apart_by_what_they_share():
+    one = ["h100", "h100", "h100", "b200", "b200"]
+    rows = scored(table(*[(f, "1", 1, p) for f, p in zip("aabac", (1, 2, 8, 4, 64), strict=True)], accelerator=one))
+    found = kinds(rows).set_index(["arch", "shared"]).loc["dense"]
+    assert found["pairs"].to_dict() == {"release": 10, "model and accelerator": 1, "accelerator": 3, "model": 2, "neither": 4}
+    assert found.loc["model and accelerator", "median"] == pytest.approx(np.log(2))
+    assert found.loc["model", "pooled_median"] == pytest.approx(1.5 * np.log(2))
+    assert found.loc["release", "groups"] == 4
 
 
 @settings(deadline=None, max_examples=30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Counts = Annotated[list[int] | None, typer.Option("--accelerators", help="A number of accelerators to look at; repeatable.")]
+#: how people write large amounts
+_THOUSANDS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
 #: what of an answer is shown to people
 _SHOWN = ("cluster", "accelerators", "step_time_s", "mfu_causal", "training_days", "cost_usd", "energy_kwh", "efficiency", "tokens", "plan")
 
@@ -24,6 +27,15 @@ def _above_0(value: float | None) -> float | None:
     if value is not None and not value > 0:
         raise typer.BadParameter(f"{value:g} is not above 0")
     return value
+
+
+def _money(text: str) -> float:
+    """Return dollars from ``20e6``, ``20M`` or ``"20 M$"``."""
+    match = re.fullmatch(r"\s*\$?\s*(-?[0-9][0-9._]*(?:[eE][+-]?[0-9]+)?)\s*([kKMBG]?)\s*(?:\$|USD)?\s*", text)
+    try:
+        return float(match[1]) * _THOUSANDS[match[2]]
+    except (TypeError, ValueError):
+        raise typer.BadParameter(f"{text!r} is not an amount of money; write 20e6, 20M or 1.5B") from None
 
 
 def _tell(table: pd.DataFrame, title: str, as_json: bool) -> None:
@@ -85,7 +97,10 @@ def cheapest(
         list[str] | None, typer.Option("--cluster", help="Name or file of a cluster; repeatable. All shipped ones.")
     ] = None,
     days: Annotated[float | None, typer.Option(callback=_above_0, help="Deadline for the whole job.")] = None,
-    usd: Annotated[float | None, typer.Option("--budget", callback=_above_0, help="Money for the whole job, USD.")] = None,
+    usd: Annotated[
+        float | None,
+        typer.Option("--budget", parser=_money, metavar="USD", callback=_above_0, help="Money for the whole job, e.g. 20e6 or 20M."),
+    ] = None,
     counts: Counts = None,
     sets: Sets = None,
     as_json: AsJson = False,
@@ -101,7 +116,9 @@ def cheapest(
 
 
 def budget(
-    usd: Annotated[float, typer.Option("--usd", callback=_above_0, help="Money for the whole job, USD.")],
+    usd: Annotated[
+        float, typer.Option("--usd", parser=_money, metavar="USD", callback=_above_0, help="Money for the whole job, e.g. 20e6 or 20M.")
+    ],
     scenario: ScenarioFile = None,
     sets: Sets = None,
     as_json: AsJson = False,

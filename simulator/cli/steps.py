@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
 
 from simulator.cli.launches import Deepspeed, Megatron, Torchtitan, launch
 from simulator.cli.question import Allowed, AsJson, OutDir, ScenarioFile, Sets, Varied, load, space, variation
-from simulator.cli.terminal import headline, print_json, progress, records, report_files, say, show, write
+from simulator.cli.terminal import headline, print_json, progress, records, report_files, save_picture, say, show, write
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from simulator.planning.search import Search
 
 
 def plan(
@@ -16,19 +23,25 @@ def plan(
     sets: Sets = None,
     top: Annotated[int, typer.Option(min=1, help="Plans to simulate and show.")] = 10,
     allow: Allowed = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Also what each --allow costs; with --out, step against memory.")] = False,
     folder: OutDir = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the fastest plans: bound every legal one, estimate the promising, simulate the best."""
+    from simulator.planning.explain import constraint_costs, why
     from simulator.planning.search import search
 
     question = load(scenario, sets)
     with progress() as tell:
         found = search(question, top=top, progress=tell, space=space(allow))
+        costs = constraint_costs(found, tell) if explain else None
+    reasons = why(found) if len(found.results) > 1 else None
     files = write(found.best, folder, {"plans": found.table}) if folder else []
+    files += [_draw_front(found, folder)] if folder and explain else []
     if as_json:
         counts = {"legal": found.legal, "fitting": found.fitting, "estimated": found.estimated, "simulated": len(found.results)}
-        print_json(found.best.summary() | {"plans": records(found.table), "searched": counts, "files": [str(f) for f in files]})
+        reason = {name: records(table) for name, table in (("why", reasons), ("constraint_costs", costs)) if table is not None}
+        print_json(found.best.summary() | {"plans": records(found.table), "searched": counts} | reason | {"files": [str(f) for f in files]})
         return
     degrees = [str(r.scenario.plan) for r in found.results]
     figures = found.table[["step_time_s", "mfu_causal", "peak_memory_bytes", "training_days", "cost_usd"]]
@@ -40,9 +53,39 @@ def plan(
         if mark != kind:
             say(f"{mark} recompute of {kind.replace('+', ', ')}")
     say(f"{found.legal:,} legal plans, {found.fitting:,} fit in memory, {found.estimated:,} estimated, {len(found.results)} simulated.\n")
+    if reasons is not None:
+        say(escape(_because(reasons, found)))
+    if costs is not None:
+        show(costs, "What each constraint costs: the step without it")
     headline(found.best)
     if files:
         report_files(files)
+
+
+def _because(reasons: pd.DataFrame, found: Search) -> str:
+    """Return in a sentence what the runner-up spends more and less than the best plan, by the largest terms."""
+    from simulator.plots.style import WORDS
+
+    best, second = found.results[:2]
+    terms = [f"{WORDS.get(row.part, row.part)} {row.seconds:+.3f} s" for row in reasons.itertuples() if abs(row.seconds) >= 0.0005][:4]
+    longer = f"The second takes {second.step_time_s - best.step_time_s:.3f} s longer"
+    return f"{longer}: {', '.join(terms)}.\n" if terms else f"{longer}: no term differs by 0.5 ms.\n"
+
+
+def _draw_front(found: Search, folder: Path) -> Path:
+    """Draw the fastest plan within each amount of memory, by estimate; return the file."""
+    from simulator import plots
+
+    table = found.front()
+    table = table.assign(
+        on_front=True, degrees=[f"tp{t} pp{p} ep{e}" for t, p, e in zip(table["tp"], table["pp"], table["ep"], strict=True)]
+    )
+    axes = {"group": "schedule", "label": "degrees"}
+    return save_picture(
+        folder / "front.png",
+        lambda figure: plots.plot_front(table, "estimate_s", "peak_memory_bytes", ax=figure.subplots(), **axes),
+        (10, 5),
+    )
 
 
 def simulate(

@@ -75,6 +75,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "energy_kwh": ("energy MWh", lambda v: f"{v / 1e3:,.0f}"),
     "efficiency": ("efficiency", lambda v: f"{v:.1%}"),
     "tokens": ("tokens T", lambda v: f"{v / 1e12:.2f}"),
+    "costs_s": ("costs s", lambda v: f"{v:.3f}"),
     "seconds": ("seconds", lambda v: f"{v:.3f}"),
     "hidden_s": ("hidden beside compute s", lambda v: f"{v:.3f}" if v else ""),
     "exposed_s": ("exposed s", lambda v: f"{v:.3f}"),

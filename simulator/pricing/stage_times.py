@@ -19,7 +19,7 @@ from simulator.schedules import Schedule
 from simulator.units import Number
 from simulator.workload.ops import COMPUTE, HOST, STREAMS, Block, Op, Segment, host_wait, passes
 from simulator.workload.stages import StageBlocks
-from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parameter_ops, send_op
+from simulator.workload.step import NORM_OP, gathers, gradient_ops, optimizer_ops, parameter_ops, send_op
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +143,9 @@ def beside(block: Block, kind: str, plan: Plan | PlanColumns, paired: bool = Fal
     """
     segments = passes(block, kind)
     own = (op for segment in segments for op in segment if op.kind in COMPUTE or paired or len(segment) > 1)
-    gathers = parameter_ops(block, plan) if plan.zero >= 3 and kind != "W" else ()
+    gathered = parameter_ops(block, plan) * gathers(plan, kind)
     reduces = gradient_ops(block, plan) if plan.zero >= 2 and kind in "BW" else ()
-    return (*own, *gathers, *reduces)
+    return (*own, *gathered, *reduces)
 
 
 def pass_beside(

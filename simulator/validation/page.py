@@ -55,6 +55,7 @@ def sections(report: Report, worst: int, own: Mapping[str, pd.DataFrame] | None 
         memory_section(report),
         collectives_section(report),
         _intervals(report),
+        _pairs(report),
         *_features(report),
         worst_rows(report, worst),
         _not_modelled(report),
@@ -84,12 +85,36 @@ def _regimes(report: Report) -> Section:
         "Absolute relative error of the predicted step, averaged over (model × accelerator), each group counting once however many "
         "rows it has. Cold: what a user gets who knows nothing of the software release. Anchored: times one factor per release and "
         "accelerator, the median over the other models of that release; rows without another model of their release are left out. "
-        "Relative: how far the predicted ratio of two rows of one release is from the measured one, |ln|. Rows are complete when their "
+        "Relative: how far the predicted ratio of two rows of one release is from the measured one, |ln|, both predicted by parameters "
+        "fitted without the group of either; a pair counts for both groups. Rows are complete when their "
         "source leaves nothing to assume. Constant MFU is the baseline: one FLOP rate per accelerator and precision, fitted on the other "
         "models. Repeated is how far measurements of one configuration are apart, over all software for the cold regime, with equal "
         f"options within a release for the others; over all rows {percent(median)} in the median, {percent(p90)} at the 90th percentile."
     )
     return Section("Step time", words, pd.DataFrame(lines))
+
+
+def _pairs(report: Report) -> Section:
+    lines = [
+        {
+            "rows": f"{_NAMES[k['arch']]}, complete",
+            "the pair shares its release": "all pairs"
+            if k["shared"] == "release"
+            else f"and {k['shared']}".replace("neither", "nothing else"),
+            "pairs": f"{k['pairs']:,}",
+            "rows in them": f"{k['rows']:,}",
+            "groups": k["groups"],
+            "mean": percent(k["mean"]),
+            "median": percent(k["median"]),
+            "median of the pairs": percent(k["pooled_median"]),
+        }
+        for k in report.kinds.to_dict("records")
+    ]
+    words = (
+        "The relative regime by what two rows of one release share beside it. Mean and median are taken within each (model × accelerator) "
+        "over the pairs that its rows are in, then averaged; the last column counts every pair once."
+    )
+    return Section("Pairs of one release", words, pd.DataFrame(lines))
 
 
 def _peers(report: Report) -> Section:

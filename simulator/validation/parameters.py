@@ -164,23 +164,29 @@ def cold(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         With ``anchor``, too: ``ln(predicted / measured)`` of the other models of the row's release on its accelerator, by the
-        same parameters as the row itself (`simulator.validation.regimes.others_median`).
+        same parameters as the row itself (`simulator.validation.regimes.others_median`); and what pairs of rows need to be
+        predicted by common parameters (`simulator.validation.regimes.pairs`): ``silicon``, ``slope.<parameter>`` of the row and
+        ``moved.<parameter>`` = ln of what leaving its group out does to each.
 
     Notes
     -----
     Complete rows of other groups decide; a row that is not complete decides nothing. To first order in the logarithms: the
     shipped parameters are those fitted to all rows, and leaving one group out moves them little.
     """
-    kept, result = _joined(table, found), table.set_index("id").assign(anchor=np.nan)
-    for _, group, parameters in _by_silicon(kept):
+    kept, columns = _joined(table, found), [*(f"slope.{n}" for n in NAMES), *(f"moved.{n}" for n in NAMES)]
+    result = table.set_index("id").assign(anchor=np.nan, silicon="", **dict.fromkeys(columns, 0.0))
+    for silicon, group, parameters in _by_silicon(kept):
         slopes, misses, weights = _arrays(group, parameters)
         for name, moved in leave_out(parameters, slopes, misses, weights, group["group"].to_numpy()).items():
             own = (group["group"] == name).to_numpy()
             moves = pd.Series(slopes @ moved, index=group.index)
             rows = group.loc[own, "id"]
+            result.loc[rows, "silicon"] = silicon
+            result.loc[rows, [f"slope.{p.name}" for p in parameters]] = slopes[own]
+            result.loc[rows, [f"moved.{p.name}" for p in parameters]] = moved
             result.loc[rows, "predicted_s"] = (group["predicted_s"] * np.exp(moves))[own].to_numpy()
             near = group[group["accelerator"] == group.loc[own, "accelerator"].iloc[0]]
             residual = moves.loc[near.index] - near["miss"]
             result.loc[rows, "anchor"] = others_median(near, residual).loc[rows.index].to_numpy()
     result["relative_error"] = result["predicted_s"] / result["measured_s"] - 1
-    return result.reset_index()[[*table.columns, "anchor"]]
+    return result.reset_index()[[*table.columns, "anchor", "silicon", *columns]]

@@ -128,19 +128,68 @@ def pairs(rows: pd.DataFrame, keys: list[str] | None = None) -> pd.DataFrame:
     DataFrame
         ``i``, ``j``; ``error`` = how far the predicted ratio of the two is from the measured one, ``|ln|``; ``baseline_error``
         likewise; ``measured`` = how far apart the measurements themselves are, ``|ln|``.
+
+    Notes
+    -----
+    Both rows of a pair are predicted by the same parameters, fitted without the groups of either: to first order in the logarithms
+    those move by the sum of what each group's absence moves (`simulator.validation.parameters.cold`), so that the residual of a row,
+    which its own group's absence already shaped, moves by ``slopes . moved`` of the other's. Rows of different silicon have no
+    parameter in common, and rows of one group are left out together already.
     """
     keys = ["release"] if keys is None else keys
     columns: dict[str, list[np.ndarray]] = {c: [] for c in ("i", "j", "error", "baseline_error", "measured")}
-    residual, measured = rows["residual"].to_numpy(), np.log(rows["measured_s"].to_numpy())
+    apart, measured = _apart(rows), np.log(rows["measured_s"].to_numpy())
     baseline = np.log(rows["baseline_s"].to_numpy()) - measured
     for place in rows.reset_index(drop=True).groupby(keys).indices.values():
         i, j = (place[k] for k in np.triu_indices(len(place), 1))
         columns["i"].append(i)
         columns["j"].append(j)
-        columns["error"].append(np.abs(residual[i] - residual[j]))
+        columns["error"].append(np.abs(apart(i, j)))
         columns["baseline_error"].append(np.abs(baseline[i] - baseline[j]))
         columns["measured"].append(np.abs(measured[i] - measured[j]))
     return pd.DataFrame({name: np.concatenate(parts) if parts else np.empty(0) for name, parts in columns.items()})
+
+
+def _apart(rows: pd.DataFrame) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Return the function of positions ``(i, j)`` that gives ``ln`` of the predicted over the measured ratio of two rows."""
+    residual = rows["residual"].to_numpy()
+    slope, moved = (rows[[c for c in rows.columns if c.startswith(start)]].to_numpy(dtype=float) for start in ("slope.", "moved."))
+    group = rows.groupby(GROUP).ngroup().to_numpy()
+    silicon = rows["silicon"].to_numpy() if "silicon" in rows else np.zeros(len(rows))
+
+    def apart(i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        shared = (group[i] != group[j]) & (silicon[i] == silicon[j])
+        return residual[i] - residual[j] + shared * ((slope[i] * moved[j]).sum(axis=1) - (slope[j] * moved[i]).sum(axis=1))
+
+    return apart
+
+
+def kinds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the relative errors of complete rows by what the two rows of a pair share beside the release.
+
+    Returns
+    -------
+    DataFrame
+        ``arch``, ``shared`` (the pairs: all, or those of the same model, accelerator, both or neither), ``pairs``, and ``rows``,
+        ``groups``, ``mean``, ``median`` as `regimes` has them: of the pairs of a group, then averaged over groups;
+        ``pooled_median`` counts every pair once.
+    """
+    lines = []
+    for arch in ("moe", "dense"):
+        some = rows[(rows["complete"] == "yes") & (rows["arch"] == arch)].reset_index(drop=True)
+        found = pairs(some)
+        model, accelerator = ((some[k].to_numpy()[found["i"]] == some[k].to_numpy()[found["j"]]) for k in GROUP)
+        chosen = {
+            "release": np.ones(len(found), dtype=bool),
+            "model and accelerator": model & accelerator,
+            "accelerator": ~model & accelerator,
+        }
+        chosen |= {"model": model & ~accelerator, "neither": ~model & ~accelerator}
+        for shared, which in chosen.items():
+            of = found[which]
+            said = {"arch": arch, "shared": shared, "pairs": len(of), "pooled_median": float(of["error"].median())}
+            lines.append(said | _relative(some, "error", of))
+    return pd.DataFrame(lines)
 
 
 def _relative(rows: pd.DataFrame, column: str, found: pd.DataFrame) -> dict[str, float]:

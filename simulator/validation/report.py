@@ -20,7 +20,7 @@ from simulator.validation.memory import memory_summary, published_memory, valida
 from simulator.validation.parameters import cold, row_slopes
 from simulator.validation.peers import peers, plausible
 from simulator.validation.published import published_runs, roomy, scenario_from_row, step_s, validate
-from simulator.validation.regimes import GROUP, errors, floor, regimes, scored
+from simulator.validation.regimes import GROUP, errors, floor, kinds, regimes, scored
 from simulator.validation.scaling import slopes
 
 #: what rows are told apart by, beside source and accelerator: name -> value of a row
@@ -81,6 +81,11 @@ class Report:
     def regimes(self) -> pd.DataFrame:
         """Errors cold, anchored and relative."""
         return regimes(self.rows)
+
+    @cached_property
+    def kinds(self) -> pd.DataFrame:
+        """Relative errors by what the rows of a pair share."""
+        return kinds(self.rows)
 
     @cached_property
     def floor(self) -> tuple[float, float]:
@@ -155,6 +160,7 @@ class Report:
         """Return the report as JSON-ready data: ``summary`` of tables and ``rows``."""
         summary = {
             "regimes": _records(self.regimes),
+            "relative": _records(self.kinds),
             "repeated_measurements": _records(pd.DataFrame([self.floor], columns=["median", "p90"])),
             "by_feature": _records(self.by_feature),
             "choosing": _records(self.choosing),
