@@ -13,6 +13,7 @@ from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, schedule
 from simulator.units import Number
 from simulator.workload.stages import blocks, stage_blocks
+from simulator.workload.step import gathers
 
 
 def _ahead(plan: Plan | PlanColumns) -> bool:
@@ -96,9 +97,9 @@ def _ends(plan: Plan | PlanColumns, t: StageTimes, order: Schedule) -> tuple[Num
     held = np.array(order.held)
     ready, busy = None, 0.0
     if _ahead(plan):
-        gathers, earlier = t.gather_s[..., held], held[:, None, :] < held[:, :, None]  # chunks gather in the order of their stages
-        ready = np.einsum("...rd,rcd->...rc", gathers, earlier) + _by_composition(t, _gathering)[..., held]
-        busy = gathers.sum(axis=-1)
+        sharded, earlier = t.gather_s[..., held], held[:, None, :] < held[:, :, None]  # chunks gather in the order of their stages
+        ready = np.einsum("...rd,rcd->...rc", sharded, earlier) + _by_composition(t, _gathering)[..., held]
+        busy = sharded.sum(axis=-1)
     if plan.zero < 2 and not order.pairs:
         ends = replay(order, {kind: t.pass_s(kind) for kind in PASSES}, t.hop_s, ready, not plan.overlap.pp)
         return ends, ends.max(axis=-1)
@@ -117,8 +118,8 @@ def _laps(plan: Plan | PlanColumns, t: StageTimes, what: tuple[tuple[str, int], 
         runs = [[((("compute", p.pass_s(kind)),),) for p in row] for (kind, _), row in zip(what, blocks_of, strict=True)]
     found = []
     for (kind, _), row, own in zip(what, blocks_of, runs, strict=True):
-        gathers, reduces = plan.zero >= 3 and kind != "W", plan.zero >= 2 and kind in "BW"
-        found.append([Lap(r, p.gather_s if gathers else 0.0, p.reduce_s if reduces else None) for r, p in zip(own, row, strict=True)])
+        times, reduces = gathers(plan, kind), plan.zero >= 2 and kind in "BW"
+        found.append([Lap(r, times * p.gather_s, p.reduce_s if reduces else None) for r, p in zip(own, row, strict=True)])
     return [row or [Lap(((("compute", 0.0),),))] for row in found]  # a stage without blocks still waits for its message
 
 

@@ -17,7 +17,7 @@ from simulator.scenario.plan import Plan
 from simulator.units import Number
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP
 from simulator.workload.experts import copies
-from simulator.workload.ops import COMPUTE, HOST, Op, Segment
+from simulator.workload.ops import COMPUTE, EXPERT_LAUNCH, HOST, Op, Segment
 
 _COLLECTIVES = {
     "all_gather": collectives.all_gather_s,
@@ -49,10 +49,12 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     """
     if op.routed and (np.ndim(load) > 0 or load != 1.0):
         op = loaded(op, load)
+    if np.any(np.not_equal(op.turns, 1.0)):
+        one = replace(op, flop=op.flop / op.turns, bytes=op.bytes / op.turns, turns=1.0)
+        return op.turns * op_s(one, model, plan, cluster, graph=graph, slow=slow)
     if op.kind in COMPUTE:
-        one = replace(op, flop=op.flop / op.turns, bytes=op.bytes / op.turns) if np.any(np.not_equal(op.turns, 1.0)) else op
         kept = 1.0 - plan.overlap.collective_multiprocessors * np.asarray(op.apart)
-        return slow * op.turns * _kernel_s(one, plan, cluster) / kept
+        return slow * _kernel_s(op, plan, cluster) / kept
     if op.kind == HOST:
         return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph, slow), cluster.host.dispatch_s)
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
@@ -70,7 +72,18 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         talk = cluster.host.collectives[f"{op.kind}.{op.dtype}.{ranks}"]
         size = np.minimum(members.size, 2) if op.kind == "send" else np.asarray(members.size)  # a message has two ends
         seconds = np.where(size == ranks, collectives.measured_s(op.bytes * (out + fan), talk), seconds)
+    if op.listed:
+        seconds = seconds + _copies_of_parts_s(op, members.size, cluster)
     return seconds if op.kind == "send" else np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: none is called
+
+
+def _copies_of_parts_s(op: Op, ranks: Number, cluster: Cluster) -> Number:
+    """Return the seconds of copying every rank's part of a collective, read and written, by a kernel for each.
+
+    A loop in C++ launches them while the device waits (`simulator.workload.ops.EXPERT_LAUNCH`).
+    """
+    launched = np.asarray(ranks) * EXPERT_LAUNCH * (cluster.host.dispatch_s or 0.0)
+    return np.maximum(launched, compute.memory_s(2.0 * op.bytes, cluster.accelerator, ranks))
 
 
 def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
@@ -169,7 +182,7 @@ def device_bytes(op: Op, model: Model, plan: Plan, cluster: Cluster) -> Number:
     if op.kind == "all_to_all":
         out, fan = _copies(model, plan, cluster)
         return 2.0 * op.bytes * (out + fan)
-    return _PASSES[op.kind] * op.bytes
+    return (_PASSES[op.kind] + (2.0 if op.listed else 0.0)) * op.bytes
 
 
 def loaded(op: Op, load: Number) -> Op:

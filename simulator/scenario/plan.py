@@ -126,6 +126,10 @@ class Overlap(Frozen):
     prefetch : int
         Blocks whose parameters ZeRO-3 gathers ahead of the one that runs. The default is what FSDP2 does by itself, and so
         torchtitan; more (``set_modules_to_forward_prefetch``) hides longer gathers and holds as many more blocks, 0 hides none.
+    by_tensor : bool
+        ZeRO gathers and reduces every matrix in a collective of its own, from and to a list of one tensor per rank, which a
+        kernel each copies: DeepSpeed until the end of 2021 (its issue 1069; pull requests 1188 and 1453 changed it). False moves
+        the parameters of a block in one collective.
     pp : bool
         Send to other stages beside the next action. False starts it only when the message has left, as Megatron does without
         interleaving or with ``--no-overlap-p2p-communication``.
@@ -137,6 +141,7 @@ class Overlap(Frozen):
     collective_multiprocessors: float = Field(default=16 / 132, ge=0, lt=1)
     tp: bool | Literal["pieces"] = True
     prefetch: int = Field(default=1, ge=0)
+    by_tensor: bool = False
     pp: bool = True
 
 

@@ -331,6 +331,9 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
     listed = row.has("full ARGS in the yaml", "notes") and "overlap_grad_reduce=True" not in notes  # what it lists is all there is
     if listed or re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):
         return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+    if row.has("SC'21", "source") and row.whole("zero_stage") == 3:
+        row.assume("ZeRO-3 as DeepSpeed's of early 2021: matrix by matrix, from lists of tensors, gathers waited for (its issue 1069)")
+        return Overlap(tp=tp, prefetch=0, by_tensor=True)
     if row.has(_NO_GRADIENT_OVERLAP, "source"):
         # --overlap-grad-reduce came at the end of 2023; MegaScale's ablation adds it to its baseline
         row.assume("gradient reduction not printed: after the backward (Megatron-LM before 2024)")

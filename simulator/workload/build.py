@@ -25,6 +25,7 @@ from simulator.workload.step import (
     StepProgram,
     Task,
     fused,
+    gathers,
     gradient_ops,
     optimizer_ops,
     parameter_ops,
@@ -209,10 +210,10 @@ class _Builder:
 
     def parameters(self, row: _Row, thread: _Thread, piece: _Pieces, action: Action, i: int) -> tuple[int, ...]:
         """Return the gathers that block `i` waits for: ZeRO-3 gathers for each pass, some blocks ahead; ZeRO-1 and 2 once."""
-        if self.plan.zero >= 3 and action.kind != "W":
+        if times := gathers(self.plan, action.kind):
             ahead = self.plan.overlap.prefetch
             start = thread.last if not ahead else thread.begun[-ahead] if len(thread.begun) >= ahead else ()
-            return self.aside(row, piece.gather, start, action)
+            return self.aside(row, piece.gather * times, start, action)
         first = action.kind == "F" and not row.done["F", action.chunk]
         return row.gathered.get((action.chunk, i), ()) if first else ()
 

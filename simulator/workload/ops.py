@@ -63,6 +63,8 @@ class Op:
         aside for it. Of a kernel: it runs on the others only.
     turns : Number
         How often the same is done, one after the other: `flop` and `bytes` are of all turns, the shape of one.
+    listed : bool
+        Of a collective: every rank's part is a tensor of its own, which a kernel copies from or to the buffer that travels.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Op:
     beside: tuple[Segment, ...] = ()
     apart: Any = False
     turns: Number = 1.0
+    listed: bool = False
 
     @property
     def stream(self) -> str:

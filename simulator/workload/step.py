@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from simulator.scenario.job import Job
 from simulator.scenario.mesh import group
@@ -114,6 +115,17 @@ def fused(segments: Iterable[Segment], plan: Plan, of: tuple[str, str] = ("", ""
     return tuple(body)
 
 
+def _by_tensor(block: Block, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return, by axis, the fields of a collective that moves a block's matrices one by one; none when it moves all at once.
+
+    Vectors stay with the matrices: DeepSpeed does not shard what is smaller than its ``param_persistence_threshold``.
+    """
+    if not (plan.overlap.by_tensor and plan.zero):
+        return {"dp": {}, "edp": {}}
+    routed = sum(name.startswith("moe.") for name, _ in block.matrices)
+    return {"dp": {"turns": max(len(block.matrices) - routed, 1), "listed": True}, "edp": {"turns": max(routed, 1), "listed": True}}
+
+
 def gradient_ops(block: Block, plan: Plan) -> tuple[Op, ...]:
     """Return the collectives that sum a block's gradients over its replicas.
 
@@ -124,8 +136,9 @@ def gradient_ops(block: Block, plan: Plan) -> tuple[Op, ...]:
     element = ELEMENT_BYTES[dtype]
     kind = "reduce_scatter" if plan.zero else "all_reduce"
     ops = []
+    by_tensor = _by_tensor(block, plan)
     for axis, parameters, shard in (("dp", block.dense_parameters, plan.shard), ("edp", block.expert_parameters, plan.expert_shard)):
-        ops.append(Op(f"gradients.{axis}", kind, bytes=parameters * element, axis=axis, dtype=dtype))
+        ops.append(Op(f"gradients.{axis}", kind, bytes=parameters * element, axis=axis, dtype=dtype, **by_tensor[axis]))
         ops.append(
             Op(
                 f"gradients.{axis}.replicas",
@@ -145,12 +158,24 @@ def parameter_ops(block: Block, plan: Plan) -> tuple[Op, ...]:
     """Return the collectives that gather a block's parameters from their shards."""
     element = ELEMENT_BYTES[plan.precision.parameters]
     dense, expert = block.dense_parameters * element, block.expert_parameters * element
+    by_tensor = _by_tensor(block, plan)
     return (
         Op("parameters.dp.copies", "all_gather", bytes=dense / plan.shard, axis="copies"),
-        Op("parameters.dp", "all_gather", bytes=dense, axis="dp"),
+        Op("parameters.dp", "all_gather", bytes=dense, axis="dp", **by_tensor["dp"]),
         Op("parameters.edp.copies", "all_gather", bytes=expert / plan.expert_shard, axis="copies"),
-        Op("parameters.edp", "all_gather", bytes=expert, axis="edp"),
+        Op("parameters.edp", "all_gather", bytes=expert, axis="edp", **by_tensor["edp"]),
     )
+
+
+def gathers(plan: Plan, kind: str) -> int:
+    """Return how often a pass F, B, I or W gathers the parameters of a block: under ZeRO-3 once, but for the weight gradients.
+
+    Matrix by matrix, a layer that is computed again has dropped its parameters before its gradients need them: they come once more
+    (Rajbhandari et al., "ZeRO-Infinity", SC 2021, section 4.1).
+    """
+    if plan.zero < 3 or kind == "W":
+        return 0
+    return 2 if plan.overlap.by_tensor and plan.recompute == "full" and kind != "F" else 1
 
 
 def optimizer_ops(dense, expert, model: Model, plan: Plan, job: Job) -> tuple[Op, ...]:
