@@ -21,7 +21,8 @@ import torch.distributed as dist
 from simulator.errors import SimulatorError
 
 #: what a rank is started with: freed memory is kept, because new pages cost more than most kernels; large pages, because the optimizer
-#: runs at 15 to 31 GB/s on small ones, as the heap is older or fresher, and within 18 to 19 on large ones; one thread
+#: was seen at 15 to 31 GB/s on small ones, as the heap was older or fresher, and at 18 to 19 on large ones (one two-core machine; glibc
+#: before 2.35 or a kernel without them passes the wish by); one thread
 ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**46),

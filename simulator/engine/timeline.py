@@ -115,7 +115,9 @@ class Timeline:
         DataFrame
             ``rank_class``, ``stage``, ``time_s``, ``activations_bytes`` from that time on. A forward takes what its blocks
             save, a backward gives it back; an input gradient gives back what the weight gradient does not need. What is
-            computed again lives within one block and is not drawn; `StepResult.memory` adds it.
+            computed again lives within one block and is not drawn; `StepResult.memory` adds it. Experts count as evenly
+            loaded, since the heavy rank of a group is another one in each layer; `RanksResult.activations_over_time` follows
+            the tokens that a rank receives.
         """
         begin, end = self.action_times()
         changes: dict[int, list[tuple[float, float]]] = {c: [(0.0, 0.0)] for c in range(len(self.ranks))}

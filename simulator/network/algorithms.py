@@ -130,10 +130,15 @@ def tree_s(size: Number, reach: Reach, protocol: Protocol) -> Number:
     return getattr(reach.start, protocol) + hops + filled_s(np.where(g > 1, chain, between), reach.pipeline_s)
 
 
+def _tree_passes(domains: Number) -> Number:
+    """Return how often a double tree sends the data over each NIC: up and down, between two domains at once."""
+    return np.where(np.asarray(domains) > 2, 2.0, 1.0)
+
+
 def _between_s(size: Number, reach: Reach) -> Number:
     """Return seconds for which a double binary tree keeps the NICs of a domain busy."""
     domains = np.asarray(reach.domains, dtype=float)
-    passes = np.where(domains == 2, 1.0, 2.0)
+    passes = _tree_passes(domains)
     return np.where(domains > 1, passes * size / (reach.inside * np.asarray(reach.nic_bytes_per_s, dtype=float)), 0.0)
 
 
@@ -150,7 +155,7 @@ def in_network_s(size: Number, reach: Reach) -> Number:
     g, domains = (np.asarray(v, dtype=float) for v in (reach.inside, reach.domains))
     rate = np.asarray(reach.reduce_bytes_per_s, dtype=float)
     possible = (rate > 0) & np.where(domains > 1, g > 1, g > 2)
-    passes = np.where(domains > 2, 2.0, 1.0)
+    passes = _tree_passes(domains)
     wire = np.maximum(passes * size * (1 + 1 / g) / np.where(possible, rate, np.inf), _between_s(size, reach))
     stages = COPIES + 2 * np.log2(domains)
     full = np.minimum(loop_bytes(size, reach) / np.maximum(size, 1e-9), 1.0)

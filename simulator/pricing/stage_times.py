@@ -23,8 +23,8 @@ from simulator.workload.step import NORM_OP, gathers, gradient_ops, optimizer_op
 
 
 @dataclass(frozen=True, slots=True)
-class BlockPrice:
-    """Seconds of one block for one micro-batch.
+class PassTimes:
+    """Seconds of the passes of a block or a stage for one micro-batch, and of its data-parallel collectives.
 
     Parameters
     ----------
@@ -32,14 +32,9 @@ class BlockPrice:
         The passes F, B, I and W; in I and W nothing of the other runs beside.
     gather_s, reduce_s : Number
         The data-parallel collectives.
-    forward_runs, backward_runs : tuple
-        F and B as segments of (stream, seconds) at full speed, kernels in a row as one, at last how long the host launches;
-        what a pair interleaves.
     extra_s : dict of str to Number
         What F, B, I and W take longer by because collectives beside them take multiprocessors and memory bandwidth; slower
         kernels hide more of the launches.
-    paired : dict of str to Beside
-        Kernels and communication of F and B, as a pair runs all of them beside each other.
     """
 
     forward_s: Number
@@ -48,14 +43,29 @@ class BlockPrice:
     weight_s: Number
     gather_s: Number
     reduce_s: Number
-    forward_runs: Runs
-    backward_runs: Runs
     extra_s: Mapping[str, Number]
-    paired: Mapping[str, Beside]
 
     def pass_s(self, kind: str) -> Number:
         """Return the seconds of F, B, I or W with collectives beside it."""
         return getattr(self, PASSES[kind]) + self.extra_s[kind]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPrice(PassTimes):
+    """Seconds of one block for one micro-batch, with what a pair interleaves.
+
+    Parameters
+    ----------
+    forward_runs, backward_runs : tuple
+        F and B as segments of (stream, seconds) at full speed, kernels in a row as one, at last how long the host launches;
+        what a pair interleaves.
+    paired : dict of str to Beside
+        Kernels and communication of F and B, as a pair runs all of them beside each other.
+    """
+
+    forward_runs: Runs
+    backward_runs: Runs
+    paired: Mapping[str, Beside]
 
 
 #: the field of each kind of pass
@@ -193,41 +203,26 @@ def price_blocks(
 
 
 @dataclass(frozen=True, slots=True)
-class StageTimes:
-    """Seconds of one step's parts, on every stage (..., stages) or rank (..., pp).
+class StageTimes(PassTimes):
+    """Seconds of one step's parts, on every stage (..., stages) or rank (..., pp); those of blocks summed over each stage.
 
     Parameters
     ----------
-    forward_s ... weight_s, gather_s, reduce_s : ndarray (..., stages)
-        As in `BlockPrice`, summed over the blocks of a stage.
     optimizer_s : ndarray (..., pp)
         Optimizer kernels.
     hop_s, norm_s, first_gather_s : ndarray (...)
         A message between ranks, the all-reduce of the gradient norm, the gather of the first block, which nothing can hide.
-    extra_s : dict of str to ndarray (..., stages)
-        As in `BlockPrice`, summed over the blocks of a stage.
     stage_blocks : tuple
         Prices of the blocks of each stage, in order.
     accelerator : Accelerator
     """
 
-    forward_s: Number
-    backward_s: Number
-    input_s: Number
-    weight_s: Number
-    gather_s: Number
-    reduce_s: Number
     optimizer_s: Number
     hop_s: Number
     norm_s: Number
     first_gather_s: Number
-    extra_s: Mapping[str, Number]
     stage_blocks: tuple[tuple[BlockPrice, ...], ...]
     accelerator: Accelerator
-
-    def pass_s(self, kind: str) -> Number:
-        """Return the seconds of F, B, I or W on every stage, with collectives beside it."""
-        return getattr(self, PASSES[kind]) + self.extra_s[kind]
 
 
 def stage_times(
