@@ -131,6 +131,8 @@ def test_text_that_does_not_fit(tmp_path: Path, reader, text: str, message: str)
         (nccl_json, '{"results": [{"size": 8, "out_of_place": null}]}', "no timed result"),
         (profiler_trace, "{}", "no list 'traceEvents'"),
         (profiler_trace, '{"traceEvents": [3]}', "no event with a duration"),
+        (profiler_trace, '{"traceEvents": [{"ph": "X", "cat": "kernel", "name": "gemm", "dur": NaN}]}', "event 1, 'gemm', has dur = nan"),
+        (profiler_trace, '{"traceEvents": [{"ph": "X", "cat": "kernel", "name": "gemm"}]}', "event 1, 'gemm', has dur = None"),
     ],
 )
 def test_json_that_does_not_fit(tmp_path: Path, reader, text: str, message: str):

@@ -107,7 +107,7 @@ def profiler_trace(path: str | Path) -> pd.DataFrame:
     data = _json(path)
     if not isinstance(data, dict) or not isinstance(data.get("traceEvents"), list):
         raise _wrong(path, None, "no list 'traceEvents'", "a Chrome trace as torch.profiler's export_chrome_trace writes it")
-    rows = [row for row in map(_event, data["traceEvents"]) if row]
+    rows = [row for number, event in enumerate(data["traceEvents"], start=1) if (row := _event(path, number, event))]
     if not rows:
         raise _wrong(path, None, "no event with a duration", "events of ph X with name, cat, dur")
     table = pd.DataFrame(rows).groupby(["name", "category"], as_index=False).agg(
@@ -120,12 +120,14 @@ _CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset", "cpu_op", "user_annotation"
 _ELEMENT = {"Float": 4, "BFloat16": 2, "Half": 2, "Double": 8, "Byte": 1, "Char": 1, "Int": 4, "Long": 8}
 
 
-def _event(event: Any) -> dict[str, Any] | None:
+def _event(path: Path, number: int, event: Any) -> dict[str, Any] | None:
     if not isinstance(event, dict) or event.get("ph") != "X" or event.get("cat") not in _CATEGORIES:
         return None
-    duration = event.get("dur", 0)
+    duration = event.get("dur")
+    # zero is a duration: older traces count whole microseconds
     if not isinstance(duration, int | float) or not math.isfinite(duration) or duration < 0:
-        return None
+        found = f"event {number}, {str(event.get('name', ''))[:60]!r}, has dur = {duration!r}"
+        raise _wrong(path, None, found, "a duration in microseconds, zero or more")
     said = event.get("args") or {}
     name = said.get("Collective name") or event.get("name", "")
     elements = max(said.get("In msg nelems", 0) or 0, said.get("Out msg nelems", 0) or 0)
