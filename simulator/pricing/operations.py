@@ -82,7 +82,7 @@ def _copies_of_parts_s(op: Op, ranks: Number, cluster: Cluster) -> Number:
 
     A loop in C++ launches them while the device waits (`simulator.workload.ops.EXPERT_LAUNCH`).
     """
-    launched = np.asarray(ranks) * EXPERT_LAUNCH * (cluster.host.dispatch_s or 0.0)
+    launched = compute.host_wait_s(np.asarray(ranks) * EXPERT_LAUNCH, 0.0, cluster.host.dispatch_s)
     return np.maximum(launched, compute.memory_s(2.0 * op.bytes, cluster.accelerator, ranks))
 
 
