@@ -11,7 +11,7 @@ from simulator.validation.parameters import NAMES, cold, fitted, parameters_of, 
 from simulator.validation.published import published_runs, scenario_from_row, validate
 from simulator.validation.regimes import pairs, scored
 
-IDS = ("aa-131868", "vtrain-s-0000", "korth-22b-sel", "internevo-ck-8-8", "internevo-tp2-z4-8")
+IDS = ("aa-131868", "vtrain-s-0000", "korth-22b-sel", "internevo-ck-8-8", "internevo-tp2-z4-8", "sc21-t2-zero-3-174.6-384")
 
 
 @pytest.fixture(scope="module")
