@@ -17,6 +17,7 @@ ROUND = ACCELERATORS.load("h100-sxm5-80").model_copy(
         "gemm_efficiency": {"fp32": 1.0, "bf16": 0.5, "fp8": 0.25},
         "grouped_gemm_efficiency": 0.8,
         "attention_efficiency": {"forward": 0.5, "backward": 0.4},
+        "keys_ramp": None,
         "hbm_bytes_per_s": 1e12,
         "hbm_efficiency": 0.5,
         "launch_s": 1e-6,

@@ -6,12 +6,12 @@ import re
 from typing import Any, Literal, get_args
 
 from simulator.errors import ProfileError
-from simulator.scenario.framework import Framework
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Overlap, Plan, Precision
 from simulator.validation.row import Row
 from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, kernels_of
+from simulator.validation.row_software import framework_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
@@ -84,7 +84,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         precision=_precision(row),
         overlap=_overlap(row, degrees, sequence_parallel),
         kernels=kernels_of(row),
-        framework=Framework(cross_entropy="gathered") if row.has("Aleph-Alpha", "source") else Framework(),
+        framework=framework_of(row),
     )
 
 
