@@ -63,6 +63,9 @@ class Op:
         aside for it. Of a kernel: it runs on the others only.
     turns : Number
         How often the same is done, one after the other: `flop` and `bytes` are of all turns, the shape of one.
+    streams : Number
+        Of a GEMM: how many like it run side by side on streams of their own, so that their tiles fill the multiprocessors together;
+        `flop` and `bytes` are its own.
     listed : bool
         Of a collective: every rank's part is a tensor of its own, which a kernel copies from or to the buffer that travels.
     """
@@ -83,6 +86,7 @@ class Op:
     beside: tuple[Segment, ...] = ()
     apart: Any = False
     turns: Number = 1.0
+    streams: Number = 1.0
     listed: bool = False
 
     @property
@@ -146,8 +150,13 @@ def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float,
 
 
 def _cut(product: Callable[[Number], Op], rows: Number, pieces: Number) -> tuple[Op, Op]:
-    """Return one of the equal pieces of a product, and all the others in turn."""
-    one, others = product(rows / pieces), pieces - 1.0
+    """Return one of the equal pieces of a product, and all the others in turn.
+
+    Transformer Engine gives them to three streams in turn (``NVTE_COMM_OVERLAP_MAX_STREAMS``; ``split_overlap_ag`` and
+    ``split_overlap_rs`` in transformer_engine/common/comm_gemm_overlap/comm_gemm_overlap.cpp @015939a): when the tiles of one run
+    out, those of the next already run.
+    """
+    one, others = replace(product(rows / pieces), streams=pieces), pieces - 1.0
     launches = EXPERT_LAUNCH * others  # from a loop in C++, as those of experts
     return one, replace(one, flop=one.flop * others, bytes=one.bytes * others, turns=np.maximum(others, 1.0), launches=launches)
 
