@@ -74,6 +74,13 @@ def test_a_narrower_element_makes_the_pipeline_deeper():
     assert shares == pytest.approx([0.8, 400 / 600, 0.5], rel=1e-14)
 
 
+def test_a_product_that_adds_to_its_result_loses_more_depth_where_nothing_hides_it():
+    """8 bytes per element for 2: a ramp of 400 for 100, on hardware that holds one tile of sums."""
+    one, two = (ROUND.model_copy(update={"result_tiles": tiles}) for tiles in (1, 2))
+    assert gemm_shape_efficiency(256, 512, 400, 1, one, written=8.0) == pytest.approx(0.5, rel=1e-14)
+    assert gemm_shape_efficiency(256, 512, 400, 1, two, written=8.0) == gemm_shape_efficiency(256, 512, 400, 1, one)
+
+
 # --- times ---
 
 

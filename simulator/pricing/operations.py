@@ -97,7 +97,7 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         whole = compute.whole_vectors(op.m if op.grad == "weight" else op.k, op.n, op.dtype)  # the rest counts tokens: no row
         batched = op.kind == "gemm" and np.any(np.asarray(op.groups) > 1)
         shape = op.m, op.n, op.k, op.groups * op.streams, op.dtype
-        return compute.gemm_s(op.flop, op.bytes, *shape, grouped, cluster.accelerator, whole, batched)
+        return compute.gemm_s(op.flop, op.bytes, *shape, grouped, cluster.accelerator, whole, batched, op.written)
     if op.kind == "attention":
         width, backward = (op.k + op.n) / 2, op.grad == "input"
         return compute.attention_s(op.flop, op.bytes, width, keys_of(op), backward, cluster.accelerator, plan.kernels.attention)
@@ -119,7 +119,8 @@ class Known:
         if op.kind == HOST:
             return op_s(op, *self._of)
         numbers = (
-            np.asarray(getattr(op, name)) for name in ("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart")
+            np.asarray(getattr(op, name))
+            for name in ("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written")
         )
         words = (op.name, op.kind, op.axis, op.dtype, op.grad if op.grad in ("input", "weight") else "")  # again is forward
         key = (*words, *((value.dtype.char, value.shape, value.tobytes()) for value in numbers))

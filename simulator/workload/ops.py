@@ -68,6 +68,8 @@ class Op:
         `flop` and `bytes` are its own.
     listed : bool
         Of a collective: every rank's part is a tensor of its own, which a kernel copies from or to the buffer that travels.
+    written : Number
+        Of a GEMM: bytes that its epilogue moves per element of the result; adding to a main gradient reads it, too.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Op:
     apart: Any = False
     turns: Number = 1.0
     streams: Number = 1.0
+    written: Number = BF16
     listed: bool = False
 
     @property
@@ -343,7 +346,8 @@ class BlockBuilder:
         there, dgrad = (lambda rows: gemm(name, rows, k, n, d, e, **more)), (lambda rows: gemm(name, rows, n, k, d, e, "input", **more))
         wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
         if self.kernels.accumulation == "fused":
-            wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (2 * self.gradient - BF16))
+            added = 2 * self.gradient  # read and written
+            wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (added - BF16), written=added)
         forward: list[Segment] = [(there(m),)]
         backward: list[Segment] = []
         for grad, other in zip((dgrad(m), wgrad), beside, strict=True):
