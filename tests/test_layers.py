@@ -15,7 +15,7 @@ from simulator.pricing.operations import op_s, segments_s
 from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, LatentAttention, Model
-from simulator.scenario.plan import COLUMNS, Overlap, Plan, PlanColumns, Precision
+from simulator.scenario.plan import COLUMNS, ELEMENT_BYTES, Overlap, Plan, PlanColumns, Precision
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP, attended
 from simulator.workload.layers import embedding, head, transformer_layer
 from simulator.workload.memory import memory_per_stage
@@ -181,6 +181,26 @@ def test_pieces_of_one_rank_are_the_whole():
     args = DENSE, Plan(dp_shard=1), H100
     for direction in ("forward", "backward"):
         assert float(segments_s(getattr(pieces, direction), *args)) == pytest.approx(float(segments_s(getattr(whole, direction), *args)))
+
+
+@pytest.mark.parametrize("tp", [True, "pieces"])
+def test_narrow_rows_are_cast_before_they_are_gathered(tp):
+    """Gathers carry what is multiplied, sums 16 bits; each rank casts its own rows."""
+    wide, narrow, late = (
+        layer(DENSE, False, tp=4, overlap=Overlap(tp=tp), precision=precision)
+        for precision in (Precision(), Precision(gemm="fp8"), Precision(gemm="fp8", gather="bf16"))
+    )
+
+    def moved(block, kind):
+        return sum(op.bytes for s in (*block.forward, *block.backward) for op in s if (op.kind, op.axis) == (kind, "tp"))
+
+    def cast(block):
+        return sum(op.bytes for s in block.forward for op in s if op.name == "attn.qkv.cast")
+
+    assert moved(narrow, "all_gather") == pytest.approx(moved(wide, "all_gather") * ELEMENT_BYTES["fp8"] / 2, rel=1e-12)
+    assert moved(late, "all_gather") == moved(wide, "all_gather")
+    assert moved(narrow, "reduce_scatter") == moved(late, "reduce_scatter") == moved(wide, "reduce_scatter")
+    assert 4 * cast(narrow) == cast(late) > 0
 
 
 def test_pieces_need_rows_of_their_own():

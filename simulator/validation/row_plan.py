@@ -317,6 +317,9 @@ def _precision(row: Row) -> Precision:
         fields |= dict.fromkeys(("parameters", "gradients", "gemm", "dispatch", "combine", "gradient_reduce"), "fp16")
     if row.has("Aleph-Alpha", "source"):
         fields["gradients"] = "bf16"
+    if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
+        row.assume("tensor-parallel gathers in bf16: torchao casts before them only for tensorwise scaling")
+        fields["gather"] = "bf16"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
         fields["parameters"] = "fp8"
     if row.has("1x128 act", "precision"):

@@ -259,6 +259,8 @@ class BlockBuilder:
         Modules that selective recompute drops.
     overlap : bool
         Whether collectives of a linear layer's backward run beside its gradients.
+    gathered : (str, float)
+        Datatype and bytes of an element of tensor-parallel all-gathers.
     gradient : float
         Bytes of one element of the main gradients, to which every weight gradient is added in place.
     kernels : Kernels
@@ -275,6 +277,7 @@ class BlockBuilder:
     overlap: bool = True
     gradient: float = FP32
     kernels: Kernels = Kernels()
+    gathered: tuple[str, float] = ("bf16", BF16)
     load: Number = 1.0
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
@@ -327,6 +330,7 @@ class BlockBuilder:
         gather: Op | None = None,
         scatter: tuple[Op, Op] | None = None,
         pieces: Number = 1.0,
+        shared: tuple[Number, Number] = (1.0, 1.0),
         **more: Any,
     ) -> None:
         """Append a linear layer (m, k) -> (m, n).
@@ -337,7 +341,8 @@ class BlockBuilder:
         along the other axis (DeepSeek-V3 report, section 3.3). `arrives` says whether the input and the output's gradient
         come in low precision already. `beside` are collectives that run next to the input and the weight gradient; `dtype`
         keeps a layer out of low precision. In pieces beside the product go the `gather` of its input, or the `scatter` of its
-        output and the gather of that one's gradient, around a ring of as many ranks as `pieces`; casts come before a gather.
+        output and the gather of that one's gradient, around a ring of as many ranks as `pieces`. Casts come before a gather: `shared`
+        are the ranks that cast rows of the input, and of the output's gradient.
         """
         d, e, groups = dtype or self.dtype, BF16 if dtype else self.element, more.get("groups", 1.0)
         routed = more.get("routed", False)
@@ -364,11 +369,9 @@ class BlockBuilder:
         if e < BF16:
             host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
             in_cast, back = (0.0 if known else BF16 + e for known in arrives)
-            own = m / pieces if gather else m
-            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * own * k * in_cast, **host),))
+            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[0] * k * in_cast, **host),))
             back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
-            own = m / pieces if scatter else m
-            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * own * n * back, grad="input", **host),))
+            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[1] * n * back, grad="input", **host),))
             again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", **host)
             backward.insert(next(i for i, ops in enumerate(backward) if any(op is wgrad for op in ops)), (again,))
         self.add(forward, backward, saved, modules)
