@@ -22,6 +22,10 @@ EXPERT_LAUNCH = 0.2
 #: pieces that a product is cut into to be reduce-scattered beside itself (Transformer Engine's ``pipeline`` method with its
 #: default ``num_splits``, transformer_engine/pytorch/module/base.py); where its rows arrive, one for each rank of the ring
 SPLITS = 4
+#: times that a cast to NVFP4 reads 16 bits: for the maximum of the tensor, then for its blocks (Transformer Engine @8f2e635,
+#: transformer_engine/common/hadamard_transform, cast/nvfp4); published: docs/examples/gemm_profiling there times a layer on B300 with
+#: and without casts: 1.1 ns per 1000 elements, 1.5 of MXFP8's 0.73, which reads once
+NVFP4_READS = 2
 #: kinds that run on the compute stream; the others are collectives
 COMPUTE = ("gemm", "grouped_gemm", "attention", "memory")
 #: kind that waits, on the compute stream, until the host has launched what came before
@@ -368,7 +372,7 @@ class BlockBuilder:
             backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
         if e < BF16:
             host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
-            in_cast, back = (0.0 if known else BF16 + e for known in arrives)
+            in_cast, back = (0.0 if known else (NVFP4_READS if d == "fp4" else 1) * BF16 + e for known in arrives)
             forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[0] * k * in_cast, **host),))
             back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
             backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[1] * n * back, grad="input", **host),))
