@@ -360,6 +360,23 @@ def test_expert_all_to_all_beside_compute_is_a_schedule_of_pairs(runs):
     assert not any("beside compute" in text for text in said)
 
 
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [
+        ("mbridge-26.06-llama31_405b-h100-fp8_cs-1024", "pieces"),
+        ("mbridge-26.06-llama31_405b-gb300-nvfp4-256", True),
+        ("dgxc-v25.05.05-nemotron4_340b-h100-bf16-256", "pieces"),
+        ("dgxc-v24.11.1-nemotron4_340b-h100-bf16-256", "pieces"),  # printed: none; its launch script overrides that
+        ("dgxc-v25.04.02-llama3_8b-h100-fp8-128", True),  # one rank: nothing to gather
+        ("mlm-llama-fp8-405b", "pieces"),
+    ],
+)
+def test_tensor_parallel_overlap_as_recipes_set_it(runs, name, tp):
+    scenario, assumptions = scenario_from_row(row(runs, name))
+    assert scenario.plan.overlap.tp == tp
+    assert any("in pieces" in text for text in assumptions) == (tp == "pieces")
+
+
 def test_one_nvlink_domain_holds_a_job_that_fits(runs):
     small, _ = scenario_from_row(row(runs, "mbridge-26.02-gptoss120b-gb200-bf16-64"))
     assert small.cluster.host.scale_up_domain == 64

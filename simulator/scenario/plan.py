@@ -59,6 +59,10 @@ class Precision(Frozen):
         Expert all-to-all to the experts (activations forward, gradients backward) and back from them.
     gradient_reduce : str
         Gradient reduce-scatter or all-reduce.
+    gather : str or None
+        What tensor-parallel all-gathers carry ahead of linear layers. None: what those multiply when that is narrower than 16 bits,
+        as Transformer Engine casts before it gathers (``gather_along_first_dim``, transformer_engine/pytorch/distributed.py), else
+        16 bits. Sums are scattered in 16 bits.
     """
 
     parameters: Dtype = "bf16"
@@ -70,6 +74,12 @@ class Precision(Frozen):
     dispatch: Dtype = "bf16"
     combine: Dtype = "bf16"
     gradient_reduce: Dtype = "fp32"
+    gather: Dtype | None = None
+
+    @property
+    def gathered(self) -> Dtype:
+        """The datatype of tensor-parallel all-gathers: `gather`, or by default that of narrow linear layers."""
+        return self.gather or (self.gemm if self.gemm in ("fp8", "fp4") else "bf16")
 
 
 class Reserve(Frozen):
