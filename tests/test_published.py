@@ -273,6 +273,27 @@ def test_recompute_in_the_words_of_sources(runs, printed, expected):
     assert _recompute(Row({"recompute": printed, "pp": "1"}), model) == expected
 
 
+def test_a_recipe_with_a_whole_iteration_as_a_graph_does_nothing_again(runs):
+    graph = row(runs, "dsv3-gb300-gke-256-4096-ep32-4d")
+    assert graph["recompute"] == "selective(default:core_attn)"
+    assert scenario_from_row(graph)[0].plan.recompute == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("dgxc-v25.05.05-dsv3-gb200-bf16-256", "unfused"),  # cuDNN before 9.11
+        ("dgxc-v25.05.05-dsv3-h100-bf16-512", "flash"),
+        ("dgxc-v25.05.05-llama4maverick-gb200-bf16-256", "flash"),
+        ("mbridge-26.06-qwen3_30b-gb300-fp8_mx-8", "flash_fp8"),
+        ("mbridge-26.04-qwen3_30b-gb300-fp8_mx-8", "flash"),
+        ("mbridge-26.06-gptoss120b-gb300-fp8_mx-64", "flash"),  # sinks
+    ],
+)
+def test_attention_that_only_the_recipe_tells(runs, name, attention):
+    assert scenario_from_row(row(runs, name))[0].plan.kernels.attention == attention
+
+
 def test_blanks_are_blank_however_they_were_read(runs):
     published = row(runs, PAPER)
     numbers = {k: (float("nan") if v == "" else float(v) if v.isdigit() else v) for k, v in published.items()}

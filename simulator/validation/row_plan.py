@@ -246,6 +246,10 @@ def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
     printed = row.default("recompute", "none", row.text("recompute"))
     if printed == "none":
         return "none", ("core_attn",)
+    if "default:" in printed and row.has("full_iteration", "overlap_notes"):
+        # NVIDIA-NeMo/Megatron-Bridge pull request 3983: recompute_modules=[], which sets granularity but leaves nothing to do again
+        row.assume("recompute: none, which the recipe with a full-iteration CUDA graph lists")
+        return "none", ("core_attn",)
     block = re.match(r"full\(block,num_layers=(\d+)\)", printed)
     if block and int(block.group(1)) * row.need("pp") < model.layers / 2:
         row.assume(f"not modelled: full recompute of only {block.group(1)} layers of a stage (taken as none)")
