@@ -259,3 +259,10 @@ def test_pieces_of_a_ring_are_slower_where_few_keys_are():
     s = scenario(MODEL, 4, Plan(micro_batch=64, cp=4), 1)
     attend = next(op for segment in blocks(s.model, s.plan, s.job)["layer0"].forward for op in segment if op.kind == "attention")
     assert op_s(attend, s.model, s.plan, s.cluster) > op_s(replace(attend, turns=1.0), s.model, s.plan, s.cluster)
+
+
+def test_learned_positions_turn_nothing():
+    learned = MODEL.model_copy(update={"positions": SEQUENCE})
+    names = [{op.name for segment in layer(Kernels(), model).forward for op in segment} for model in (MODEL, learned)]
+    assert names[0] - names[1] == {"attn.rotary"}
+    assert layer(Kernels(), learned).saved_bytes == layer(Kernels()).saved_bytes

@@ -160,7 +160,10 @@ def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
     if model.qk_norm:
         b.memory("attn.qk_norm", 2 * rotated, 3 * rotated, rotated, launches=(2, 4))
-    _rotary(b, rotated, x.tokens * width * BF16)
+    if model.positions:  # learned ones were added to the embedding
+        b.add([], [], x.tokens * width * BF16)
+    else:
+        _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
     b.add([], [], twice(b, x.tokens * local_heads * dim))  # attention's output, the projection's input
     row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, ("attn_out",))
