@@ -99,6 +99,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         recompute_modules=modules,
         sequence_parallel=sequence_parallel,
         dispatcher=_dispatcher(row, model),
+        context_parallel="all_gather" if row.has("all-gather CP", "overlap_notes", "notes") else "ring",
         precision=_precision(row),
         overlap=_overlap(row, degrees, sequence_parallel),
         kernels=kernels_of(row),
