@@ -156,6 +156,12 @@ def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float,
     return Op(name, kind, flop=flop, bytes=traffic, m=m, n=n, k=k, dtype=dtype, grad=grad, launches=launches, **more)
 
 
+def one_by_one(*shape: Any, **more: Any) -> Op:
+    """Return the products of `gemm` one after the other, each launched by the framework."""
+    op = gemm(*shape, **more)
+    return replace(op, groups=1.0, turns=op.groups, launches=LINEAR_LAUNCHES * op.groups)
+
+
 def _cut(product: Callable[[Number], Op], rows: Number, pieces: Number) -> tuple[Op, Op]:
     """Return one of the equal pieces of a product, and all the others in turn.
 
@@ -352,8 +358,12 @@ class BlockBuilder:
         routed = more.get("routed", False)
         self.weight_bytes = self.weight_bytes + groups * m * (k + n) * e * (self.load if routed else 1.0)
         self.matrices[name] = k * n
-        there, dgrad = (lambda rows: gemm(name, rows, k, n, d, e, **more)), (lambda rows: gemm(name, rows, n, k, d, e, "input", **more))
-        wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
+        product = one_by_one if self.kernels.experts == "sequential" and "groups" in more else gemm
+        there, dgrad = (
+            (lambda rows: product(name, rows, k, n, d, e, **more)),
+            (lambda rows: product(name, rows, n, k, d, e, "input", **more)),
+        )
+        wgrad = product(name, k, m, n, d, e, grad="weight", **more)
         if self.kernels.accumulation == "fused":
             added = 2 * self.gradient  # read and written
             wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (added - BF16), written=added)
