@@ -294,6 +294,12 @@ def test_attention_that_only_the_recipe_tells(runs, name, attention):
     assert scenario_from_row(row(runs, name))[0].plan.kernels.attention == attention
 
 
+def test_products_of_experts_and_keys_as_their_sources_have_them(runs):
+    kernels = scenario_from_row(row(runs, "dgxc-v25.02.02-grok1-h100-bf16-8"))[0].plan.kernels
+    assert kernels.experts == "sequential"
+    assert scenario_from_row(row(runs, "llama3-t4-16384-131072"))[0].plan.context_parallel == "all_gather"
+
+
 def test_blanks_are_blank_however_they_were_read(runs):
     published = row(runs, PAPER)
     numbers = {k: (float("nan") if v == "" else float(v) if v.isdigit() else v) for k, v in published.items()}

@@ -82,6 +82,8 @@ def kernels_of(row: Row) -> Kernels:
     if "full" in graphs and row.has("MXFP8", "precision") and row.has(_FP8_ATTENTION_RECIPE, "provenance"):
         row.assume("attention not printed: in 8 bits, as the recipe says")
         fields["attention"] = "flash_fp8"
+    if row.has("grouped_gemm=false", "overlap_notes"):
+        fields["experts"] = "sequential"
     plain = not row.text("model").startswith("GPT-OSS")  # the fused kernels know no clamped activation with biases
     if row.text("arch") == "moe" and plain and (row.has("cutedsl", "overlap_notes") or "full" in graphs):
         # loads that the host reads back cannot be captured: a whole step as a graph needs products that read them on the device
