@@ -159,6 +159,19 @@ def test_a_published_gemm():
     assert 2 * n**3 / seconds / 1e12 == pytest.approx(717, rel=0.05)
 
 
+@pytest.mark.parametrize(("dtype", "ms"), [("bf16", (13.102,)), ("fp8", (6.812, 7.161)), ("fp4", (3.764,))])
+def test_a_published_layer_in_narrow_datatypes(dtype, ms):
+    """Twelve products of a layer on B300, cast before (Transformer Engine @8f2e635, docs/examples/gemm_profiling)."""
+    b300 = ACCELERATORS.load("b300-sxm-288")
+    bare = b300.model_copy(update={"in_training": {}})
+    rows, narrow, wide = 15872, 4096, 16384
+    took = 0.0
+    for k, n in ((narrow, 3 * narrow), (narrow, narrow), (narrow, wide), (wide, narrow)):
+        for shape in ((rows, n, k), (rows, k, n), (k, n, rows)):
+            took += float(gemm_s(2.0 * rows * n * k, 0.0, *shape, 1, dtype, False, bare))
+    assert took * 1e3 == pytest.approx(sum(ms) / len(ms), rel=0.03)
+
+
 # --- for all numbers ---
 
 SIZES = st.integers(1, 20000)

@@ -259,3 +259,26 @@ def test_pieces_of_a_ring_are_slower_where_few_keys_are():
     s = scenario(MODEL, 4, Plan(micro_batch=64, cp=4), 1)
     attend = next(op for segment in blocks(s.model, s.plan, s.job)["layer0"].forward for op in segment if op.kind == "attention")
     assert op_s(attend, s.model, s.plan, s.cluster) > op_s(replace(attend, turns=1.0), s.model, s.plan, s.cluster)
+
+
+def test_learned_positions_turn_nothing():
+    learned = MODEL.model_copy(update={"positions": SEQUENCE})
+    names = [{op.name for segment in layer(Kernels(), model).forward for op in segment} for model in (MODEL, learned)]
+    assert names[0] - names[1] == {"attn.rotary"}
+    assert layer(Kernels(), learned).saved_bytes == layer(Kernels()).saved_bytes
+
+
+def test_experts_one_after_the_other_are_dense_products():
+    """Megatron's SequentialMLP: a product for each of four experts, launched by the framework; one alone is never grouped."""
+    model = moe(2, 256)
+    ups = {}
+    for how in ("grouped", "sequential"):
+        block = blocks(model, Plan(dp_shard=4, ep=2, kernels={"experts": how}), job())["layer1"]
+        ups[how] = next(op for segment in block.forward for op in segment if op.name == "moe.up")
+    grouped, single = ups["grouped"], ups["sequential"]
+    assert (single.flop, single.turns, single.groups) == (grouped.flop, grouped.groups, 1)
+    assert single.launches == 2 * grouped.groups
+    s = scenario(model, 4, Plan(micro_batch=64, ep=2, kernels={"experts": "sequential"}), 1)
+    alone = replace(single, flop=1e15, bytes=1e6, turns=1.0)
+    dense_product = replace(alone, kind="gemm")
+    assert op_s(alone, model, s.plan, s.cluster) == op_s(dense_product, model, s.plan, s.cluster)

@@ -218,6 +218,17 @@ def test_context_parallel_ring():
     assert {op.kind for op in segment} == {"attention", "all_gather"}
 
 
+def test_context_parallel_all_gather():
+    """Keys and values are gathered before attention, whose one kernel sees them all; their gradients are reduced after it."""
+    half = layer(DENSE, False, cp=2, context_parallel="all_gather")
+    keys = 2.0 * S * 2 * 2 * 16
+    assert collectives(half.forward, "cp") == [("all_gather", keys)]
+    assert collectives(half.backward, "cp") == [("all_gather", keys), ("reduce_scatter", keys)]
+    assert all(len(segment) == 1 for segment in half.forward + half.backward if any(op.axis == "cp" for op in segment))
+    assert only(half.forward, "attn.core").turns == 1
+    assert "attn.ring.merge" not in {op.name for segment in half.forward for op in segment}
+
+
 # --- a mixture of experts ---
 
 

@@ -115,7 +115,8 @@ def gemm_s(
     rate = accelerator.peak_flop_per_s[run_as] * accelerator.gemm_efficiency[run_as]
     rate = rate * _in_training(accelerator, "gemm_low" if run_as in ("fp8", "fp4") else "gemm")
     if grouped:
-        rate = rate * accelerator.grouped_gemm_efficiency * _in_training(accelerator, "grouped")
+        beside = accelerator.grouped_gemm_efficiency * _in_training(accelerator, "grouped")
+        rate = rate * np.where(np.asarray(groups) > 1, beside, 1.0)  # one alone is a plain product
     ordinary = accelerator.peak_flop_per_s["fp32"] * accelerator.gemm_efficiency["fp32"] if batched else RAGGED * rate
     rate = np.where(whole, rate, np.minimum(ordinary, rate))
     share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator, run_as, written), 1e-9)

@@ -93,7 +93,7 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         kept = cluster.accelerator.in_training.get(training_part(kernel_name(op)), 1.0)
         return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op), kept)
     if op.kind in ("gemm", "grouped_gemm"):
-        grouped = op.kind == "grouped_gemm" and plan.kernels.experts == "grouped"
+        grouped = op.kind == "grouped_gemm" and plan.kernels.experts != "fused"
         whole = compute.whole_vectors(op.m if op.grad == "weight" else op.k, op.n, op.dtype)  # the rest counts tokens: no row
         batched = op.kind == "gemm" and np.any(np.asarray(op.groups) > 1)
         shape = op.m, op.n, op.k, op.groups * op.streams, op.dtype

@@ -252,8 +252,9 @@ class Plan(Frozen, _Degrees):
     placement : Placement
         Which accelerator each rank gets; in Megatron's default order unless said otherwise.
     context_parallel : str
-        How context parallelism moves the sequence: ``ring`` passes keys and values on, ``all_to_all`` trades sequence for
-        heads (Ulysses) and keeps the output of both sides. Time is priced as ``ring``.
+        How context parallelism moves the sequence: ``ring`` passes keys and values on beside attention, ``all_gather`` gathers them
+        before it and again before its backward, after which their gradients are reduced (Llama 3), ``all_to_all`` trades sequence
+        for heads (Ulysses) and keeps the output of both sides; its messages are priced as those of ``ring``.
     kernels : Kernels
         Which generation of kernels the training stack runs.
     framework : Framework
@@ -277,7 +278,7 @@ class Plan(Frozen, _Degrees):
     recompute_modules: tuple[Module, ...] = ("core_attn",)
     sequence_parallel: bool = True
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
-    context_parallel: Literal["ring", "all_to_all"] = "ring"
+    context_parallel: Literal["ring", "all_gather", "all_to_all"] = "ring"
     precision: Precision = Precision()
     reserve: Reserve = Reserve()
     overlap: Overlap = Overlap()

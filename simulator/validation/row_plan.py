@@ -22,7 +22,6 @@ _NOT_MODELLED = {
     r"fp8 all-gather": "FP8 parameter gather",
     r"paged[_ ]stash": "paged stash of activations",
     r"Ulysses": "Ulysses context parallelism",
-    r"grouped_gemm=false": "one GEMM per expert instead of a grouped one",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
 #: words for tensor-parallel collectives in pieces beside their products
@@ -102,6 +101,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         recompute_modules=modules,
         sequence_parallel=sequence_parallel,
         dispatcher=_dispatcher(row, model),
+        context_parallel="all_gather" if row.has("all-gather CP", "overlap_notes", "notes") else "ring",
         precision=_precision(row),
         overlap=overlap,
         kernels=kernels_of(row),

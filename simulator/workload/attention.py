@@ -68,12 +68,10 @@ def _core_attention(
     of every score is saved (`SCORE_SAVED`), with dropout also its mask and its result (Korthikanti et al., 2022, section 4.1);
     backward, the gradients of both pass. Fused, the query's gradient is summed up in fp32.
     """
-    ring = x.tokens * x.cp * kv_width * BF16
-    passed = (Op("attn.ring", "all_gather", bytes=size * ring, axis="cp", grad=grad) for size, grad in ((1, ""), (2, "input")))
     fused = b.kernels.attention not in SCORE_BYTES
     cores = _fused_core(x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim)
-    forward, backward = ([(segments[0][0], beside), *segments[1:]] for segments, beside in zip(cores, passed, strict=True))
-    if fused and not x.ulysses:
+    forward, backward = _across(x, *cores, x.tokens * x.cp * kv_width * BF16)
+    if fused and x.context_parallel == "ring":
         merged = x.tokens * heads * BF16
         forward, backward = forward + [_merge(x, merged * v_dim, "forward")], backward + [_merge(x, merged * qk_dim, "backward")]
     scores = x.tokens * x.sequence * heads
@@ -82,11 +80,22 @@ def _core_attention(
         works = scores * 2 * BF16
     else:
         saved = x.tokens * heads * FP32
-        works = x.tokens * (heads * (qk_dim * (BF16 + FP32) + 2 * v_dim * BF16) + kv_width * BF16)
-    if x.ulysses:
+        seen = x.cp if x.context_parallel == "all_gather" else 1.0
+        works = x.tokens * (heads * (qk_dim * (BF16 + FP32) + 2 * v_dim * BF16) + seen * kv_width * BF16)
+    if x.context_parallel == "all_to_all":
         saved = saved + np.where(np.asarray(x.cp) > 1, x.tokens * heads * v_dim * BF16, 0.0)
     b.add(forward, backward, saved, ("core_attn",))
     b.works(works)
+
+
+def _across(x: Shape, forward: list[Segment], backward: list[Segment], keys: Number) -> tuple[list[Segment], list[Segment]]:
+    """Return attention with what brings the other ranks' keys and values, `keys` bytes of them, and their gradients back."""
+    if x.context_parallel == "all_gather":
+        gather, again = (Op("attn.keys", "all_gather", bytes=keys, axis="cp", grad=grad) for grad in ("", "input"))
+        return [(gather,), *forward], [(again,), *backward, (replace(again, kind="reduce_scatter"),)]
+    ring = Op("attn.ring", "all_gather", bytes=keys, axis="cp")
+    back = replace(ring, bytes=2 * keys, grad="input")
+    return [(forward[0][0], ring), *forward[1:]], [(backward[0][0], back), *backward[1:]]
 
 
 def _of_softmax(b: BlockBuilder, x: Shape, heads: Number, what: dict[str, Any]) -> Number:
@@ -100,7 +109,7 @@ def _fused_core(
 ) -> tuple[list[Segment], list[Segment]]:
     flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
     traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
-    turns = 1.0 if x.ulysses else _ring_turns(x.cp)
+    turns = _ring_turns(x.cp) if x.context_parallel == "ring" else 1.0
     there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim, groups=heads, turns=turns)
     back = replace(there, flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, grad="input")
     return [(there,)], [(back,)]
@@ -160,7 +169,10 @@ def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
     if model.qk_norm:
         b.memory("attn.qk_norm", 2 * rotated, 3 * rotated, rotated, launches=(2, 4))
-    _rotary(b, rotated, x.tokens * width * BF16)
+    if model.positions:  # learned ones were added to the embedding
+        b.add([], [], x.tokens * width * BF16)
+    else:
+        _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
     b.add([], [], twice(b, x.tokens * local_heads * dim))  # attention's output, the projection's input
     row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, ("attn_out",))

@@ -22,6 +22,10 @@ EXPERT_LAUNCH = 0.2
 #: pieces that a product is cut into to be reduce-scattered beside itself (Transformer Engine's ``pipeline`` method with its
 #: default ``num_splits``, transformer_engine/pytorch/module/base.py); where its rows arrive, one for each rank of the ring
 SPLITS = 4
+#: times that a cast to NVFP4 reads 16 bits: for the maximum of the tensor, then for its blocks (Transformer Engine @8f2e635,
+#: transformer_engine/common/hadamard_transform, cast/nvfp4); published: docs/examples/gemm_profiling there times a layer on B300 with
+#: and without casts: 1.1 ns per 1000 elements, 1.5 of MXFP8's 0.73, which reads once
+NVFP4_READS = 2
 #: kinds that run on the compute stream; the others are collectives
 COMPUTE = ("gemm", "grouped_gemm", "attention", "memory")
 #: kind that waits, on the compute stream, until the host has launched what came before
@@ -150,6 +154,12 @@ def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float,
     traffic = groups * ((m * k + k * n) * element + BF16 * m * n)
     launches = LINEAR_LAUNCHES + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)
     return Op(name, kind, flop=flop, bytes=traffic, m=m, n=n, k=k, dtype=dtype, grad=grad, launches=launches, **more)
+
+
+def one_by_one(*shape: Any, **more: Any) -> Op:
+    """Return the products of `gemm` one after the other, each launched by the framework."""
+    op = gemm(*shape, **more)
+    return replace(op, groups=1.0, turns=op.groups, launches=LINEAR_LAUNCHES * op.groups)
 
 
 def _cut(product: Callable[[Number], Op], rows: Number, pieces: Number) -> tuple[Op, Op]:
@@ -348,8 +358,12 @@ class BlockBuilder:
         routed = more.get("routed", False)
         self.weight_bytes = self.weight_bytes + groups * m * (k + n) * e * (self.load if routed else 1.0)
         self.matrices[name] = k * n
-        there, dgrad = (lambda rows: gemm(name, rows, k, n, d, e, **more)), (lambda rows: gemm(name, rows, n, k, d, e, "input", **more))
-        wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
+        product = one_by_one if self.kernels.experts == "sequential" and "groups" in more else gemm
+        there, dgrad = (
+            (lambda rows: product(name, rows, k, n, d, e, **more)),
+            (lambda rows: product(name, rows, n, k, d, e, "input", **more)),
+        )
+        wgrad = product(name, k, m, n, d, e, grad="weight", **more)
         if self.kernels.accumulation == "fused":
             added = 2 * self.gradient  # read and written
             wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (added - BF16), written=added)
@@ -368,7 +382,7 @@ class BlockBuilder:
             backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
         if e < BF16:
             host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
-            in_cast, back = (0.0 if known else BF16 + e for known in arrives)
+            in_cast, back = (0.0 if known else (NVFP4_READS if d == "fp4" else 1) * BF16 + e for known in arrives)
             forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[0] * k * in_cast, **host),))
             back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
             backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[1] * n * back, grad="input", **host),))

@@ -31,7 +31,7 @@ class Shape:
     ep: Number
     etp: Number
     sequence_parallel: bool
-    ulysses: bool
+    context_parallel: str
     pieces: bool
 
     @classmethod
@@ -39,7 +39,6 @@ class Shape:
         """Return the sizes that `plan` gives to one micro-batch of `job`."""
         tokens = plan.micro_batch * job.sequence_length / plan.cp
         split = tokens / plan.tp if plan.sequence_parallel else tokens
-        ulysses = plan.context_parallel == "all_to_all"
         return cls(
             tokens,
             split,
@@ -49,7 +48,7 @@ class Shape:
             plan.ep,
             plan.etp,
             plan.sequence_parallel,
-            ulysses,
+            plan.context_parallel,
             plan.overlap.tp == "pieces",
         )
 
