@@ -360,6 +360,8 @@ def test_a_printed_rate_is_a_step_by_the_sources_count_of_flop(runs):
 def test_expert_all_to_all_beside_compute_is_a_schedule_of_pairs(runs):
     piped, _ = scenario_from_row(row(runs, "mbridge-26.04.01-dsv3-b200-fp8_mx-256"))
     assert piped.plan.schedule == "interleaved-overlapped"
+    assert not piped.plan.overlap.queued
+    assert scenario_from_row(row(runs, "zoo-q235-h100-1"))[0].plan.overlap.queued  # Hopper's products hold every multiprocessor
     alone, said = scenario_from_row(row(runs, "mlm-recipe-qwen3_235b-gb200-mxfp8-128"))
     assert alone.plan.table.split()[:3] == ["0F0", "0F1+0B0", "0F2+0B1"]
     assert len(alone.plan.table.split()) == alone.job.global_batch // alone.plan.dp + 1

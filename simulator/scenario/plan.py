@@ -140,6 +140,11 @@ class Overlap(Frozen):
         ZeRO gathers and reduces every matrix in a collective of its own, from and to a list of one tensor per rank, which a
         kernel each copies: DeepSpeed until the end of 2021 (its issue 1069; pull requests 1188 and 1453 changed it). False moves
         the parameters of a block in one collective.
+    queued : bool
+        An expert all-to-all of a pair starts only when the kernels launched before it have ended, of whichever action: Hopper's
+        persistent matrix products hold every multiprocessor until they end, and push a collective that comes later behind them
+        (NVIDIA-NeMo/Megatron-Bridge scripts/performance/perf_plugins.py, on ``CUDA_DEVICE_MAX_CONNECTIONS``). False on Blackwell, or
+        with multiprocessors set aside.
     pp : bool
         Send to other stages beside the next action. False starts it only when the message has left, as Megatron does without
         interleaving or with ``--no-overlap-p2p-communication``.
@@ -152,6 +157,7 @@ class Overlap(Frozen):
     tp: bool | Literal["pieces"] = True
     prefetch: int = Field(default=1, ge=0)
     by_tensor: bool = False
+    queued: bool = False
     pp: bool = True
 
 

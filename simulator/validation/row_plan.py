@@ -87,6 +87,9 @@ def plan_of(row: Row, model: Model) -> Plan:
         row.assume("micro-batches run through the pipe in both directions (DualPipe)")
     elif model.experts is not None and (row.has(_PAIRED, "overlap_notes", "notes") or row.has(FULL_ITERATION_RECIPE, "provenance")):
         schedule, table = _paired(row, degrees, schedule)
+    overlap = _overlap(row, degrees, sequence_parallel)
+    if schedule != "dualpipe" and row.has("A100|H[128]00", "gpu"):
+        overlap = overlap.model_copy(update={"queued": True})  # DeepSeek's kernels leave multiprocessors to communication
     return Plan(
         **degrees,
         zero=_zero(row),
@@ -100,7 +103,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         dispatcher=_dispatcher(row, model),
         context_parallel="all_gather" if row.has("all-gather CP", "overlap_notes", "notes") else "ring",
         precision=_precision(row),
-        overlap=_overlap(row, degrees, sequence_parallel),
+        overlap=overlap,
         kernels=kernels_of(row),
         framework=framework_of(row),
     )
