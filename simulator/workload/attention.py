@@ -123,7 +123,7 @@ def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
     norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
     local_heads, local_kv = heads / x.tp, np.maximum(kv / x.tp, 1.0)
     width = (local_heads + 2 * local_kv) * dim
-    column_parallel(b, "attn", "attn.qkv", x, h, width)
+    column_parallel(b, "attn", ("attn.qkv",), x, h, width)
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
     if model.qk_norm:
         b.memory("attn.qk_norm", 2 * rotated, 3 * rotated, rotated, launches=(2, 4))

@@ -63,10 +63,9 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     h, local, mats = model.hidden, ffn / x.tp, 2 if model.gated else 1
     saved, cast = _kept(x.tokens * mats * local, kept)
     if mats == 2 and b.kernels.gate == "separate":
-        column_parallel(b, f"{name}.gate", f"{name}.gate", x, h, local, (*modules, "mlp_gate"), saved / 2)
-        column_parallel(b, f"{name}.up", f"{name}.up", x, h, local, modules, saved / 2)
+        column_parallel(b, name, (f"{name}.gate", f"{name}.up"), x, h, local, ((*modules, "mlp_gate"), modules), saved / 2)
     else:
-        column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
+        column_parallel(b, name, (f"{name}.up",), x, h, mats * local, (modules,), saved)
     size = x.tokens * local * BF16
     _activation(b, name, mats, size, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
     b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
@@ -191,7 +190,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     bytes of each are kept, and live at its fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16
     gradient, the rows it gathers again, their gradient and, unless it is added in place, the gradient of its matrix.
     """
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=bool(plan.overlap.tp), kernels=plan.kernels)
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp in (True, "pieces"), kernels=plan.kernels)
     vocab = model.vocab / x.tp
     norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = enter_tp(b, "head", x, model.hidden)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from simulator.scenario.kernels import Kernels
+from simulator.scenario.plan import Dtype
 from simulator.units import Number
 
 #: bytes of an element
@@ -251,6 +252,8 @@ class BlockBuilder:
         Bytes of one element of the main gradients, to which every weight gradient is added in place.
     kernels : Kernels
         Which kernels the layer runs.
+    rows : str
+        Datatype in which tensor parallelism gathers rows.
     load : Number
         Tokens that the rank's experts receive, over the mean: what they keep grows with it. FLOP and traffic are for the mean;
         `simulator.pricing.operations.loaded` makes them grow.
@@ -264,6 +267,7 @@ class BlockBuilder:
     gradient: float = FP32
     kernels: Kernels = Kernels()
     load: Number = 1.0
+    rows: Dtype = "bf16"
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
@@ -311,7 +315,7 @@ class BlockBuilder:
         modules: Iterable[str] = (),
         beside: tuple[Op | None, Op | None] = (None, None),
         dtype: str | None = None,
-        arrives: tuple[bool, bool] = (False, False),
+        arrives: tuple[Any, Any] = (False, False),
         gather: Op | None = None,
         scatter: tuple[Op, Op] | None = None,
         pieces: Number = 1.0,
@@ -350,10 +354,11 @@ class BlockBuilder:
             backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
         if e < BF16:
             host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
-            in_cast, back = (0.0 if known else BF16 + e for known in arrives)
+            known_in, known_back = (np.asarray(known, dtype=float) for known in arrives)
             own = m / pieces if gather else m
-            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * own * k * in_cast, **host),))
-            back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
+            cast = Op(f"{name}.cast", "memory", bytes=groups * own * k * (BF16 + e), **host)
+            forward.insert(0, (replace(cast, bytes=cast.bytes * (1 - known_in), launches=cast.launches * (1 - known_in)),))
+            back = BF16 * (1 - known_back) + 2 * e  # the column-wise one reads the row-wise one where only that arrives
             own = m / pieces if scatter else m
             backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * own * n * back, grad="input", **host),))
             again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", **host)

@@ -6,17 +6,23 @@ Shapes as in `simulator.workload.layers`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
-from simulator.scenario.plan import ELEMENT_BYTES, Plan
+from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, TensorParallel
 from simulator.units import Number
-from simulator.workload.ops import BF16, FP32, BlockBuilder, Op
+from simulator.workload.ops import BF16, FP32, BlockBuilder, Op, Segment
 
 #: bytes per element of an RMSNorm written in PyTorch: cast, square, mean, scale, cast back, weight; and their gradients
 EAGER_NORM_BYTES = (36.0, 100.0)
 #: bytes of one element of a dropout mask
 MASK = 1.0
+#: how much longer PyTorch's sum of the parts that other ranks have sent takes than its traffic: it reaches 23 to 43 % of the
+#: bandwidth where a kernel made for it reaches 82 to 88 % (pytorch/pytorch pull request 191803)
+SUM_SLOWDOWN = 85 / 33
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,12 @@ class Shape:
     etp: Number
     sequence_parallel: bool
     ulysses: bool
-    pieces: bool
+    style: TensorParallel
+
+    @property
+    def of_torch(self) -> bool:
+        """Whether PyTorch's own tensor parallelism runs the collectives."""
+        return self.style in ("torch", "torch_async")
 
     @classmethod
     def of(cls, plan: Plan, job: Job) -> Shape:
@@ -50,7 +61,7 @@ class Shape:
             plan.etp,
             plan.sequence_parallel,
             ulysses,
-            plan.overlap.tp == "pieces",
+            plan.overlap.tp,
         )
 
 
@@ -62,10 +73,11 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         ELEMENT_BYTES[gemm],
         plan.recompute,
         plan.recomputed,
-        bool(plan.overlap.tp),
+        plan.overlap.tp in (True, "pieces"),
         ELEMENT_BYTES[plan.precision.gradients],
         plan.kernels,
         load,
+        plan.precision.rows or gemm,
     )
 
 
@@ -91,59 +103,117 @@ def residual(b: BlockBuilder, x: Shape, model: Model) -> None:
     b.memory("residual", 3 * size + mask, 3 * size + mask, mask)
 
 
-def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = ()) -> tuple[Op | None, Op | None]:
-    """Gather the sequence-parallel rows for a column-parallel layer.
+def enter_tp(
+    b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = (), dtype: Dtype = "bf16"
+) -> tuple[Op | None, Op | None]:
+    """Gather the sequence-parallel rows for column-parallel layers, in `dtype`, to which every rank has cast its own before.
 
     Returns the collectives that Megatron hides behind the layer's gradients: the rows are gathered again beside the
-    input gradient and their gradient is reduce-scattered (without sequence parallel: all-reduced) beside the weight's.
+    input gradient and their gradient is reduce-scattered (without sequence parallel: all-reduced) beside the weight's. PyTorch
+    keeps the gathered rows instead, unless its checkpointing gathers them again, and sums the gradient after both.
     """
-    size = x.tokens * width * BF16
     if not x.sequence_parallel:
-        return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input")
-    b.add([(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"),)], [], modules=(*modules, "tp_gather"))
-    again = Op(f"{name}.gather", "all_gather", bytes=size, axis="tp", grad="weight")
-    return again, Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
+        return None, Op(f"{name}.grad", "all_reduce", bytes=x.tokens * width * BF16, axis="tp", grad="input")
+    rows, gather = cast_and_gather(name, x, width, dtype)
+    scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
+    if not x.of_torch:
+        b.add(rows, [], modules=(*modules, "tp_gather"))
+        return replace(gather, grad="weight"), scatter
+    kept = np.where(np.asarray(x.tp) > 1, gather.bytes, 0.0)
+    b.add(rows, [(scatter,)], kept, (*modules, "tp_gather"))
+    return None, None
 
 
-def leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[str, ...] = ()) -> None:
-    """Sum the partial rows of a row-parallel layer."""
+def cast_and_gather(name: str, x: Shape, width: Number, dtype: Dtype, grad: str = "") -> tuple[list[Segment], Op]:
+    """Return how the rows of all ranks are gathered, and the gather alone.
+
+    Notes
+    -----
+    In low precision a rank casts its own rows before they travel: Transformer Engine (``gather_along_first_dim`` of the quantised
+    tensor, transformer_engine/pytorch/module/linear.py) and torchao with one scale per tensor
+    (torchao/float8/float8_tensor_parallel.py); the cast of an input's rows is the product's own otherwise.
+    """
+    gather = Op(f"{name}.gather", "all_gather", bytes=x.tokens * width * ELEMENT_BYTES[dtype], axis="tp", dtype=dtype, grad=grad)
+    if dtype == "bf16":
+        return [(gather,)], gather
+    own, travels = x.split_tokens * width * (BF16 + ELEMENT_BYTES[dtype]), 1.0 * _travels(x, dtype)
+    cast = Op(f"{name}.cast", "memory", bytes=own * travels, grad=grad, launches=travels)
+    return [(cast,), (gather,)], gather
+
+
+def _travels(x: Shape, dtype: Dtype) -> Any:
+    """Return whether rows come from other ranks in low precision."""
+    return (np.asarray(x.tp) > 1) & x.sequence_parallel & (dtype != "bf16")
+
+
+def leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[str, ...] = (), dtype: Dtype = "bf16") -> None:
+    """Sum the partial rows of a row-parallel layer; the gradients of a rank's own rows are gathered in `dtype`."""
     size = x.tokens * width * BF16
     if x.sequence_parallel:
-        scatter, gather = (Op(f"{name}.{kind.split('_')[-1]}", kind, bytes=size, axis="tp") for kind in ("reduce_scatter", "all_gather"))
-        b.collective(scatter, gather, modules)
+        scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp")
+        b.add([(scatter,)], cast_and_gather(name, x, width, dtype, "input")[0], modules=modules)
     else:
         b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
 
 
 def column_parallel(
-    b: BlockBuilder, part: str, name: str, x: Shape, width: int, n: Number, modules: tuple[str, ...] = (), saved: Number = 0.0
+    b: BlockBuilder,
+    part: str,
+    names: tuple[str, ...],
+    x: Shape,
+    width: int,
+    n: Number,
+    modules: tuple[tuple[str, ...], ...] = ((),),
+    saved: Number = 0.0,
 ) -> None:
-    """Append a column-parallel linear layer with the collectives of its rows, as the plan overlaps them.
+    """Append column-parallel linear layers of one input, with the collectives of its rows, as the plan overlaps them.
 
     In pieces, rows are gathered in the datatype of the product, as Transformer Engine's buffers are (``fp8_buf``), by copy
-    engines (``use_ce``).
+    engines (``use_ce``). PyTorch gathers once for all layers of an input; others for each layer.
     """
-    if not x.pieces:
-        beside = enter_tp(b, part, x, width, modules)
-        b.linear(name, x.tokens, width, n, saved=saved, modules=modules, beside=beside)
-        return
-    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype)
+    for first, name, own in zip((True, *[False] * (len(names) - 1)), names, modules, strict=True):
+        several = f"{part}.{name.rsplit('.', 1)[-1]}" if len(names) > 1 else part
+        if x.style in ("pieces", "torch_async") and (first or x.style == "pieces"):
+            _arriving(b, several if x.style == "pieces" else part, name, x, width, n, own, saved)
+            continue
+        beside: tuple[Op | None, Op | None] = (None, None)
+        if first or not x.of_torch:
+            beside = enter_tp(b, part if x.of_torch else several, x, width, own if not x.of_torch else modules[-1], b.rows)
+        b.linear(name, x.tokens, width, n, saved=saved, modules=own, beside=beside, arrives=(_travels(x, b.rows), False))
+
+
+def _arriving(b: BlockBuilder, part: str, name: str, x: Shape, width: int, n: Number, modules: tuple[str, ...], saved: Number) -> None:
+    """Append a column-parallel layer whose product runs beside the gather of its rows.
+
+    PyTorch sums the gradients of all products of an input before it reduce-scatters them, so that nothing runs beside
+    that (the pattern of torch/_inductor/fx_passes/micro_pipeline_tp.py is one product), nor beside a gather for a weight gradient.
+    """
+    _, gather = cast_and_gather(part, x, width, b.rows)
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
-    beside = replace(gather, grad="weight"), scatter
+    beside: tuple[Op | None, Op | None] = (replace(gather, grad="weight"), scatter)
+    if x.of_torch:
+        b.add([], [(scatter,)], np.where(np.asarray(x.tp) > 1, gather.bytes, 0.0), (*modules, "tp_gather"))
+        beside = (None, None)
     b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp)
+    if x.of_torch and "tp_gather" in b.recomputed:
+        b.add([], [(replace(gather, grad="again"),)])
 
 
 def row_parallel(
     b: BlockBuilder, part: str, name: str, x: Shape, k: Number, width: int, modules: tuple[str, ...] = (), saved: Number = 0.0
 ) -> None:
     """Append a row-parallel linear layer and the sum of its partial rows, as the plan overlaps them."""
-    if not x.pieces:
-        b.linear(name, x.tokens, k, width, saved=saved, modules=modules)
-        leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"))  # by operation, what is reduce-scattered is kept
+    if x.style not in ("pieces", "torch_async"):
+        b.linear(name, x.tokens, k, width, saved=saved, modules=modules, arrives=(False, _travels(x, b.rows)))
+        # by operation, what is reduce-scattered is kept
+        leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"), b.rows)
         return
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
-    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype, grad="input")
+    _, gather = cast_and_gather(part, x, width, b.rows, "input")
     b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), replace(gather, apart=True)), pieces=x.tp)
+    if x.of_torch:
+        summed = np.where(np.asarray(x.tp) > 1, (x.tokens + x.split_tokens) * width * BF16 * SUM_SLOWDOWN, 0.0)
+        b.memory(f"{part}.sum", summed, 0.0, modules=modules)
 
 
 def twice(b: BlockBuilder, elements: Number) -> Number:
