@@ -212,8 +212,9 @@ def row_parallel(
     _, gather = cast_and_gather(part, x, width, b.rows, "input")
     b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), replace(gather, apart=True)), pieces=x.tp)
     if x.of_torch:
-        summed = np.where(np.asarray(x.tp) > 1, (x.tokens + x.split_tokens) * width * BF16 * SUM_SLOWDOWN, 0.0)
-        b.memory(f"{part}.sum", summed, 0.0, modules=modules)
+        several = 1.0 * (np.asarray(x.tp) > 1)
+        summed = (x.tokens + x.split_tokens) * width * BF16 * SUM_SLOWDOWN
+        b.memory(f"{part}.sum", summed * several, 0.0, modules=modules, launches=(several, 0.0))
 
 
 def twice(b: BlockBuilder, elements: Number) -> Number:
