@@ -6,15 +6,14 @@ Shapes as in `simulator.workload.layers`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
-from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, TensorParallel
+from simulator.scenario.plan import ELEMENT_BYTES, Plan, TensorParallel
 from simulator.units import Number
-from simulator.workload.ops import BF16, FP32, BlockBuilder, Op, Segment
+from simulator.workload.ops import BF16, FP32, BlockBuilder, Op
 
 #: bytes per element of an RMSNorm written in PyTorch: cast, square, mean, scale, cast back, weight; and their gradients
 EAGER_NORM_BYTES = (36.0, 100.0)
@@ -37,7 +36,7 @@ class Shape:
     ep: Number
     etp: Number
     sequence_parallel: bool
-    ulysses: bool
+    context_parallel: str
     style: TensorParallel
 
     @property
@@ -50,7 +49,6 @@ class Shape:
         """Return the sizes that `plan` gives to one micro-batch of `job`."""
         tokens = plan.micro_batch * job.sequence_length / plan.cp
         split = tokens / plan.tp if plan.sequence_parallel else tokens
-        ulysses = plan.context_parallel == "all_to_all"
         return cls(
             tokens,
             split,
@@ -60,7 +58,7 @@ class Shape:
             plan.ep,
             plan.etp,
             plan.sequence_parallel,
-            ulysses,
+            plan.context_parallel,
             plan.overlap.tp,
         )
 
@@ -76,8 +74,8 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         plan.overlap.tp in (True, "pieces"),
         ELEMENT_BYTES[plan.precision.gradients],
         plan.kernels,
+        (plan.precision.gathered, ELEMENT_BYTES[plan.precision.gathered]),
         load,
-        plan.precision.rows or gemm,
     )
 
 
@@ -103,55 +101,47 @@ def residual(b: BlockBuilder, x: Shape, model: Model) -> None:
     b.memory("residual", 3 * size + mask, 3 * size + mask, mask)
 
 
-def enter_tp(
-    b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = (), dtype: Dtype = "bf16"
-) -> tuple[Op | None, Op | None]:
-    """Gather the sequence-parallel rows for column-parallel layers, in `dtype`, to which every rank has cast its own before.
+def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = ()) -> tuple[Op | None, Op | None]:
+    """Gather the sequence-parallel rows for column-parallel layers.
 
     Returns the collectives that Megatron hides behind the layer's gradients: the rows are gathered again beside the
     input gradient and their gradient is reduce-scattered (without sequence parallel: all-reduced) beside the weight's. PyTorch
-    keeps the gathered rows instead, unless its checkpointing gathers them again, and sums the gradient after both.
+    keeps the gathered rows instead, unless its checkpointing gathers them again, and reduce-scatters behind both gradients.
     """
+    size = x.tokens * width * BF16
     if not x.sequence_parallel:
-        return None, Op(f"{name}.grad", "all_reduce", bytes=x.tokens * width * BF16, axis="tp", grad="input")
-    rows, gather = cast_and_gather(name, x, width, dtype)
-    scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
-    if not x.of_torch:
-        b.add(rows, [], modules=(*modules, "tp_gather"))
-        return replace(gather, grad="weight"), scatter
-    kept = np.where(np.asarray(x.tp) > 1, gather.bytes, 0.0)
-    b.add(rows, [(scatter,)], kept, (*modules, "tp_gather"))
-    return None, None
+        return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input")
+    gather = _gather(b, f"{name}.gather", x.tokens * width)
+    scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
+    if x.of_torch:
+        b.add([(gather,)], [(scatter,)], _beyond_own(x, gather), (*modules, "tp_gather"))
+        return None, None
+    b.add([(gather,)], [], modules=(*modules, "tp_gather"))
+    return replace(gather, grad="weight"), scatter
 
 
-def cast_and_gather(name: str, x: Shape, width: Number, dtype: Dtype, grad: str = "") -> tuple[list[Segment], Op]:
-    """Return how the rows of all ranks are gathered, and the gather alone.
-
-    Notes
-    -----
-    In low precision a rank casts its own rows before they travel: Transformer Engine (``gather_along_first_dim`` of the quantised
-    tensor, transformer_engine/pytorch/module/linear.py) and torchao with one scale per tensor
-    (torchao/float8/float8_tensor_parallel.py); the cast of an input's rows is the product's own otherwise.
-    """
-    gather = Op(f"{name}.gather", "all_gather", bytes=x.tokens * width * ELEMENT_BYTES[dtype], axis="tp", dtype=dtype, grad=grad)
-    if dtype == "bf16":
-        return [(gather,)], gather
-    own, travels = x.split_tokens * width * (BF16 + ELEMENT_BYTES[dtype]), 1.0 * _travels(x, dtype)
-    cast = Op(f"{name}.cast", "memory", bytes=own * travels, grad=grad, launches=travels)
-    return [(cast,), (gather,)], gather
+def _gather(b: BlockBuilder, name: str, elements: Number) -> Op:
+    """Gather rows that are cast to the datatype of the products first."""
+    dtype, element = b.gathered
+    return Op(name, "all_gather", bytes=elements * element, axis="tp", dtype=dtype)
 
 
-def _travels(x: Shape, dtype: Dtype) -> Any:
-    """Return whether rows come from other ranks in low precision."""
-    return (np.asarray(x.tp) > 1) & x.sequence_parallel & (dtype != "bf16")
+def _beyond_own(x: Shape, gather: Op) -> Number:
+    """Return the bytes of gathered rows that are kept beside a rank's own: none where it has all of them."""
+    return np.where(np.asarray(x.tp) > 1, gather.bytes, 0.0)
 
 
-def leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[str, ...] = (), dtype: Dtype = "bf16") -> None:
-    """Sum the partial rows of a row-parallel layer; the gradients of a rank's own rows are gathered in `dtype`."""
+def _casting(b: BlockBuilder, x: Shape) -> Number:
+    """Return the ranks that share the cast of rows: all of the group where they are gathered as they are multiplied."""
+    return x.tp if x.sequence_parallel and b.gathered[0] == b.dtype else 1.0
+
+
+def leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[str, ...] = ()) -> None:
+    """Sum the partial rows of a row-parallel layer."""
     size = x.tokens * width * BF16
     if x.sequence_parallel:
         scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp")
-        b.add([(scatter,)], cast_and_gather(name, x, width, dtype, "input")[0], modules=modules)
+        b.collective(scatter, _gather(b, f"{name}.gather", x.tokens * width), modules)
     else:
         b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
 
@@ -159,42 +149,32 @@ def leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[st
 def column_parallel(
     b: BlockBuilder,
     part: str,
-    names: tuple[str, ...],
+    name: str,
     x: Shape,
     width: int,
     n: Number,
-    modules: tuple[tuple[str, ...], ...] = ((),),
+    modules: tuple[str, ...] = (),
     saved: Number = 0.0,
+    gathers: bool = True,
 ) -> None:
-    """Append column-parallel linear layers of one input, with the collectives of its rows, as the plan overlaps them.
+    """Append a column-parallel linear layer with the collectives of its rows, as the plan overlaps them, or on rows that are there.
 
-    In pieces, rows are gathered in the datatype of the product, as Transformer Engine's buffers are (``fp8_buf``), by copy
-    engines (``use_ce``). PyTorch gathers once for all layers of an input; others for each layer.
+    In pieces, rows are gathered by copy engines (Transformer Engine's ``use_ce``). PyTorch sums the gradients of all products of
+    an input before it reduce-scatters them, so that nothing runs beside that sum (the pattern that
+    torch/_inductor/fx_passes/micro_pipeline_tp.py looks for is one product), nor beside a gather for a weight gradient.
     """
-    for first, name, own in zip((True, *[False] * (len(names) - 1)), names, modules, strict=True):
-        several = f"{part}.{name.rsplit('.', 1)[-1]}" if len(names) > 1 else part
-        if x.style in ("pieces", "torch_async") and (first or x.style == "pieces"):
-            _arriving(b, several if x.style == "pieces" else part, name, x, width, n, own, saved)
-            continue
-        beside: tuple[Op | None, Op | None] = (None, None)
-        if first or not x.of_torch:
-            beside = enter_tp(b, part if x.of_torch else several, x, width, own if not x.of_torch else modules[-1], b.rows)
-        b.linear(name, x.tokens, width, n, saved=saved, modules=own, beside=beside, arrives=(_travels(x, b.rows), False))
-
-
-def _arriving(b: BlockBuilder, part: str, name: str, x: Shape, width: int, n: Number, modules: tuple[str, ...], saved: Number) -> None:
-    """Append a column-parallel layer whose product runs beside the gather of its rows.
-
-    PyTorch sums the gradients of all products of an input before it reduce-scatters them, so that nothing runs beside
-    that (the pattern of torch/_inductor/fx_passes/micro_pipeline_tp.py is one product), nor beside a gather for a weight gradient.
-    """
-    _, gather = cast_and_gather(part, x, width, b.rows)
+    shared = (_casting(b, x), 1.0)
+    if not gathers or x.style not in ("pieces", "torch_async"):
+        beside = enter_tp(b, part, x, width, modules) if gathers else (None, None)
+        b.linear(name, x.tokens, width, n, saved=saved, modules=modules, beside=beside, shared=shared)
+        return
+    gather = _gather(b, f"{part}.gather", x.tokens * width)
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
-    beside: tuple[Op | None, Op | None] = (replace(gather, grad="weight"), scatter)
+    beside = replace(gather, grad="weight"), scatter
     if x.of_torch:
-        b.add([], [(scatter,)], np.where(np.asarray(x.tp) > 1, gather.bytes, 0.0), (*modules, "tp_gather"))
+        b.add([], [(scatter,)], _beyond_own(x, gather), (*modules, "tp_gather"))
         beside = (None, None)
-    b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp)
+    b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp, shared=shared)
     if x.of_torch and "tp_gather" in b.recomputed:
         b.add([], [(replace(gather, grad="again"),)])
 
@@ -203,14 +183,14 @@ def row_parallel(
     b: BlockBuilder, part: str, name: str, x: Shape, k: Number, width: int, modules: tuple[str, ...] = (), saved: Number = 0.0
 ) -> None:
     """Append a row-parallel linear layer and the sum of its partial rows, as the plan overlaps them."""
+    shared = (1.0, _casting(b, x))
     if x.style not in ("pieces", "torch_async"):
-        b.linear(name, x.tokens, k, width, saved=saved, modules=modules, arrives=(False, _travels(x, b.rows)))
-        # by operation, what is reduce-scattered is kept
-        leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"), b.rows)
+        b.linear(name, x.tokens, k, width, saved=saved, modules=modules, shared=shared)
+        leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"))  # by operation, what is reduce-scattered is kept
         return
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
-    _, gather = cast_and_gather(part, x, width, b.rows, "input")
-    b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), replace(gather, apart=True)), pieces=x.tp)
+    gather = replace(_gather(b, f"{part}.gather", x.tokens * width), grad="input", apart=True)
+    b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), gather), pieces=x.tp, shared=shared)
     if x.of_torch:
         several = 1.0 * (np.asarray(x.tp) > 1)
         summed = (x.tokens + x.split_tokens) * width * BF16 * SUM_SLOWDOWN
