@@ -38,6 +38,9 @@ _STYLES: dict[str, tuple[dict[str, bool], str]] = {
 _GPT_VOCAB = 51200
 #: BLOOM's 250,680 tokens, padded by Megatron (config.json of bigscience/bloom)
 _BLOOM_VOCAB = 250880
+#: Megatron-LM and its forks, which pad every vocabulary (megatron/tokenizer/tokenizer.py, ``_vocab_size_with_padding``), also one that
+#: tp divides; vTrain's configurations print GPT-2's
+_PADS = "vTrain|SC'21|Korthikanti|MT-NLG"
 _LATENT = re.compile(r"MLA: q_lora (\d+), kv_lora (\d+), qk_nope (\d+), qk_rope (\d+), v_head (\d+)")
 
 
@@ -70,11 +73,13 @@ def _divisible_vocab(row: Row, vocab: int) -> int:
     if row.has("vocab '250k'", "notes"):
         row.assume(f"vocabulary printed rounded: {_BLOOM_VOCAB:,}, as BLOOM was trained")
         return _BLOOM_VOCAB
-    if vocab % tp == 0:
+    if vocab % tp == 0 and not row.has(_PADS, "source"):
         return vocab
     unit = 128 * tp  # Megatron's make_vocab_size_divisible_by, times tp
-    row.assume("vocabulary padded to a multiple of 128 x tp")
-    return -(-vocab // unit) * unit
+    padded = -(-vocab // unit) * unit
+    if padded != vocab:
+        row.assume("vocabulary padded to a multiple of 128 x tp")
+    return padded
 
 
 def _on_shipped(row: Row, base: Model) -> dict[str, Any]:
