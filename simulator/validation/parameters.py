@@ -38,6 +38,7 @@ _PARTS = {
     "grouped": (0.5, 1.7, 0.3),
     "attention": (0.4, 1.5, 0.3),
     "memory": (0.4, 1.2, 0.3),
+    "collectives": (0.4, 1.5, 0.3),
 }
 #: seconds per launch: what a C++ loop needs at least, and what no eager framework exceeds
 _DISPATCH = (5e-6, 200e-6, 0.7)
