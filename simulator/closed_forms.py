@@ -10,7 +10,7 @@ from simulator.engine.replay import Lap, replay, replay_streams
 from simulator.pricing.stage_times import PASSES, BlockPrice, StageTimes, pair_runs, price_blocks, stage_times
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.scenario.scenario import Scenario
-from simulator.schedules import Schedule, schedule
+from simulator.schedules import Schedule, by_segments, schedule
 from simulator.units import Number
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import gathers
@@ -119,7 +119,8 @@ def _laps(plan: Plan | PlanColumns, t: StageTimes, what: tuple[tuple[str, int], 
     found = []
     for (kind, _), row, own in zip(what, blocks_of, runs, strict=True):
         times, reduces = gathers(plan, kind), plan.zero >= 2 and kind in "BW"
-        found.append([Lap(r, times * p.gather_s, p.reduce_s if reduces else None) for r, p in zip(own, row, strict=True)])
+        how = plan.overlap.queued, by_segments(plan.schedule, plan.table)
+        found.append([Lap(r, times * p.gather_s, p.reduce_s if reduces else None, *how) for r, p in zip(own, row, strict=True)])
     return [row or [Lap(((("compute", 0.0),),))] for row in found]  # a stage without blocks still waits for its message
 
 

@@ -311,6 +311,7 @@ def _pairs(scenario: Scenario, all_blocks: Mapping[str, Block], stages: tuple[St
 
     @cache
     def pair_s(forward: StageBlocks, backward: StageBlocks) -> Number:
-        return least_pair_s([prices[name] for name in forward], [prices[name] for name in backward], scenario.cluster.accelerator, ())
+        of = ([prices[name] for name in names] for names in (forward, backward))
+        return least_pair_s(*of, scenario.plan, scenario.cluster.accelerator, ())
 
     return lambda forward, backward: pair_s(stages[forward], stages[backward])

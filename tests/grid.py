@@ -39,7 +39,7 @@ def grid(count: int, seed: int, most: int = 256) -> Iterator[Scenario]:
             dispatcher=one("alltoall", "deepep"), layout="balanced" if spare else None, recompute=one("none", "selective"),
             overlap=Overlap(
                 grad_reduce=one(True, False), param_gather=one(True, False), pp=one(True, False), tp="pieces" if made % 3 == 2 else True,
-                prefetch=made % 4,
+                prefetch=made % 4, queued=made % 4 > 1,
             ),
         )  # fmt: skip
         job = Job(tokens=4096 * m * plan.dp, global_batch=m * plan.dp, sequence_length=one(512, 2048))

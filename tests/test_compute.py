@@ -17,6 +17,7 @@ ROUND = ACCELERATORS.load("h100-sxm5-80").model_copy(
         "gemm_efficiency": {"fp32": 1.0, "bf16": 0.5, "fp8": 0.25},
         "grouped_gemm_efficiency": 0.8,
         "attention_efficiency": {"forward": 0.5, "backward": 0.4},
+        "keys_ramp": None,
         "hbm_bytes_per_s": 1e12,
         "hbm_efficiency": 0.5,
         "launch_s": 1e-6,
@@ -71,6 +72,13 @@ def test_a_narrower_element_makes_the_pipeline_deeper():
     """The ramp is bytes in flight: 100 elements of 16 bits are 200 of 8 and 400 of 4."""
     shares = [gemm_shape_efficiency(256, 512, 400, 1, ROUND, dtype) for dtype in ("bf16", "fp8", "fp4")]
     assert shares == pytest.approx([0.8, 400 / 600, 0.5], rel=1e-14)
+
+
+def test_a_product_that_adds_to_its_result_loses_more_depth_where_nothing_hides_it():
+    """8 bytes per element for 2: a ramp of 400 for 100, on hardware that holds one tile of sums."""
+    one, two = (ROUND.model_copy(update={"result_tiles": tiles}) for tiles in (1, 2))
+    assert gemm_shape_efficiency(256, 512, 400, 1, one, written=8.0) == pytest.approx(0.5, rel=1e-14)
+    assert gemm_shape_efficiency(256, 512, 400, 1, two, written=8.0) == gemm_shape_efficiency(256, 512, 400, 1, one)
 
 
 # --- times ---
@@ -149,6 +157,19 @@ def test_a_published_gemm():
     benchmarked = H100.model_copy(update={"in_training": {}})  # nothing else draws power or fills the caches
     seconds = gemm_s(2 * n**3, 6 * n**2, n, n, n, 1, "bf16", False, benchmarked)
     assert 2 * n**3 / seconds / 1e12 == pytest.approx(717, rel=0.05)
+
+
+@pytest.mark.parametrize(("dtype", "ms"), [("bf16", (13.102,)), ("fp8", (6.812, 7.161)), ("fp4", (3.764,))])
+def test_a_published_layer_in_narrow_datatypes(dtype, ms):
+    """Twelve products of a layer on B300, cast before (Transformer Engine @8f2e635, docs/examples/gemm_profiling)."""
+    b300 = ACCELERATORS.load("b300-sxm-288")
+    bare = b300.model_copy(update={"in_training": {}})
+    rows, narrow, wide = 15872, 4096, 16384
+    took = 0.0
+    for k, n in ((narrow, 3 * narrow), (narrow, narrow), (narrow, wide), (wide, narrow)):
+        for shape in ((rows, n, k), (rows, k, n), (k, n, rows)):
+            took += float(gemm_s(2.0 * rows * n * k, 0.0, *shape, 1, dtype, False, bare))
+    assert took * 1e3 == pytest.approx(sum(ms) / len(ms), rel=0.03)
 
 
 # --- for all numbers ---

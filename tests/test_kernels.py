@@ -96,7 +96,8 @@ def test_gathered_logits_are_seen_by_every_rank():
         how: blocks(model, Plan(dp_shard=1, tp=4, framework={"cross_entropy": how}), job())["head"]
         for how in ("vocab_parallel", "gathered")
     }
-    assert total(heads["gathered"].forward, loss) == 4 * total(heads["vocab_parallel"].forward, loss)
+    eager = blocks(model, Plan(dp_shard=1, framework={"cross_entropy": "eager"}), job())["head"]
+    assert total(heads["gathered"].forward, loss) == total(eager.forward, loss)  # whatever tp is
     gathers = [
         op for segment in heads["gathered"].forward for op in segment if op.name == "head.gather" and op.bytes == SEQUENCE * model.vocab * 2
     ]
@@ -228,3 +229,56 @@ def test_the_three_levels_agree_on_a_slow_host(plan):
 
 def test_graphs_of_the_whole_iteration_take_the_host_away():
     assert simulate_step(host_bound(1e-3, graphs=("full",))).step_time_s == pytest.approx(simulate_step(host_bound(None)).step_time_s)
+
+
+def test_the_loss_moves_what_its_kernels_read_and_write():
+    """Transformer Engine reads the bf16 logits twice and overwrites them; each step of Megatron's own is a pass over fp32."""
+    model, loss = dense(2, 256), lambda op: op.bytes if op.name == "head.loss" else 0.0
+    logits = SEQUENCE * model.vocab
+    moved = {}
+    for how in ("in_place", "fused", "vocab_parallel"):
+        head = blocks(model, Plan(dp_shard=1, framework={"cross_entropy": how}), job())["head"]
+        moved[how] = tuple(total(segments, loss) / logits for segments in (head.forward, head.backward))
+    assert moved == {"in_place": (6, 4), "fused": (26, 14), "vocab_parallel": (38, 14)}
+
+
+@pytest.mark.parametrize("cp", [1, 2, 8])
+def test_ring_attention_puts_its_kernels_together(cp):
+    """Kernels see the keys of one rank, and an output of two bytes is set to zero and corrected by every one of them."""
+    block = layer(Kernels(), cp=cp)
+    ops = {(op.name, op.grad): op for segments in (block.forward, block.backward) for segment in segments for op in segment}
+    output = TOKENS / cp * HEADS * WIDTH * 2
+    forward, backward = ops["attn.ring.merge", ""].bytes, ops["attn.ring.merge", "input"].bytes
+    assert (forward, backward) == ((0, 0) if cp == 1 else ((4 + 2.25 * (cp - 1)) * output, (2 + 2.25 * (cp - 1)) * output))
+    attend = ops["attn.core", ""]
+    assert attend.turns == 1 + 0.75 * (cp - 1)
+    assert attend.flop == 2 * TOKENS / cp * (SEQUENCE + 1) / 2 * HEADS * 2 * WIDTH
+
+
+def test_pieces_of_a_ring_are_slower_where_few_keys_are():
+    s = scenario(MODEL, 4, Plan(micro_batch=64, cp=4), 1)
+    attend = next(op for segment in blocks(s.model, s.plan, s.job)["layer0"].forward for op in segment if op.kind == "attention")
+    assert op_s(attend, s.model, s.plan, s.cluster) > op_s(replace(attend, turns=1.0), s.model, s.plan, s.cluster)
+
+
+def test_learned_positions_turn_nothing():
+    learned = MODEL.model_copy(update={"positions": SEQUENCE})
+    names = [{op.name for segment in layer(Kernels(), model).forward for op in segment} for model in (MODEL, learned)]
+    assert names[0] - names[1] == {"attn.rotary"}
+    assert layer(Kernels(), learned).saved_bytes == layer(Kernels()).saved_bytes
+
+
+def test_experts_one_after_the_other_are_dense_products():
+    """Megatron's SequentialMLP: a product for each of four experts, launched by the framework; one alone is never grouped."""
+    model = moe(2, 256)
+    ups = {}
+    for how in ("grouped", "sequential"):
+        block = blocks(model, Plan(dp_shard=4, ep=2, kernels={"experts": how}), job())["layer1"]
+        ups[how] = next(op for segment in block.forward for op in segment if op.name == "moe.up")
+    grouped, single = ups["grouped"], ups["sequential"]
+    assert (single.flop, single.turns, single.groups) == (grouped.flop, grouped.groups, 1)
+    assert single.launches == 2 * grouped.groups
+    s = scenario(model, 4, Plan(micro_batch=64, ep=2, kernels={"experts": "sequential"}), 1)
+    alone = replace(single, flop=1e15, bytes=1e6, turns=1.0)
+    dense_product = replace(alone, kind="gemm")
+    assert op_s(alone, model, s.plan, s.cluster) == op_s(dense_product, model, s.plan, s.cluster)

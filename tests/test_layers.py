@@ -15,7 +15,7 @@ from simulator.pricing.operations import op_s, segments_s
 from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, LatentAttention, Model
-from simulator.scenario.plan import COLUMNS, Overlap, Plan, PlanColumns, Precision
+from simulator.scenario.plan import COLUMNS, ELEMENT_BYTES, Overlap, Plan, PlanColumns, Precision
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP, attended
 from simulator.workload.layers import embedding, head, transformer_layer
 from simulator.workload.memory import memory_per_stage
@@ -149,7 +149,7 @@ def test_tensor_parallel_in_pieces():
 
 @pytest.mark.parametrize("size", [64, 8192])  # of the products: the collective is longer, or shorter
 def test_pieces_take_as_long_as_their_formulas(size):
-    """Arriving: max(p g, (p - 1) c + g); leaving: g + (p - 1) max(g, c) + c."""
+    """Arriving: max(p g, (p - 1) c + g); leaving: g + (p - 1) max(g, c) + c, where p pieces side by side take p g."""
     plan, rows = Plan(tp=4, dp_shard=1, overlap=Overlap(tp="pieces", collective_multiprocessors=0.0)), 8192.0
 
     def seconds(op):
@@ -159,7 +159,7 @@ def test_pieces_take_as_long_as_their_formulas(size):
         return gemm("up", part, 4096.0, float(size), "bf16", 2.0)
 
     gather, scatter = (Op("talk", kind, bytes=rows * 8192, axis="tp") for kind in ("all_gather", "reduce_scatter"))
-    g, whole = seconds(product(rows / 4)), seconds(gather)
+    g, whole = seconds(replace(product(rows / 4), streams=4.0)), seconds(gather)
     assert (g * 3 > whole) == (size == 8192)
     assert float(segments_s(arriving(product, rows, gather, 4.0), DENSE, plan, H100)) == pytest.approx(max(4 * g, whole + g), rel=1e-12)
     others, last = (seconds(replace(scatter, bytes=scatter.bytes * share)) for share in (3 / 4, 1 / 4))
@@ -167,11 +167,40 @@ def test_pieces_take_as_long_as_their_formulas(size):
     assert leaves == pytest.approx(g + max(3 * g, others) + last, rel=1e-12)
 
 
+def test_streams_fill_the_tails_of_each_other():
+    """Tiles of pieces side by side share their waves: together as fast as the whole, where one after the other is slower."""
+    plan, whole = Plan(tp=8, dp_shard=1), gemm("up", 4096.0, 18432.0, 3072.0, "bf16", 2.0)
+    one = gemm("up", 512.0, 18432.0, 3072.0, "bf16", 2.0)  # 48 tiles for 132 multiprocessors
+    alone, beside, together = (float(op_s(op, DENSE, plan, H100)) for op in (one, replace(one, streams=8.0), whole))
+    assert 8 * beside == pytest.approx(together, rel=1e-12)
+    assert 8 * alone > 1.2 * together
+
+
 def test_pieces_of_one_rank_are_the_whole():
     whole, pieces = (layer(DENSE, False, overlap=Overlap(tp=tp)) for tp in (True, "pieces"))
     args = DENSE, Plan(dp_shard=1), H100
     for direction in ("forward", "backward"):
         assert float(segments_s(getattr(pieces, direction), *args)) == pytest.approx(float(segments_s(getattr(whole, direction), *args)))
+
+
+@pytest.mark.parametrize("tp", [True, "pieces"])
+def test_narrow_rows_are_cast_before_they_are_gathered(tp):
+    """Gathers carry what is multiplied, sums 16 bits; each rank casts its own rows."""
+    wide, narrow, late = (
+        layer(DENSE, False, tp=4, overlap=Overlap(tp=tp), precision=precision)
+        for precision in (Precision(), Precision(gemm="fp8"), Precision(gemm="fp8", gather="bf16"))
+    )
+
+    def moved(block, kind):
+        return sum(op.bytes for s in (*block.forward, *block.backward) for op in s if (op.kind, op.axis) == (kind, "tp"))
+
+    def cast(block):
+        return sum(op.bytes for s in block.forward for op in s if op.name == "attn.qkv.cast")
+
+    assert moved(narrow, "all_gather") == pytest.approx(moved(wide, "all_gather") * ELEMENT_BYTES["fp8"] / 2, rel=1e-12)
+    assert moved(late, "all_gather") == moved(wide, "all_gather")
+    assert moved(narrow, "reduce_scatter") == moved(late, "reduce_scatter") == moved(wide, "reduce_scatter")
+    assert 4 * cast(narrow) == cast(late) > 0
 
 
 def test_pieces_need_rows_of_their_own():
@@ -187,6 +216,17 @@ def test_context_parallel_ring():
     assert collectives(half.backward, "cp") == [("all_gather", 2 * 2.0 * S * 2 * 2 * 16)]
     (segment,) = [s for s in half.forward if any(op.axis == "cp" for op in s)]
     assert {op.kind for op in segment} == {"attention", "all_gather"}
+
+
+def test_context_parallel_all_gather():
+    """Keys and values are gathered before attention, whose one kernel sees them all; their gradients are reduced after it."""
+    half = layer(DENSE, False, cp=2, context_parallel="all_gather")
+    keys = 2.0 * S * 2 * 2 * 16
+    assert collectives(half.forward, "cp") == [("all_gather", keys)]
+    assert collectives(half.backward, "cp") == [("all_gather", keys), ("reduce_scatter", keys)]
+    assert all(len(segment) == 1 for segment in half.forward + half.backward if any(op.axis == "cp" for op in segment))
+    assert only(half.forward, "attn.core").turns == 1
+    assert "attn.ring.merge" not in {op.name for segment in half.forward for op in segment}
 
 
 # --- a mixture of experts ---

@@ -92,6 +92,7 @@ def test_there_and_back_is_the_same_plan(plan):
         ({"overlap": {"tp": False}}, "overlap.tp: False"),
         ({"overlap": {"multiprocessors": 0.3}}, "overlap.multiprocessors: 0.3"),
         ({"context_parallel": "all_to_all"}, "context_parallel: all_to_all"),
+        ({"context_parallel": "all_gather"}, "context_parallel: all_gather"),
         ({"placement": {"order": "pp-dp-ep-cp-tp"}}, "placement.order: pp-dp-ep-cp-tp"),
     ],
 )

@@ -273,6 +273,33 @@ def test_recompute_in_the_words_of_sources(runs, printed, expected):
     assert _recompute(Row({"recompute": printed, "pp": "1"}), model) == expected
 
 
+def test_a_recipe_with_a_whole_iteration_as_a_graph_does_nothing_again(runs):
+    graph = row(runs, "dsv3-gb300-gke-256-4096-ep32-4d")
+    assert graph["recompute"] == "selective(default:core_attn)"
+    assert scenario_from_row(graph)[0].plan.recompute == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("dgxc-v25.05.05-dsv3-gb200-bf16-256", "unfused"),  # cuDNN before 9.11
+        ("dgxc-v25.05.05-dsv3-h100-bf16-512", "flash"),
+        ("dgxc-v25.05.05-llama4maverick-gb200-bf16-256", "flash"),
+        ("mbridge-26.06-qwen3_30b-gb300-fp8_mx-8", "flash_fp8"),
+        ("mbridge-26.04-qwen3_30b-gb300-fp8_mx-8", "flash"),
+        ("mbridge-26.06-gptoss120b-gb300-fp8_mx-64", "flash"),  # sinks
+    ],
+)
+def test_attention_that_only_the_recipe_tells(runs, name, attention):
+    assert scenario_from_row(row(runs, name))[0].plan.kernels.attention == attention
+
+
+def test_products_of_experts_and_keys_as_their_sources_have_them(runs):
+    kernels = scenario_from_row(row(runs, "dgxc-v25.02.02-grok1-h100-bf16-8"))[0].plan.kernels
+    assert kernels.experts == "sequential"
+    assert scenario_from_row(row(runs, "llama3-t4-16384-131072"))[0].plan.context_parallel == "all_gather"
+
+
 def test_blanks_are_blank_however_they_were_read(runs):
     published = row(runs, PAPER)
     numbers = {k: (float("nan") if v == "" else float(v) if v.isdigit() else v) for k, v in published.items()}
@@ -333,10 +360,29 @@ def test_a_printed_rate_is_a_step_by_the_sources_count_of_flop(runs):
 def test_expert_all_to_all_beside_compute_is_a_schedule_of_pairs(runs):
     piped, _ = scenario_from_row(row(runs, "mbridge-26.04.01-dsv3-b200-fp8_mx-256"))
     assert piped.plan.schedule == "interleaved-overlapped"
+    assert not piped.plan.overlap.queued
+    assert scenario_from_row(row(runs, "zoo-q235-h100-1"))[0].plan.overlap.queued  # Hopper's products hold every multiprocessor
     alone, said = scenario_from_row(row(runs, "mlm-recipe-qwen3_235b-gb200-mxfp8-128"))
     assert alone.plan.table.split()[:3] == ["0F0", "0F1+0B0", "0F2+0B1"]
     assert len(alone.plan.table.split()) == alone.job.global_batch // alone.plan.dp + 1
     assert not any("beside compute" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [
+        ("mbridge-26.06-llama31_405b-h100-fp8_cs-1024", "pieces"),
+        ("mbridge-26.06-llama31_405b-gb300-nvfp4-256", True),
+        ("dgxc-v25.05.05-nemotron4_340b-h100-bf16-256", "pieces"),
+        ("dgxc-v24.11.1-nemotron4_340b-h100-bf16-256", "pieces"),  # printed: none; its launch script overrides that
+        ("dgxc-v25.04.02-llama3_8b-h100-fp8-128", True),  # one rank: nothing to gather
+        ("mlm-llama-fp8-405b", "pieces"),
+    ],
+)
+def test_tensor_parallel_overlap_as_recipes_set_it(runs, name, tp):
+    scenario, assumptions = scenario_from_row(row(runs, name))
+    assert scenario.plan.overlap.tp == tp
+    assert any("in pieces" in text for text in assumptions) == (tp == "pieces")
 
 
 def test_one_nvlink_domain_holds_a_job_that_fits(runs):

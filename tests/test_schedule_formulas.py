@@ -24,7 +24,7 @@ import random
 import numpy as np
 import pytest
 
-from simulator.engine.replay import Lap, replay_streams
+from simulator.engine.replay import Lap, entry_s, replay_streams
 from simulator.schedules import Pair, Schedule, actions, repeating, schedule
 from simulator.schedules.zero_bubble import automatic, longest_row, row_ends, zb_h1, zb_h2
 
@@ -306,3 +306,23 @@ def test_few_micro_batches_tell_the_memory_of_many(name):
         counts = (int(repeating(name, p, 20 * p + 1)), 20 * p + 1)
         few, many = (schedule(name, p, 2, m).in_flight.sum(axis=(2, 3)).max(axis=1).tolist() for m in counts)
         assert few == many
+
+
+# --- turns of a pair ---
+
+
+def pair_of(layers: int, **how: bool) -> float:
+    """Return the seconds of layers of attention 2 s, experts 3 s forward, twice that backward, around all-to-alls of 3 s."""
+    forward = ((("compute", 2.0),), (("ep", 3.0),), (("compute", 3.0),), (("ep", 3.0),))
+    backward = ((("ep", 3.0),), (("compute", 6.0),), (("ep", 3.0),), (("compute", 4.0),))
+    return float(entry_s([[Lap(runs, **how)] * layers for runs in (forward, backward)], ()))
+
+
+def test_a_pair_hides_all_to_alls_in_the_order_of_megatron():
+    """Of a layer's 15 s of kernels and 12 s of all-to-alls, 1 s shows: attention (2 s) is all that hides the backward's combine (3 s)."""
+    assert pair_of(5) - pair_of(4) == pytest.approx(16.0, **EXACT)
+
+
+def test_all_to_alls_queued_behind_kernels_hide_less():
+    """The forward's dispatch starts behind the backward's experts, and the forward's experts wait for it."""
+    assert pair_of(5, queued=True) - pair_of(4, queued=True) == pytest.approx(19.0, **EXACT)

@@ -12,7 +12,7 @@ from functools import reduce
 
 import numpy as np
 
-from simulator.schedules import Action, Schedule, actions
+from simulator.schedules import EXCHANGE, Action, Schedule, actions, turn_ends
 from simulator.units import Number
 
 #: segments of operations side by side, each a stream and its seconds
@@ -106,11 +106,17 @@ class Lap:
     gather, reduce : Number
         The gather that it waits for, and the reduction that follows it, on the data-parallel stream; 0 takes no time. None is no
         reduction: one of no time still takes its turn among those that wait.
+    queued : bool
+        Whether its all-to-alls start behind the kernels launched before them (`simulator.scenario.plan.Overlap`).
+    by_segments : bool
+        In a pair: `simulator.schedules.by_segments`.
     """
 
     runs: Runs
     gather: Number = 0.0
     reduce: Number | None = None
+    queued: bool = False
+    by_segments: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +206,15 @@ class _Walk:
     def take_turns(
         self, threads: Sequence[_Thread], laps: Sequence[Sequence[Lap]], messages: Sequence[np.ndarray], what: tuple = ()
     ) -> None:
-        """Run the actions of an entry, a segment of each in turn; `what` tells its reductions from those of others."""
+        """Run the actions of an entry in turn (`turn_ends`); `what` tells its reductions from those of others."""
         turns = [self.steps(thread, row, at, (what, n)) for n, (thread, row, at) in enumerate(zip(threads, laps, messages, strict=True))]
+        if not any(lap.by_segments for row in laps for lap in row):
+            turns.reverse()
         while turns:
             turns = [turn for turn in turns if next(turn, None) is not None]
 
-    def steps(self, thread: _Thread, laps: Sequence[Lap], message: np.ndarray, of: Hashable) -> Iterator[bool]:
-        """Run the laps of one action; yields after each segment."""
+    def steps(self, thread: _Thread, laps: Sequence[Lap], message: np.ndarray, of: tuple[Hashable, int]) -> Iterator[bool]:
+        """Run the laps of one action, the first of a pair the forward; yields where its turn ends."""
         waits: list[tuple[Number, np.ndarray]] = [(1.0, message)]
         for number, lap in enumerate(laps):
             if np.any(np.asarray(lap.gather) > 0):
@@ -216,17 +224,26 @@ class _Walk:
                 _, start, seconds = self.waiting.pop(0)
                 self._talk(start, seconds)
             thread.begun = [thread.last, *thread.begun[:-1]]
+            exchanges = 0
             for segment in lap.runs:
+                streams = [stream for stream, _ in segment]
+                before, after = turn_ends(streams, of[1] == 0, exchanges, lap.by_segments)
+                exchanges += EXCHANGE in streams
+                if before:
+                    yield True
                 begin = thread.last
                 for there, end in waits:
                     begin = np.where(np.asarray(there) > 0, np.maximum(begin, end), begin)
                 waits.clear()
+                if lap.queued and EXCHANGE in streams:
+                    begin = np.maximum(begin, self.streams.get("compute", self.free))
                 ends = []
                 for stream, seconds in segment:
                     self.streams[stream] = np.maximum(begin, self.streams.get(stream, self.free)) + seconds
                     ends.append(self.streams[stream])
                 thread.last = reduce(np.maximum, ends)
-                yield True
+                if after:
+                    yield True
             if lap.reduce is not None:
                 self.waiting.append(((of, number), thread.last, lap.reduce))
 

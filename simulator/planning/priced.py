@@ -287,14 +287,15 @@ class Estimates:
         known: dict[tuple, Number] = {}
 
         def pair_s(part: np.ndarray, forward: StageBlocks, backward: StageBlocks) -> np.ndarray:
-            seconds, family = np.empty(len(part)), self.family[part]
+            seconds, family, plan = np.empty(len(part)), self.family[part], self.priced.table.row(int(self.index[part[0]]))
             for one in np.unique(family).tolist():
                 place = np.flatnonzero(family == one)
-                if (one, forward, backward) not in known:
+                key = one, plan.schedule, forward, backward
+                if key not in known:
                     prices, length = self.prices[one]
                     of = ([prices[name] for name in names] for names in (forward, backward))
-                    known[one, forward, backward] = least_pair_s(*of, self.priced.scenario.cluster.accelerator, (length,))
-                seconds[place] = known[one, forward, backward][self.row[part[place]]]
+                    known[key] = least_pair_s(*of, plan, self.priced.scenario.cluster.accelerator, (length,))
+                seconds[place] = known[key][self.row[part[place]]]
             return seconds
 
         return pair_s

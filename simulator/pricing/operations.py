@@ -93,11 +93,11 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         kept = cluster.accelerator.in_training.get(training_part(kernel_name(op)), 1.0)
         return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op), kept)
     if op.kind in ("gemm", "grouped_gemm"):
-        grouped = op.kind == "grouped_gemm" and plan.kernels.experts == "grouped"
+        grouped = op.kind == "grouped_gemm" and plan.kernels.experts != "fused"
         whole = compute.whole_vectors(op.m if op.grad == "weight" else op.k, op.n, op.dtype)  # the rest counts tokens: no row
         batched = op.kind == "gemm" and np.any(np.asarray(op.groups) > 1)
-        shape = op.m, op.n, op.k, op.groups, op.dtype
-        return compute.gemm_s(op.flop, op.bytes, *shape, grouped, cluster.accelerator, whole, batched)
+        shape = op.m, op.n, op.k, op.groups * op.streams, op.dtype
+        return compute.gemm_s(op.flop, op.bytes, *shape, grouped, cluster.accelerator, whole, batched, op.written)
     if op.kind == "attention":
         width, backward = (op.k + op.n) / 2, op.grad == "input"
         return compute.attention_s(op.flop, op.bytes, width, keys_of(op), backward, cluster.accelerator, plan.kernels.attention)
@@ -118,7 +118,10 @@ class Known:
         """Return `op_s` of an operation."""
         if op.kind == HOST:
             return op_s(op, *self._of)
-        numbers = (np.asarray(getattr(op, name)) for name in ("flop", "bytes", "m", "n", "k", "groups", "turns", "launches", "apart"))
+        numbers = (
+            np.asarray(getattr(op, name))
+            for name in ("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written")
+        )
         words = (op.name, op.kind, op.axis, op.dtype, op.grad if op.grad in ("input", "weight") else "")  # again is forward
         key = (*words, *((value.dtype.char, value.shape, value.tobytes()) for value in numbers))
         if key not in self._seconds:

@@ -15,7 +15,7 @@ from simulator.scenario.cluster import Accelerator, Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan, PlanColumns, single
-from simulator.schedules import Schedule
+from simulator.schedules import Schedule, by_segments
 from simulator.units import Number
 from simulator.workload.ops import COMPUTE, HOST, STREAMS, Block, Op, Segment, host_wait, passes
 from simulator.workload.stages import StageBlocks
@@ -127,9 +127,12 @@ def pair_runs(forward: Sequence[BlockPrice], backward: Sequence[BlockPrice], acc
     return [there[id(p)] for p in forward], [back[id(p)] for p in reversed(backward)]
 
 
-def least_pair_s(forward: Sequence[BlockPrice], backward: Sequence[BlockPrice], accelerator: Accelerator, shape: tuple[int, ...]) -> Number:
-    """Return the seconds of a pair that waits for nothing: no message, no gather; `shape` is that of the prices."""
-    return entry_s([[Lap(runs) for runs in row] for row in pair_runs(forward, backward, accelerator)], shape)
+def least_pair_s(
+    forward: Sequence[BlockPrice], backward: Sequence[BlockPrice], plan: Plan, accelerator: Accelerator, shape: tuple[int, ...]
+) -> Number:
+    """Return the seconds of a pair of `plan` that waits for nothing: no message, no gather; `shape` is that of the prices."""
+    how = plan.overlap.queued, by_segments(plan.schedule, plan.table)
+    return entry_s([[Lap(runs, 0.0, None, *how) for runs in row] for row in pair_runs(forward, backward, accelerator)], shape)
 
 
 def beside(block: Block, kind: str, plan: Plan | PlanColumns, paired: bool = False) -> tuple[Op, ...]:

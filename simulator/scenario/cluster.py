@@ -45,6 +45,9 @@ class Accelerator(Facts):
     multiprocessors, tile_m, tile_n, k_ramp : int
         Geometry of the GEMM kernels: processors that each work on one ``tile_m x tile_n`` output tile, and the depth
         in K that filling and draining a tile costs.
+    result_tiles : int
+        Output tiles whose sums a multiprocessor can hold: with two it computes one while it writes the other; with one, writing more
+        than 16 bits per element costs as much more depth. Left out: two.
     last_wave_recovered : float
         Share of the idle time of the last wave of tiles that smaller tiles or split-K win back.
     head_ramp : int
@@ -77,6 +80,7 @@ class Accelerator(Facts):
     tile_m: int = Field(gt=0)
     tile_n: int = Field(gt=0)
     k_ramp: int = Field(ge=0)
+    result_tiles: int | None = Field(default=None, gt=0)
     last_wave_recovered: float = Field(ge=0, le=1)
     head_ramp: int = Field(ge=0)
     keys_ramp: int | None = Field(default=None, ge=0)

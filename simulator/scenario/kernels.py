@@ -10,7 +10,7 @@ from simulator.scenario.facts import Frozen
 Attention = Literal["flash", "flash_fp8", "flash2", "flash1", "unfused", "eager"]
 Fusion = Literal["fused", "eager"]
 #: how the experts of a rank are multiplied
-Grouping = Literal["grouped", "fused"]
+Grouping = Literal["grouped", "fused", "sequential"]
 #: how a weight gradient is added to what earlier micro-batches left
 Accumulation = Literal["fused", "separate"]
 #: how the gate and the up-projection of an MLP are multiplied
@@ -48,6 +48,7 @@ class Kernels(Frozen):
         ``grouped``: a product per expert, a kernel for each activation and cast. ``fused``: one product over all experts, as
         efficient as a dense one, whose epilogue activates and casts (the CuTeDSL kernels of cuDNN, Transformer Engine pull
         request 2769); it takes the experts' loads from device memory, so a whole step can be a CUDA graph.
+        ``sequential``: a dense product for each expert, one after the other (Megatron's ``SequentialMLP``).
     accumulation : str
         ``fused``: the product itself adds a weight gradient to the main gradients (Megatron since 2022, Transformer Engine).
         ``separate``: it writes the gradient, which a kernel of its own then adds to them.

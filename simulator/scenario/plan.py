@@ -59,6 +59,10 @@ class Precision(Frozen):
         Expert all-to-all to the experts (activations forward, gradients backward) and back from them.
     gradient_reduce : str
         Gradient reduce-scatter or all-reduce.
+    gather : str or None
+        What tensor-parallel all-gathers carry ahead of linear layers. None: what those multiply when that is narrower than 16 bits,
+        as Transformer Engine casts before it gathers (``gather_along_first_dim``, transformer_engine/pytorch/distributed.py), else
+        16 bits. Sums are scattered in 16 bits.
     """
 
     parameters: Dtype = "bf16"
@@ -70,6 +74,12 @@ class Precision(Frozen):
     dispatch: Dtype = "bf16"
     combine: Dtype = "bf16"
     gradient_reduce: Dtype = "fp32"
+    gather: Dtype | None = None
+
+    @property
+    def gathered(self) -> Dtype:
+        """The datatype of tensor-parallel all-gathers: `gather`, or by default that of narrow linear layers."""
+        return self.gather or (self.gemm if self.gemm in ("fp8", "fp4") else "bf16")
 
 
 class Reserve(Frozen):
@@ -130,6 +140,11 @@ class Overlap(Frozen):
         ZeRO gathers and reduces every matrix in a collective of its own, from and to a list of one tensor per rank, which a
         kernel each copies: DeepSpeed until the end of 2021 (its issue 1069; pull requests 1188 and 1453 changed it). False moves
         the parameters of a block in one collective.
+    queued : bool
+        An expert all-to-all of a pair starts only when the kernels launched before it have ended, of whichever action: Hopper's
+        persistent matrix products hold every multiprocessor until they end, and push a collective that comes later behind them
+        (NVIDIA-NeMo/Megatron-Bridge scripts/performance/perf_plugins.py, on ``CUDA_DEVICE_MAX_CONNECTIONS``). False on Blackwell, or
+        with multiprocessors set aside.
     pp : bool
         Send to other stages beside the next action. False starts it only when the message has left, as Megatron does without
         interleaving or with ``--no-overlap-p2p-communication``.
@@ -142,6 +157,7 @@ class Overlap(Frozen):
     tp: bool | Literal["pieces"] = True
     prefetch: int = Field(default=1, ge=0)
     by_tensor: bool = False
+    queued: bool = False
     pp: bool = True
 
 
@@ -236,8 +252,9 @@ class Plan(Frozen, _Degrees):
     placement : Placement
         Which accelerator each rank gets; in Megatron's default order unless said otherwise.
     context_parallel : str
-        How context parallelism moves the sequence: ``ring`` passes keys and values on, ``all_to_all`` trades sequence for
-        heads (Ulysses) and keeps the output of both sides. Time is priced as ``ring``.
+        How context parallelism moves the sequence: ``ring`` passes keys and values on beside attention, ``all_gather`` gathers them
+        before it and again before its backward, after which their gradients are reduced (Llama 3), ``all_to_all`` trades sequence
+        for heads (Ulysses) and keeps the output of both sides; its messages are priced as those of ``ring``.
     kernels : Kernels
         Which generation of kernels the training stack runs.
     framework : Framework
@@ -261,7 +278,7 @@ class Plan(Frozen, _Degrees):
     recompute_modules: tuple[Module, ...] = ("core_attn",)
     sequence_parallel: bool = True
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
-    context_parallel: Literal["ring", "all_to_all"] = "ring"
+    context_parallel: Literal["ring", "all_gather", "all_to_all"] = "ring"
     precision: Precision = Precision()
     reserve: Reserve = Reserve()
     overlap: Overlap = Overlap()

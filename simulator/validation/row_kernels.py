@@ -40,6 +40,14 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
 #: recipes whose table prints none of their options: NVIDIA-NeMo/Megatron-Bridge src/megatron/bridge/perf_recipes/gpt_oss,
 #: ``_apply_gpt_oss_120b_full_iter_fp8mx_configs``
 FULL_ITERATION_RECIPE = r"gpt_oss_120b_pretrain_64gpu_gb[23]00_fp8mx_config"
+#: recipes whose MXFP8 version with a full-iteration CUDA graph also attends in 8 bits, which their table does not print: Qwen3 and,
+#: except on GB200, DeepSeek-V3 (NVIDIA-NeMo/Megatron-Bridge pull requests 4249, 4606 and 3983, ``fp8_dot_product_attention``). GPT-OSS asks
+#: for it too (4173), but Transformer Engine has no sinks and no windows in 8 bits (@002a3e5 pytorch/attention/.../utils.py)
+_FP8_ATTENTION_RECIPE = r"(QWEN3|DEEPSEEK_V3(?!_PRETRAIN_CONFIG_GB200))\w*_FP8_MX|(qwen3|deepseek_v3(?!\w*_gb200))\w*_fp8mx"
+#: releases whose cuDNN is older than 9.11, the first that trains latent attention (keys of 192, values of 128) on Blackwell as one kernel
+#: (NVIDIA/TransformerEngine common/fused_attn/fused_attn.cpp). Their recipes recompute ``core_attn`` there, which keeps scores (NVIDIA/
+#: dgxc-benchmarking @1f6d9f4 deepseek_v3/pretraining/launch.sh, NeMo 25.04.01); the next one, on NeMo 25.07.01, does not
+_SCORES_STORED = r"dgxc-benchmarking/deepseek_v3/\S*@v25\.0[1-7]"
 #: Aleph-Alpha's ``kernel=`` -> fields
 _NAMED: dict[str, dict[str, str]] = {
     "torch": {"attention": "eager"},
@@ -58,6 +66,9 @@ def kernels_of(row: Row) -> Kernels:
             row.assume(f"kernels not printed: {said}")
     if row.has("fp8 dot-product attention|fp8 attention", "overlap_notes", "notes"):
         fields["attention"] = "flash_fp8"
+    if row.has(_SCORES_STORED, "provenance") and row.has("B[23]00", "gpu"):
+        row.assume("latent attention not printed: scores in memory (cuDNN before 9.11 has no gradient of it on Blackwell)")
+        fields["attention"] = "unfused"
     named = re.search(r"kernel=([^;]*)", row.text("overlap_notes"))
     if named:
         for name, found in _NAMED.items():
@@ -68,6 +79,11 @@ def kernels_of(row: Row) -> Kernels:
     if row.has(r"\beager\b", "overlap_notes"):
         fields |= {"norm": "eager", "pointwise": "eager"}
     graphs = _graphs(row)
+    if "full" in graphs and row.has("MXFP8", "precision") and row.has(_FP8_ATTENTION_RECIPE, "provenance"):
+        row.assume("attention not printed: in 8 bits, as the recipe says")
+        fields["attention"] = "flash_fp8"
+    if row.has("grouped_gemm=false", "overlap_notes"):
+        fields["experts"] = "sequential"
     plain = not row.text("model").startswith("GPT-OSS")  # the fused kernels know no clamped activation with biases
     if row.text("arch") == "moe" and plain and (row.has("cutedsl", "overlap_notes") or "full" in graphs):
         # loads that the host reads back cannot be captured: a whole step as a graph needs products that read them on the device

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from simulator.errors import ProfileError
-from simulator.scenario.framework import PRESETS, Framework
 from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 from simulator.validation.row import Row
@@ -27,24 +26,6 @@ _VOCABULARIES = {
     "DeepSeek": 129280,
     "Tencent Hunyuan 3": 120832,
 }
-#: sources of one software -> its habits, and how they are known
-_SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
-    (
-        "SimuMax|Megatron-Bridge|gpu-tpu-pedia|Megatron-MoE|moe_recipes|Megatron-Core MoE",
-        {"cross_entropy": "in_place"},
-        "Megatron with the cross-entropy of Transformer Engine, in place",
-    ),
-    (
-        "Aleph-Alpha",
-        {"cross_entropy": "gathered", "weight_gradients": "copied", "keeps_outputs": True},
-        "loss on gathered logits, 16-bit gradients copied to a flat fp32 shard, stage outputs kept (Aleph-Alpha/scaling)",
-    ),
-    ("torchtitan|fms-fsdp", PRESETS["fsdp"], "PyTorch FSDP with eager cross-entropy"),
-    ("MosaicML", PRESETS["fsdp"] | {"cross_entropy": "in_place"}, "PyTorch FSDP with llm-foundry's fused cross-entropy"),
-    ("BLOOM|MT-NLG", PRESETS["deepspeed"], "Megatron-DeepSpeed: flat fp32 copies, stage outputs and default buckets kept"),
-    ("Zero Bubble|Korthikanti|SC'21|vTrain|MegaScale", PRESETS["megatron-2022"], "Megatron-LM before Transformer Engine"),
-]
-
 
 #: sources whose public recipe of DeepSeek-V3 keeps Adam's moments in bf16
 _BF16_MOMENTS = "Megatron-Bridge|gpu-tpu-pedia"
@@ -131,8 +112,8 @@ def _layers(row: Row, hidden: int) -> int | None:
 
 
 def _with_software(row: Row, plan: Plan) -> Plan:
-    """Return the plan with the habits of the row's software, which decide memory and not time."""
-    habits, changes = _habits(row), {}
+    """Return the plan with the dtypes and dimensions by which the row's software decides memory and not time."""
+    changes: dict[str, Any] = {}
     if row.has("Ulysses", "overlap_notes"):
         changes["context_parallel"] = "all_to_all"
     dtypes = _dtypes(row, plan)
@@ -144,21 +125,7 @@ def _with_software(row: Row, plan: Plan) -> Plan:
         row.assume(f"virtual stages not printed: {vpp}, one layer each")
     if "tensor parallel only" in row.text("metric"):
         changes["sequence_parallel"] = False
-    return plan.model_copy(update=changes | {"framework": Framework(**habits)})
-
-
-def _habits(row: Row) -> dict[str, Any]:
-    habits: dict[str, Any] = {}
-    for sources, found, said in _SOFTWARE:
-        if row.has(sources, "source"):
-            habits |= found
-            row.assume(f"framework not printed: {said}")
-    if habits.get("bucket_elements") and "bf16" in row.text("precision"):
-        habits["weight_gradients"] = "kept"
-    offloaded = re.search(r"cpu_offload_layers=(\d+)", row.text("overlap_notes"))
-    if offloaded:
-        habits["offloaded_layers"] = int(offloaded.group(1))
-    return habits
+    return plan.model_copy(update=changes)
 
 
 def _dtypes(row: Row, plan: Plan) -> dict[str, str | None]:

@@ -141,8 +141,8 @@ def _from_columns(row: Row) -> dict[str, Any]:
     if moe:
         data |= _experts(row, data["layers"], dense)
     data |= _style(row, data["hidden"], data["ffn"], moe)
-    if data.get("tied_embeddings") and row.text("model").startswith("GPT"):
-        data["positions"] = row.need("seq_len")  # GPT learns one embedding per position
+    if data.get("tied_embeddings") and row.text("model").startswith(("GPT", "MPT")):
+        data["positions"] = row.need("seq_len")  # GPT and, as benchmarked, MPT learn one embedding per position
     return data
 
 

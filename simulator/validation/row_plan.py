@@ -6,12 +6,12 @@ import re
 from typing import Any, Literal, get_args
 
 from simulator.errors import ProfileError
-from simulator.scenario.framework import Framework
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Overlap, Plan, Precision
 from simulator.validation.row import Row
 from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, kernels_of
+from simulator.validation.row_software import framework_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
@@ -22,11 +22,28 @@ _NOT_MODELLED = {
     r"fp8 all-gather": "FP8 parameter gather",
     r"paged[_ ]stash": "paged stash of activations",
     r"Ulysses": "Ulysses context parallelism",
-    r"grouped_gemm=false": "one GEMM per expert instead of a grouped one",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
 #: words for tensor-parallel collectives in pieces beside their products
 _IN_PIECES = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True"
+#: source, models and datatypes left out -> recipes that turn tensor-parallel communication overlap on although the table of their
+#: source prints nothing, or prints the configuration file that the launch script overrides (Nemotron-4 340B of 24.11.1); it is off
+#: for DeepSeek-V3, Grok-1 and Qwen3-235B on H100
+_RECIPES_IN_PIECES = [
+    (
+        "Megatron-Bridge",
+        "Llama-3",
+        "fp4",
+        "tp_comm_overlap=True in src/megatron/bridge/recipes/llama (@3594df9, @0d5f555), off for NVFP4 in scripts/performance (@0013c9a)",
+    ),
+    (
+        "dgxc-benchmarking|Megatron-LM examples/llama",
+        "Llama-[34]|Nemotron-4|GPT-3",
+        "mxfp8",
+        "tp_comm_overlap=True of NVIDIA/NeMo nemo/collections/llm/recipes (@01d03c1), ub_tp_comm_overlap=True of "
+        "NVIDIA/dgxc-benchmarking nemotron/configure.sh (@35a9aec)",
+    ),
+]
 #: words for expert all-to-all beside the compute of another micro-batch
 _PAIRED = (
     r"moe_a2a_overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap|overlap_moe_expert_parallel_comm=True|A2A_OVERLAP=1|DualPipe overlaps"
@@ -74,6 +91,9 @@ def plan_of(row: Row, model: Model) -> Plan:
         row.assume("micro-batches run through the pipe in both directions (DualPipe)")
     elif model.experts is not None and (row.has(_PAIRED, "overlap_notes", "notes") or row.has(FULL_ITERATION_RECIPE, "provenance")):
         schedule, table = _paired(row, degrees, schedule)
+    overlap = _overlap(row, degrees, sequence_parallel)
+    if schedule != "dualpipe" and row.has("A100|H[128]00", "gpu"):
+        overlap = overlap.model_copy(update={"queued": True})  # DeepSeek's kernels leave multiprocessors to communication
     return Plan(
         **degrees,
         zero=_zero(row),
@@ -85,10 +105,11 @@ def plan_of(row: Row, model: Model) -> Plan:
         recompute_modules=modules,
         sequence_parallel=sequence_parallel,
         dispatcher=_dispatcher(row, model),
+        context_parallel="all_gather" if row.has("all-gather CP", "overlap_notes", "notes") else "ring",
         precision=_precision(row),
-        overlap=_overlap(row, degrees, sequence_parallel),
+        overlap=overlap,
         kernels=kernels_of(row),
-        framework=Framework(cross_entropy="gathered") if row.has("Aleph-Alpha", "source") else Framework(),
+        framework=framework_of(row),
     )
 
 
@@ -235,6 +256,10 @@ def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
         return "none", ("core_attn",)
     if printed == "none":
         return "none", ("core_attn",)
+    if "default:" in printed and row.has("full_iteration", "overlap_notes"):
+        # NVIDIA-NeMo/Megatron-Bridge pull request 3983: recompute_modules=[], which sets granularity but leaves nothing to do again
+        row.assume("recompute: none, which the recipe with a full-iteration CUDA graph lists")
+        return "none", ("core_attn",)
     block = re.match(r"full\(block,num_layers=(\d+)\)", printed)
     if block and int(block.group(1)) * row.need("pp") < model.layers / 2:
         row.assume(f"not modelled: full recompute of only {block.group(1)} layers of a stage (taken as none)")
@@ -306,6 +331,9 @@ def _precision(row: Row) -> Precision:
         fields |= dict.fromkeys(("parameters", "gradients", "gemm", "dispatch", "combine", "gradient_reduce"), "fp16")
     if row.has("Aleph-Alpha", "source"):
         fields["gradients"] = "bf16"
+    if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
+        row.assume("tensor-parallel gathers in bf16: torchao casts before them only for tensorwise scaling")
+        fields["gather"] = "bf16"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
         fields["parameters"] = "fp8"
     if row.has("1x128 act", "precision"):
@@ -328,7 +356,7 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
     # PyTorch's own tensor parallelism gathers nothing again beside a gradient; Megatron-LM reduces beside one since 2022
     # autograd functions of their own reduce it after both gradients in Aleph-Alpha/scaling (src/scaling/core/nn/linear/utils.py)
     tp: bool | Literal["pieces"] = not row.has(f"torchtitan|Aleph-Alpha|{BEFORE_2022}", "source")
-    if degrees["tp"] > 1 and sequence_parallel and row.has(_IN_PIECES, "overlap_notes", "notes"):
+    if degrees["tp"] > 1 and sequence_parallel and _in_pieces(row):
         tp = "pieces"
     pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")
     if not pp:
@@ -355,3 +383,14 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
     if not re.search(r"overlap_grad_reduce=True|grad/param sync overlap|FSDP", notes, re.IGNORECASE):
         row.assume("gradient overlap not printed: on")
     return Overlap(tp=tp)
+
+
+def _in_pieces(row: Row) -> bool:
+    """Return whether tensor-parallel collectives run in pieces beside their products: as printed, else as the recipe says."""
+    if row.has(_IN_PIECES, "overlap_notes", "notes"):
+        return True
+    for source, model, but, where in _RECIPES_IN_PIECES:
+        if row.has(source, "source") and row.has(model, "model") and not row.has(but, "precision"):
+            row.assume(f"tensor-parallel collectives in pieces, which the table leaves out: {where}")
+            return True
+    return False

@@ -27,6 +27,14 @@ SCORE_LAUNCHES = {"unfused": 1, "eager": 5}
 #: the fused softmax takes this many products per block: another number of sequences times heads goes the eager way (Megatron-LM,
 #: megatron/model/fused_softmax.py, is_kernel_available)
 SOFTMAX_BLOCK = 4
+#: what a rank does between the kernels of ring attention, times the bytes of its output or of its query's gradient: forward, an
+#: output is set to zero (write) and corrected by each kernel's own (read both, write); backward, the first kernel's gradient is
+#: copied (read, write) and each further one's added (read both, write). NVIDIA/TransformerEngine,
+#: transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py, ``AttnFuncWithCPAndKVP2P``
+RING_PASSES: dict[str, tuple[float, float, float]] = {"forward": (1.0, 3.0, 3.0), "backward": (2.0, 0.0, 3.0)}
+#: share of the rows that a further kernel of balanced causal ring attention takes: all of them and half of the keys, or half of
+#: them and all keys, each as often as the other (the same)
+RING_ROWS = 0.75
 #: times that eager rotary embedding reads or writes its rows, most of them in fp32
 EAGER_ROTARY_PASSES = 14
 
@@ -54,27 +62,40 @@ def _core_attention(
 
     Notes
     -----
-    FLOP = 2 T keys heads (qk_dim + v_dim), ring attention balanced over the ranks (zig-zag). One log-sum-exp per
-    head is saved; the output is saved as the input of the projection. Unfused, the softmax of every score is saved
-    (`SCORE_SAVED`), with dropout also its mask and its result (Korthikanti et al., 2022, section 4.1); backward, the
-    gradients of both pass. Fused, the query's gradient is summed up in fp32.
+    FLOP = 2 T keys heads (qk_dim + v_dim), ring attention balanced over the ranks (zig-zag): a kernel for the rank's own keys and
+    one for those of every other rank, which see fewer keys each (`_ring_turns`) and whose results are put together
+    (`RING_PASSES`). One log-sum-exp per head is saved; the output is saved as the input of the projection. Unfused, the softmax
+    of every score is saved (`SCORE_SAVED`), with dropout also its mask and its result (Korthikanti et al., 2022, section 4.1);
+    backward, the gradients of both pass. Fused, the query's gradient is summed up in fp32.
     """
-    ring = x.tokens * x.cp * kv_width * BF16
-    passed = (Op("attn.ring", "all_gather", bytes=size * ring, axis="cp", grad=grad) for size, grad in ((1, ""), (2, "input")))
     fused = b.kernels.attention not in SCORE_BYTES
     cores = _fused_core(x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim)
-    forward, backward = ([(segments[0][0], beside), *segments[1:]] for segments, beside in zip(cores, passed, strict=True))
+    forward, backward = _across(x, *cores, x.tokens * x.cp * kv_width * BF16)
+    if fused and x.context_parallel == "ring":
+        merged = x.tokens * heads * BF16
+        forward, backward = forward + [_merge(x, merged * v_dim, "forward")], backward + [_merge(x, merged * qk_dim, "backward")]
     scores = x.tokens * x.sequence * heads
     if b.kernels.attention in SCORE_SAVED:
         saved = scores * (_of_softmax(b, x, heads, SCORE_SAVED) + (MASK + BF16 if b.kernels.dropout else 0.0))
         works = scores * 2 * BF16
     else:
         saved = x.tokens * heads * FP32
-        works = x.tokens * (heads * (qk_dim * (BF16 + FP32) + 2 * v_dim * BF16) + kv_width * BF16)
-    if x.ulysses:
+        seen = x.cp if x.context_parallel == "all_gather" else 1.0
+        works = x.tokens * (heads * (qk_dim * (BF16 + FP32) + 2 * v_dim * BF16) + seen * kv_width * BF16)
+    if x.context_parallel == "all_to_all":
         saved = saved + np.where(np.asarray(x.cp) > 1, x.tokens * heads * v_dim * BF16, 0.0)
     b.add(forward, backward, saved, ("core_attn",))
     b.works(works)
+
+
+def _across(x: Shape, forward: list[Segment], backward: list[Segment], keys: Number) -> tuple[list[Segment], list[Segment]]:
+    """Return attention with what brings the other ranks' keys and values, `keys` bytes of them, and their gradients back."""
+    if x.context_parallel == "all_gather":
+        gather, again = (Op("attn.keys", "all_gather", bytes=keys, axis="cp", grad=grad) for grad in ("", "input"))
+        return [(gather,), *forward], [(again,), *backward, (replace(again, kind="reduce_scatter"),)]
+    ring = Op("attn.ring", "all_gather", bytes=keys, axis="cp")
+    back = replace(ring, bytes=2 * keys, grad="input")
+    return [(forward[0][0], ring), *forward[1:]], [(backward[0][0], back), *backward[1:]]
 
 
 def _of_softmax(b: BlockBuilder, x: Shape, heads: Number, what: dict[str, Any]) -> Number:
@@ -88,9 +109,30 @@ def _fused_core(
 ) -> tuple[list[Segment], list[Segment]]:
     flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
     traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
-    there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim, groups=heads)
+    turns = _ring_turns(x.cp) if x.context_parallel == "ring" else 1.0
+    there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim, groups=heads, turns=turns)
     back = replace(there, flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, grad="input")
     return [(there,)], [(back,)]
+
+
+def _ring_turns(cp: Number) -> Number:
+    """Return how many kernels over all its rows a rank's ring attention amounts to, by the keys that they see.
+
+    Notes
+    -----
+    Of ``t = s / cp`` rows, the first kernel sees ``t / 2`` keys in the mean, of the others half see ``t / 2`` and half, with half of
+    the rows, ``t``; all cost the same FLOP. What a kernel loses for few keys grows with ``1 / keys``, whose mean is that of
+    ``keys / (1 + RING_ROWS (cp - 1))``, with the keys that a query sees in all.
+    """
+    return 1.0 + RING_ROWS * (np.asarray(cp) - 1.0)
+
+
+def _merge(x: Shape, size: Number, direction: str) -> Segment:
+    """Return the kernels between those of ring attention; none without a ring."""
+    once, first, further = RING_PASSES[direction]
+    others = np.asarray(x.cp) - 1.0
+    moved, launches = (np.where(others > 0, n, 0.0) for n in ((once + first + further * RING_ROWS * others) * size, 1.0 + others))
+    return (Op("attn.ring.merge", "memory", bytes=moved, grad="" if direction == "forward" else "input", launches=launches),)
 
 
 def _unfused_core(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int) -> tuple[list[Segment], list[Segment]]:
@@ -127,7 +169,10 @@ def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
     if model.qk_norm:
         b.memory("attn.qk_norm", 2 * rotated, 3 * rotated, rotated, launches=(2, 4))
-    _rotary(b, rotated, x.tokens * width * BF16)
+    if model.positions:  # learned ones were added to the embedding
+        b.add([], [], x.tokens * width * BF16)
+    else:
+        _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
     b.add([], [], twice(b, x.tokens * local_heads * dim))  # attention's output, the projection's input
     row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, ("attn_out",))

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
-from simulator.schedules import Action, Entry, Pair, Schedule, schedule
+from simulator.schedules import EXCHANGE, Action, Entry, Pair, Schedule, by_segments, schedule, turn_ends
 from simulator.workload.classes import RankClasses
 from simulator.workload.ops import Block, Op, Segment, host_wait, passes
 from simulator.workload.stages import blocks, stage_blocks
@@ -83,6 +83,8 @@ class _Row:
     done: Counter = field(default_factory=Counter)
     ended: dict[tuple[str, int, int], tuple[int, ...]] = field(default_factory=dict)
     leaving: tuple[int, ...] = ()
+    #: the last kernel launched
+    kernel: tuple[int, ...] = ()
 
 
 class _Builder:
@@ -91,6 +93,7 @@ class _Builder:
         self.steps, self.post_validation = steps, post_validation
         self.ahead = max(plan.overlap.prefetch, 1) if plan.zero >= 3 else 1
         self.schedule: Schedule = schedule(plan.schedule, plan.pp, plan.vpp, job.global_batch // (plan.dp * plan.micro_batch), plan.table)
+        self.by_segments = by_segments(plan.schedule, plan.table)
         self.stages, self.blocks = stage_blocks(model, plan, job), blocks(model, plan, job)
         self.pieces = {name: _Pieces.of(name, block, plan) for name, block in self.blocks.items()}
         self.program = StepProgram(classes)
@@ -136,6 +139,8 @@ class _Builder:
         p.meet.append(meet)
         p.label.append(label)
         p.pair.append(None)
+        if task.stream == "compute":
+            row.kernel = (node,)
         return node
 
     def aside(self, row: _Row, tasks: Iterable[Task], needs: tuple[int, ...], label: Action | None) -> tuple[int, ...]:
@@ -144,13 +149,24 @@ class _Builder:
 
     def segments(
         self, row: _Row, thread: _Thread, body: Body, label: Action | None, also: tuple[int, ...] = ()
-    ) -> Iterator[tuple[int, ...]]:
-        """Append `body` to the chain segment by segment; the first one also waits for the nodes in `also`."""
+    ) -> Iterator[tuple[tuple[int, ...], bool]]:
+        """Append `body` to the chain segment by segment; the first one also waits for the nodes in `also`.
+
+        Yields the nodes of each segment and whether the turn of its action ends there, and before where a turn ends without nodes.
+        """
+        exchanges = 0
         thread.begun = (*thread.begun, thread.last)[-self.ahead :]
         for segment in body:
+            streams = [task.stream for task in segment]
+            before, after = turn_ends(streams, label is not None and label.kind == "F", exchanges, self.by_segments)
+            exchanges += EXCHANGE in streams
+            if before:
+                yield (), True
+            if self.plan.overlap.queued and EXCHANGE in streams:
+                also += row.kernel
             thread.last = tuple(self.emit(row, task, thread.last + also, label) for task in segment)
             also = ()
-            yield thread.last
+            yield thread.last, after
         thread.last += also
 
     def release(self, row: _Row, keep: int = 0) -> None:
@@ -170,6 +186,8 @@ class _Builder:
         begin = len(self.program)
         threads = [_Thread(row.thread.last, row.thread.begun) for _ in entry]
         turns = [self.action(row, thread, action, left) for thread, action in zip(threads, entry, strict=True)]
+        if not self.by_segments:
+            turns.reverse()
         while turns:
             turns = [turn for turn in turns if next(turn, None) is not None]
         row.thread.last = _either(*(thread.last for thread in threads))
@@ -179,8 +197,8 @@ class _Builder:
         pair = held[entry.forward.chunk], held[entry.backward.chunk]
         self.program.pair[begin:] = [pair] * (len(self.program) - begin)
 
-    def action(self, row: _Row, thread: _Thread, action: Action, left: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        """Append an action of one chunk: wait for its message, run its blocks, send the result on; yields after each segment.
+    def action(self, row: _Row, thread: _Thread, action: Action, left: tuple[int, ...]) -> Iterator[bool]:
+        """Append an action of one chunk: wait for its message, run its blocks, send the result on; yields where its turn ends.
 
         It also waits for the nodes in `left`.
         """
@@ -192,19 +210,19 @@ class _Builder:
             piece = self.pieces[name]
             also += self.parameters(row, thread, piece, action, i)
             self.release(row, keep=self.ahead - 1)
-            for nodes in self.segments(row, thread, piece.body[action.kind], action, also):
-                if first:
+            for nodes, ends in self.segments(row, thread, piece.body[action.kind], action, also):
+                if first and nodes:
                     self.await_message(row, nodes, action)
                     first = False
-                yield nodes
+                if ends:
+                    yield True
             also = ()
             if action.kind in "BW" and self.reduces_now(row, action):
                 row.held.append((piece.reduce, thread.last, action))
         if first:  # a stage without blocks hands the message on
             self.release(row, keep=self.ahead - 1)
-            for nodes in self.segments(row, thread, _EMPTY, action, also):
+            for nodes, _ in self.segments(row, thread, _EMPTY, action, also):
                 self.await_message(row, nodes, action)
-                yield nodes
         row.done[action.kind, action.chunk] += 1
         self.hand_on(row, thread, action)
 

@@ -34,6 +34,19 @@ LOGIT_BYTES = {
     "eager": (FP32, 3 * FP32),
     "gathered": (BF16 + FP32, 3 * FP32 + 2 * BF16),
 }
+#: bytes per logit that each kind moves, forward and backward. In place: read for maximum and sum, read again and overwritten by
+#: the gradient; that times the loss's gradient (transformer_engine/common/triton/cross_entropy.py). Fused: the fp32 copy and its
+#: maximum, exponentials in place, their sum, the softmax in place; that times the loss's gradient, and its cast to bf16
+#: (megatron/core/fusions/fused_cross_entropy.py). In steps, the maximum and the difference are passes of their own
+#: (megatron/core/tensor_parallel/cross_entropy.py). Eager: the fp32 copy, the log-softmax (maximum, sum, result); the gradient of
+#: the picked ones (written), that of the log-softmax (read twice for the sum and the result, written), the cast
+LOSS_BYTES = {
+    "in_place": (3 * BF16, 2 * BF16),
+    "fused": (BF16 + 6 * FP32, 3 * FP32 + BF16),
+    "vocab_parallel": (BF16 + 9 * FP32, 3 * FP32 + BF16),
+    "eager": (BF16 + 5 * FP32, 7 * FP32 + BF16),
+    "gathered": (BF16 + 5 * FP32, 7 * FP32 + BF16),
+}
 #: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order, for
 #: which a map of rows is made first; of moving whole chunks of rows
 ROUTER_LAUNCHES, PERMUTE_LAUNCHES, SORT_LAUNCHES = (20, 15), (8, 8), (3, 2)
@@ -187,8 +200,8 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
 
     Notes
     -----
-    The loss reads the logits for the maximum, the sum and the gradient, those of all tp ranks where it gathers them. How many
-    bytes of each are kept, and live at its fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16
+    How many bytes per logit the loss reads and writes is `LOSS_BYTES`, of the logits of all tp ranks where it gathers them. How
+    many are kept, and live at its fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16
     gradient, the rows it gathers again, their gradient and, unless it is added in place, the gradient of its matrix.
     """
     x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=bool(plan.overlap.tp), kernels=plan.kernels)
@@ -205,8 +218,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
     if gathered:
         b.add([(Op("head.gather", "all_gather", bytes=seen * BF16, axis="tp"),)], [])
-    eager = 3 * FP32 if plan.kernels.pointwise == "eager" else 0.0  # log-softmax writes, its gradient reads and writes
-    b.memory("head.loss", seen * (BF16 + 3 * FP32), seen * (FP32 + BF16 + eager))
+    b.memory("head.loss", *(size * seen for size in LOSS_BYTES[plan.framework.cross_entropy]))
     if not model.tied_embeddings:
         b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
     return b.build(x.split_tokens * model.hidden * BF16)

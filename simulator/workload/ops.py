@@ -22,6 +22,10 @@ EXPERT_LAUNCH = 0.2
 #: pieces that a product is cut into to be reduce-scattered beside itself (Transformer Engine's ``pipeline`` method with its
 #: default ``num_splits``, transformer_engine/pytorch/module/base.py); where its rows arrive, one for each rank of the ring
 SPLITS = 4
+#: times that a cast to NVFP4 reads 16 bits: for the maximum of the tensor, then for its blocks (Transformer Engine @8f2e635,
+#: transformer_engine/common/hadamard_transform, cast/nvfp4); published: docs/examples/gemm_profiling there times a layer on B300 with
+#: and without casts: 1.1 ns per 1000 elements, 1.5 of MXFP8's 0.73, which reads once
+NVFP4_READS = 2
 #: kinds that run on the compute stream; the others are collectives
 COMPUTE = ("gemm", "grouped_gemm", "attention", "memory")
 #: kind that waits, on the compute stream, until the host has launched what came before
@@ -63,8 +67,13 @@ class Op:
         aside for it. Of a kernel: it runs on the others only.
     turns : Number
         How often the same is done, one after the other: `flop` and `bytes` are of all turns, the shape of one.
+    streams : Number
+        Of a GEMM: how many like it run side by side on streams of their own, so that their tiles fill the multiprocessors together;
+        `flop` and `bytes` are its own.
     listed : bool
         Of a collective: every rank's part is a tensor of its own, which a kernel copies from or to the buffer that travels.
+    written : Number
+        Of a GEMM: bytes that its epilogue moves per element of the result; adding to a main gradient reads it, too.
     """
 
     name: str
@@ -83,6 +92,8 @@ class Op:
     beside: tuple[Segment, ...] = ()
     apart: Any = False
     turns: Number = 1.0
+    streams: Number = 1.0
+    written: Number = BF16
     listed: bool = False
 
     @property
@@ -145,9 +156,20 @@ def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float,
     return Op(name, kind, flop=flop, bytes=traffic, m=m, n=n, k=k, dtype=dtype, grad=grad, launches=launches, **more)
 
 
+def one_by_one(*shape: Any, **more: Any) -> Op:
+    """Return the products of `gemm` one after the other, each launched by the framework."""
+    op = gemm(*shape, **more)
+    return replace(op, groups=1.0, turns=op.groups, launches=LINEAR_LAUNCHES * op.groups)
+
+
 def _cut(product: Callable[[Number], Op], rows: Number, pieces: Number) -> tuple[Op, Op]:
-    """Return one of the equal pieces of a product, and all the others in turn."""
-    one, others = product(rows / pieces), pieces - 1.0
+    """Return one of the equal pieces of a product, and all the others in turn.
+
+    Transformer Engine gives them to three streams in turn (``NVTE_COMM_OVERLAP_MAX_STREAMS``; ``split_overlap_ag`` and
+    ``split_overlap_rs`` in transformer_engine/common/comm_gemm_overlap/comm_gemm_overlap.cpp @015939a): when the tiles of one run
+    out, those of the next already run.
+    """
+    one, others = replace(product(rows / pieces), streams=pieces), pieces - 1.0
     launches = EXPERT_LAUNCH * others  # from a loop in C++, as those of experts
     return one, replace(one, flop=one.flop * others, bytes=one.bytes * others, turns=np.maximum(others, 1.0), launches=launches)
 
@@ -247,6 +269,8 @@ class BlockBuilder:
         Modules that selective recompute drops.
     overlap : bool
         Whether collectives of a linear layer's backward run beside its gradients.
+    gathered : (str, float)
+        Datatype and bytes of an element of tensor-parallel all-gathers.
     gradient : float
         Bytes of one element of the main gradients, to which every weight gradient is added in place.
     kernels : Kernels
@@ -263,6 +287,7 @@ class BlockBuilder:
     overlap: bool = True
     gradient: float = FP32
     kernels: Kernels = Kernels()
+    gathered: tuple[str, float] = ("bf16", BF16)
     load: Number = 1.0
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
@@ -315,6 +340,7 @@ class BlockBuilder:
         gather: Op | None = None,
         scatter: tuple[Op, Op] | None = None,
         pieces: Number = 1.0,
+        shared: tuple[Number, Number] = (1.0, 1.0),
         **more: Any,
     ) -> None:
         """Append a linear layer (m, k) -> (m, n).
@@ -325,16 +351,22 @@ class BlockBuilder:
         along the other axis (DeepSeek-V3 report, section 3.3). `arrives` says whether the input and the output's gradient
         come in low precision already. `beside` are collectives that run next to the input and the weight gradient; `dtype`
         keeps a layer out of low precision. In pieces beside the product go the `gather` of its input, or the `scatter` of its
-        output and the gather of that one's gradient, around a ring of as many ranks as `pieces`; casts come before a gather.
+        output and the gather of that one's gradient, around a ring of as many ranks as `pieces`. Casts come before a gather: `shared`
+        are the ranks that cast rows of the input, and of the output's gradient.
         """
         d, e, groups = dtype or self.dtype, BF16 if dtype else self.element, more.get("groups", 1.0)
         routed = more.get("routed", False)
         self.weight_bytes = self.weight_bytes + groups * m * (k + n) * e * (self.load if routed else 1.0)
         self.matrices[name] = k * n
-        there, dgrad = (lambda rows: gemm(name, rows, k, n, d, e, **more)), (lambda rows: gemm(name, rows, n, k, d, e, "input", **more))
-        wgrad = gemm(name, k, m, n, d, e, grad="weight", **more)
+        product = one_by_one if self.kernels.experts == "sequential" and "groups" in more else gemm
+        there, dgrad = (
+            (lambda rows: product(name, rows, k, n, d, e, **more)),
+            (lambda rows: product(name, rows, n, k, d, e, "input", **more)),
+        )
+        wgrad = product(name, k, m, n, d, e, grad="weight", **more)
         if self.kernels.accumulation == "fused":
-            wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (2 * self.gradient - BF16))
+            added = 2 * self.gradient  # read and written
+            wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (added - BF16), written=added)
         forward: list[Segment] = [(there(m),)]
         backward: list[Segment] = []
         for grad, other in zip((dgrad(m), wgrad), beside, strict=True):
@@ -350,12 +382,10 @@ class BlockBuilder:
             backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
         if e < BF16:
             host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
-            in_cast, back = (0.0 if known else BF16 + e for known in arrives)
-            own = m / pieces if gather else m
-            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * own * k * in_cast, **host),))
+            in_cast, back = (0.0 if known else (NVFP4_READS if d == "fp4" else 1) * BF16 + e for known in arrives)
+            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[0] * k * in_cast, **host),))
             back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
-            own = m / pieces if scatter else m
-            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * own * n * back, grad="input", **host),))
+            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[1] * n * back, grad="input", **host),))
             again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", **host)
             backward.insert(next(i for i, ops in enumerate(backward) if any(op is wgrad for op in ops)), (again,))
         self.add(forward, backward, saved, modules)

@@ -31,7 +31,7 @@ class Shape:
     ep: Number
     etp: Number
     sequence_parallel: bool
-    ulysses: bool
+    context_parallel: str
     pieces: bool
 
     @classmethod
@@ -39,7 +39,6 @@ class Shape:
         """Return the sizes that `plan` gives to one micro-batch of `job`."""
         tokens = plan.micro_batch * job.sequence_length / plan.cp
         split = tokens / plan.tp if plan.sequence_parallel else tokens
-        ulysses = plan.context_parallel == "all_to_all"
         return cls(
             tokens,
             split,
@@ -49,7 +48,7 @@ class Shape:
             plan.ep,
             plan.etp,
             plan.sequence_parallel,
-            ulysses,
+            plan.context_parallel,
             plan.overlap.tp == "pieces",
         )
 
@@ -65,6 +64,7 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         bool(plan.overlap.tp),
         ELEMENT_BYTES[plan.precision.gradients],
         plan.kernels,
+        (plan.precision.gathered, ELEMENT_BYTES[plan.precision.gathered]),
         load,
     )
 
@@ -100,17 +100,28 @@ def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple
     size = x.tokens * width * BF16
     if not x.sequence_parallel:
         return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input")
-    b.add([(Op(f"{name}.gather", "all_gather", bytes=size, axis="tp"),)], [], modules=(*modules, "tp_gather"))
-    again = Op(f"{name}.gather", "all_gather", bytes=size, axis="tp", grad="weight")
-    return again, Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
+    gather = _gather(b, f"{name}.gather", x.tokens * width)
+    b.add([(gather,)], [], modules=(*modules, "tp_gather"))
+    return replace(gather, grad="weight"), Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
+
+
+def _gather(b: BlockBuilder, name: str, elements: Number) -> Op:
+    """Gather rows that are cast to the datatype of the products first."""
+    dtype, element = b.gathered
+    return Op(name, "all_gather", bytes=elements * element, axis="tp", dtype=dtype)
+
+
+def _casting(b: BlockBuilder, x: Shape) -> Number:
+    """Return the ranks that share the cast of rows: all of the group where they are gathered as they are multiplied."""
+    return x.tp if x.sequence_parallel and b.gathered[0] == b.dtype else 1.0
 
 
 def leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[str, ...] = ()) -> None:
     """Sum the partial rows of a row-parallel layer."""
     size = x.tokens * width * BF16
     if x.sequence_parallel:
-        scatter, gather = (Op(f"{name}.{kind.split('_')[-1]}", kind, bytes=size, axis="tp") for kind in ("reduce_scatter", "all_gather"))
-        b.collective(scatter, gather, modules)
+        scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp")
+        b.collective(scatter, _gather(b, f"{name}.gather", x.tokens * width), modules)
     else:
         b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
 
@@ -120,30 +131,31 @@ def column_parallel(
 ) -> None:
     """Append a column-parallel linear layer with the collectives of its rows, as the plan overlaps them.
 
-    In pieces, rows are gathered in the datatype of the product, as Transformer Engine's buffers are (``fp8_buf``), by copy
-    engines (``use_ce``).
+    In pieces, rows are gathered by copy engines (Transformer Engine's ``use_ce``).
     """
+    shared = (_casting(b, x), 1.0)
     if not x.pieces:
         beside = enter_tp(b, part, x, width, modules)
-        b.linear(name, x.tokens, width, n, saved=saved, modules=modules, beside=beside)
+        b.linear(name, x.tokens, width, n, saved=saved, modules=modules, beside=beside, shared=shared)
         return
-    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype)
+    gather = _gather(b, f"{part}.gather", x.tokens * width)
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
     beside = replace(gather, grad="weight"), scatter
-    b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp)
+    b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp, shared=shared)
 
 
 def row_parallel(
     b: BlockBuilder, part: str, name: str, x: Shape, k: Number, width: int, modules: tuple[str, ...] = (), saved: Number = 0.0
 ) -> None:
     """Append a row-parallel linear layer and the sum of its partial rows, as the plan overlaps them."""
+    shared = (1.0, _casting(b, x))
     if not x.pieces:
-        b.linear(name, x.tokens, k, width, saved=saved, modules=modules)
+        b.linear(name, x.tokens, k, width, saved=saved, modules=modules, shared=shared)
         leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"))  # by operation, what is reduce-scattered is kept
         return
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
-    gather = Op(f"{part}.gather", "all_gather", bytes=x.tokens * width * min(b.element, BF16), axis="tp", dtype=b.dtype, grad="input")
-    b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), replace(gather, apart=True)), pieces=x.tp)
+    gather = replace(_gather(b, f"{part}.gather", x.tokens * width), grad="input", apart=True)
+    b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), gather), pieces=x.tp, shared=shared)
 
 
 def twice(b: BlockBuilder, elements: Number) -> Number:

@@ -1,0 +1,47 @@
+"""The training framework of a published row: how its loss is computed, and what it keeps in memory."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from simulator.scenario.framework import PRESETS, Framework
+from simulator.validation.row import Row
+
+#: sources of one software -> its habits, and how they are known
+_SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "SimuMax|Megatron-Bridge|gpu-tpu-pedia|Megatron-MoE|moe_recipes|Megatron-Core MoE",
+        {"cross_entropy": "in_place"},
+        "Megatron with the cross-entropy of Transformer Engine, in place",
+    ),
+    (
+        "NVIDIA/NeMo/scripts/performance",
+        {"cross_entropy": "in_place"},
+        "NeMo's performance scripts take the cross-entropy of Transformer Engine (scripts/performance/helpers.py @02a0e6a)",
+    ),
+    (
+        "Aleph-Alpha",
+        {"cross_entropy": "gathered", "weight_gradients": "copied", "keeps_outputs": True},
+        "loss on gathered logits, 16-bit gradients copied to a flat fp32 shard, stage outputs kept (Aleph-Alpha/scaling)",
+    ),
+    ("torchtitan|fms-fsdp", PRESETS["fsdp"], "PyTorch FSDP with eager cross-entropy"),
+    ("MosaicML", PRESETS["fsdp"] | {"cross_entropy": "in_place"}, "PyTorch FSDP with llm-foundry's fused cross-entropy"),
+    ("BLOOM|MT-NLG", PRESETS["deepspeed"], "Megatron-DeepSpeed: flat fp32 copies, stage outputs and default buckets kept"),
+    ("Zero Bubble|Korthikanti|SC'21|vTrain|MegaScale", PRESETS["megatron-2022"], "Megatron-LM before Transformer Engine"),
+]
+
+
+def framework_of(row: Row) -> Framework:
+    """Return the framework of a published row; what the row does not print is added to its assumptions."""
+    habits: dict[str, Any] = {}
+    for sources, found, said in _SOFTWARE:
+        if row.has(sources, "source", "provenance"):
+            habits |= found
+            row.assume(f"framework not printed: {said}")
+    if habits.get("bucket_elements") and "bf16" in row.text("precision"):
+        habits["weight_gradients"] = "kept"
+    offloaded = re.search(r"cpu_offload_layers=(\d+)", row.text("overlap_notes"))
+    if offloaded:
+        habits["offloaded_layers"] = int(offloaded.group(1))
+    return Framework(**habits)
