@@ -22,7 +22,7 @@ from simulator.pricing.stage_times import price_blocks, stage_times
 from simulator.scenario.plan import COLUMNS, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.validation.published import scenario_from_row
-from simulator.validation.regimes import others_median
+from simulator.validation.regimes import common_part, others
 from simulator.workload.stages import blocks, stage_blocks
 
 #: beginning of an accelerator's name -> its generation of silicon and its power
@@ -169,7 +169,7 @@ def cold(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         With ``anchor``, too: ``ln(predicted / measured)`` of the other models of the row's release on its accelerator, by the
-        same parameters as the row itself (`simulator.validation.regimes.others_median`); and what pairs of rows need to be
+        same parameters as the row itself (`simulator.validation.regimes.others`); and what pairs of rows need to be
         predicted by common parameters (`simulator.validation.regimes.pairs`): ``silicon``, ``slope.<parameter>`` of the row and
         ``moved.<parameter>`` = ln of what leaving its group out does to each.
 
@@ -190,8 +190,8 @@ def cold(table: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
             result.loc[rows, [f"slope.{p.name}" for p in parameters]] = slopes[own]
             result.loc[rows, [f"moved.{p.name}" for p in parameters]] = moved
             result.loc[rows, "predicted_s"] = (group["predicted_s"] * np.exp(moves))[own].to_numpy()
-            near = group[group["accelerator"] == group.loc[own, "accelerator"].iloc[0]]
+            near = group[(group["accelerator"] == group.loc[own, "accelerator"].iloc[0]) & group["release"].isin(group.loc[own, "release"])]
             residual = moves.loc[near.index] - near["miss"]
-            result.loc[rows, "anchor"] = others_median(near, residual).loc[rows.index].to_numpy()
+            result.loc[rows, "anchor"] = others(near, residual, of=common_part).loc[rows.index].to_numpy()
     result["relative_error"] = result["predicted_s"] / result["measured_s"] - 1
     return result.reset_index()[[*table.columns, "anchor", "silicon", *columns]]

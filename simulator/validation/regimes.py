@@ -10,11 +10,16 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from simulator.fitting import Parameter, fit
+
 #: the regimes, in the order in which they are shown
 REGIMES = ("cold", "anchored", "relative")
 #: what a row is scored in: how many rows decide nothing, how many models and accelerators do
 GROUP = ["family", "accelerator"]
 _FACTOR = ["release", "accelerator"]
+#: what a release does to all its models on one accelerator: standard deviation of ln(predicted / measured), `release_spread` of the
+#: complete rows, 50 releases of several models (tools/refit.py prints it)
+RELEASE_SPREAD = 0.057
 
 
 def scored(table: pd.DataFrame) -> pd.DataFrame:
@@ -36,23 +41,25 @@ def scored(table: pd.DataFrame) -> pd.DataFrame:
 
     Notes
     -----
-    The factor is the median over the *other* models of the release on the accelerator of the median of each model's
-    residuals, so that neither the row's model nor a big sweep decides it. It multiplies the prediction.
+    The factor is fitted to the median residual of each *other* model of the release on the accelerator (`common_part`), so that
+    neither the row's model nor a big sweep decides it. It multiplies the prediction.
     """
     kept = table[table["skipped"] == ""].reset_index(drop=True)
     kept["residual"] = np.log(kept["predicted_s"] / kept["measured_s"])
-    anchor = others_median(kept, kept["residual"])
+    anchor = others(kept, kept["residual"], of=common_part)
     kept["factor"] = np.exp(-(kept["anchor"].fillna(anchor) if "anchor" in kept else anchor))
     kept["anchored_s"] = kept["predicted_s"] * kept["factor"]
     kept["anchored_error"] = kept["anchored_s"] / kept["measured_s"] - 1
     kept["baseline_s"] = _baseline(kept)
     rest = np.log(kept["baseline_s"] / kept["measured_s"])
-    kept["baseline_anchored_s"] = kept["baseline_s"] * np.exp(-others_median(kept, rest))
+    kept["baseline_anchored_s"] = kept["baseline_s"] * np.exp(-others(kept, rest))
     return kept
 
 
-def others_median(table: pd.DataFrame, residual: pd.Series, keys: list[str] | None = None) -> pd.Series:
-    """Return, for each row, the median of the other families' median residuals among rows of equal `keys`.
+def others(
+    table: pd.DataFrame, residual: pd.Series, keys: list[str] | None = None, of: Callable[[np.ndarray], float] = np.median
+) -> pd.Series:
+    """Return, for each row, what the other families' median residuals among rows of equal `keys` have in common.
 
     Parameters
     ----------
@@ -62,6 +69,8 @@ def others_median(table: pd.DataFrame, residual: pd.Series, keys: list[str] | No
         By row of `table`.
     keys : list of str
         Columns that rows must share: release and accelerator by default.
+    of : callable
+        From the other families' medians to one number.
 
     Returns
     -------
@@ -74,9 +83,41 @@ def others_median(table: pd.DataFrame, residual: pd.Series, keys: list[str] | No
     found: dict[tuple, float] = {}
     for _, group in medians.groupby(keys):
         for own in group.itertuples(index=False):
-            others = group.loc[group["family"] != own.family, "residual"]
-            found[tuple(own[:-1])] = others.median() if len(others) else np.nan
+            rest = group.loc[group["family"] != own.family, "residual"].to_numpy()
+            found[tuple(own[:-1])] = float(of(rest)) if len(rest) else np.nan
     return pd.Series([found[key] for key in frame[[*keys, "family"]].itertuples(index=False, name=None)], index=table.index)
+
+
+def common_part(residuals: np.ndarray) -> float:
+    """Return the logarithm of the factor that a release puts on its models, fitted as parameters are.
+
+    Parameters
+    ----------
+    residuals : ndarray of shape (models,)
+        ln(predicted / measured), one per model.
+
+    Notes
+    -----
+    `simulator.fitting.fit` of one parameter, known to be 1 within `RELEASE_SPREAD`: one model says little about its release, of
+    several those count less that are far off, as a model is that a release had not been tuned for.
+    """
+    release = Parameter("release", "1", 1.0, 1 / 3, 3.0, RELEASE_SPREAD)
+    ones = np.ones(len(residuals))
+    return float(np.log(fit([release], ones[:, None], residuals, ones).values[0]))
+
+
+def release_spread(rows: pd.DataFrame) -> float:
+    """Return how far releases differ: the root of the mean product of the residuals of two models of one release.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        With ``residual``, ``family``, ``release`` and ``accelerator``. Residuals beyond 0.3 count as 0.3; every release on every
+        accelerator counts once.
+    """
+    medians = rows.groupby([*_FACTOR, "family"])["residual"].median().clip(-0.3, 0.3)
+    products = [(v.sum() ** 2 - (v**2).sum()) / (len(v) * (len(v) - 1)) for _, v in medians.groupby(level=_FACTOR) if len(v) > 1]
+    return float(np.sqrt(max(np.mean(products), 0.0))) if products else 0.0
 
 
 def _baseline(kept: pd.DataFrame) -> pd.Series:
@@ -88,9 +129,9 @@ def _baseline(kept: pd.DataFrame) -> pd.Series:
     the rate is that of the precision on any accelerator, as a share of the peak, then that of all rows.
     """
     share = np.log(kept["flop"] / kept["measured_s"] / kept["peak_flop_per_s"])
-    rate = others_median(kept, share, ["accelerator", "precision"])
+    rate = others(kept, share, ["accelerator", "precision"])
     for keys in (["precision"], ["skipped"]):
-        rate = rate.fillna(others_median(kept, share, keys))
+        rate = rate.fillna(others(kept, share, keys))
     return kept["flop"] / (kept["peak_flop_per_s"] * np.exp(rate))
 
 
