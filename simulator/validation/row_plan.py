@@ -54,6 +54,10 @@ _ALLTOALL_RECIPE = "QWEN3_235B_A22B_PRETRAIN_CONFIG_(H100|B200)"
 _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
 #: sources whose Megatron-LM could not yet reduce gradients beside the backward
 _NO_GRADIENT_OVERLAP = r"SC'21|MegaScale \(NSDI|Korthikanti|Zero Bubble"
+#: vTrain's configurations of one host say ``use_checkpoint``, yet its rows are sums to 0.01 %, of parts per step, per micro-batch, per
+#: layer and per both, in which every pipeline stage takes as long per layer as the last one; that one never computes anything again
+#: (VIA-Research/vTrain @f8dda84 src/predictor.py, ``create_layer_graph``). With recompute their products would need 99 % of the peak
+_NO_RECOMPUTE = r"vTrain ground truth \(single"
 #: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
 _BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama"
 
@@ -246,6 +250,9 @@ def _checked_layout(layout: str, model: Model, chunks: int) -> str:
 
 def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
     printed = row.default("recompute", "none", row.text("recompute"))
+    if row.has(_NO_RECOMPUTE, "source"):
+        row.assume("no recompute: stages take as long per layer as the last one, which never recomputes in this source's own model")
+        return "none", ("core_attn",)
     if printed == "none":
         return "none", ("core_attn",)
     if "default:" in printed and row.has("full_iteration", "overlap_notes"):
