@@ -187,6 +187,8 @@ def test_tensor_parallel_of_pytorch():
     for way in ("forward", "backward"):
         sent = {how: sum(float(op.bytes) for op in talks(how, way)) for how in ("torch", "torch_async")}
         assert sent["torch_async"] == pytest.approx(sent["torch"], rel=1e-12)
+    ops = [op for segment in layer(DENSE, False, overlap=Overlap(tp="torch"), **plan).forward for op in segment]
+    assert [float(op.bytes) for op in ops if op.name.endswith(".copy")] == [2 * 2.0 * S * H] * 4
     together = layer(DENSE, False, overlap=Overlap(tp="torch_async"), **plan)
     beside = [op.kind for s in (*together.forward, *together.backward) for op in s if op.axis == "tp" and len(s) > 1]
     assert beside == ["all_gather", "reduce_scatter"] * 2 + ["all_gather"] * 2  # no sum of gradients

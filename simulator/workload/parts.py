@@ -13,7 +13,7 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan, TensorParallel
 from simulator.units import Number
-from simulator.workload.ops import BF16, FP32, BlockBuilder, Op
+from simulator.workload.ops import BF16, FP32, BlockBuilder, Op, Segment
 
 #: bytes per element of an RMSNorm written in PyTorch: cast, square, mean, scale, cast back, weight; and their gradients
 EAGER_NORM_BYTES = (36.0, 100.0)
@@ -114,7 +114,7 @@ def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple
     gather = _gather(b, f"{name}.gather", x.tokens * width)
     scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
     if x.of_torch:
-        b.add([(gather,)], [(scatter,)], _beyond_own(x, gather), (*modules, "tp_gather"))
+        b.add(_joined(x, gather), _joined(x, scatter), _beyond_own(x, gather), (*modules, "tp_gather"))
         return None, None
     b.add([(gather,)], [], modules=(*modules, "tp_gather"))
     return replace(gather, grad="weight"), scatter
@@ -131,6 +131,22 @@ def _beyond_own(x: Shape, gather: Op) -> Number:
     return np.where(np.asarray(x.tp) > 1, gather.bytes, 0.0)
 
 
+def _joined(x: Shape, op: Op) -> list[Segment]:
+    """Return a collective and, in PyTorch's own tensor parallelism, the copy behind a gather or ahead of a reduce-scatter.
+
+    Notes
+    -----
+    Ranks' parts come one after the other along the first dimension, rows lie along the second: they are split and concatenated
+    (``all_gather_tensor`` and ``reduce_scatter_tensor``, torch/distributed/_functional_collectives.py). What runs in pieces has
+    no such copy, because its parts are laid out for it.
+    """
+    if not x.of_torch:
+        return [(op,)]
+    several = 1.0 * (np.asarray(x.tp) > 1)
+    copy = Op(f"{op.name}.copy", "memory", bytes=2 * op.bytes * several, grad=op.grad, launches=several)
+    return [(op,), (copy,)] if op.kind == "all_gather" else [(copy,), (op,)]
+
+
 def _casting(b: BlockBuilder, x: Shape) -> Number:
     """Return the ranks that share the cast of rows: all of the group where they are gathered as they are multiplied."""
     return x.tp if x.sequence_parallel and b.gathered[0] == b.dtype else 1.0
@@ -141,7 +157,8 @@ def leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[st
     size = x.tokens * width * BF16
     if x.sequence_parallel:
         scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp")
-        b.collective(scatter, _gather(b, f"{name}.gather", x.tokens * width), modules)
+        gather = replace(_gather(b, f"{name}.gather", x.tokens * width), grad="input")
+        b.add(_joined(x, scatter), _joined(x, gather), modules=modules)
     else:
         b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
 
@@ -172,11 +189,11 @@ def column_parallel(
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
     beside = replace(gather, grad="weight"), scatter
     if x.of_torch:
-        b.add([], [(scatter,)], _beyond_own(x, gather), (*modules, "tp_gather"))
+        b.add([], _joined(x, scatter), _beyond_own(x, gather), (*modules, "tp_gather"))
         beside = (None, None)
     b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp, shared=shared)
     if x.of_torch and "tp_gather" in b.recomputed:
-        b.add([], [(replace(gather, grad="again"),)])
+        b.add([], _joined(x, replace(gather, grad="again")))
 
 
 def row_parallel(
