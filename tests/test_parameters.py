@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 
 from simulator.closed_forms import estimate
+from simulator.pricing.operations import op_s
 from simulator.validation.parameters import NAMES, cold, fitted, parameters_of, row_slopes, slopes
 from simulator.validation.published import published_runs, scenario_from_row, validate
 from simulator.validation.regimes import common_part, pairs, scored
+from simulator.workload.ops import Op
 
 IDS = ("aa-131868", "vtrain-s-0000", "korth-22b-sel", "internevo-ck-8-8", "internevo-tp2-z4-8", "sc21-t2-zero-3-174.6-384")
 
@@ -95,3 +97,28 @@ def test_a_row_is_anchored_on_other_models_by_its_own_parameters():
     assert scored(cooled.reset_index().assign(flop=1.0, peak_flop_per_s=1.0, precision="bf16"))["factor"][0] == pytest.approx(
         np.exp(-cooled.loc["a", "anchor"])
     )
+
+
+def test_collectives_lose_speed_only_where_a_profile_says_so(runs):
+    rows = runs.set_index("id", drop=False)
+    a100 = scenario_from_row(rows.loc["korth-22b-sel"])[0]
+    assert "in_training.collectives" in {p.name for p in parameters_of(a100)}
+    plan, cluster = a100.plan, a100.cluster
+    whole = cluster.accelerator.model_copy(update={"in_training": cluster.accelerator.in_training | {"collectives": 1.0}})
+    kept = cluster.accelerator.in_training["collectives"]
+    gather = Op("gather", "all_gather", bytes=1e8, axis="tp")
+    slow, fast = (op_s(gather, a100.model, plan, c) for c in (cluster, cluster.model_copy(update={"accelerator": whole})))
+    assert slow == pytest.approx(fast / kept)
+    bare = whole.model_copy(update={"in_training": {"gemm": 1.0}})
+    bare = a100.model_copy(update={"cluster": cluster.model_copy(update={"accelerator": bare})})
+    assert "in_training.collectives" not in {p.name for p in parameters_of(bare)}
+
+
+def test_one_host_of_vtrain_is_read_without_recompute_and_with_heads_cut_into_whole_parts():
+    table = published_runs()
+    own = table[table["source"] == "vTrain ground truth (single node)"]
+    eight = scenario_from_row(own[own["tp"].astype(str).isin(("8", "8.0"))].iloc[0])[0]
+    assert (eight.model.vocab, eight.plan.recompute) == (8 * 6282, "none")
+    several = table[(table["source"] == "vTrain ground truth (multi-node)") & (table["tp"].astype(str).isin(("1", "1.0")))]
+    padded = scenario_from_row(several.iloc[0])[0]
+    assert (padded.model.vocab, padded.plan.recompute) == (50304, "full")

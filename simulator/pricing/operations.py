@@ -67,7 +67,7 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         out, fan = _copies(model, plan, cluster)
         seconds = collectives.expert_all_to_all_s(op.bytes, members, cluster, out, fan)
     else:
-        seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster)
+        seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster) / cluster.accelerator.in_training.get("collectives", 1.0)
     for ranks in measured_ranks(op, cluster):
         talk = cluster.host.collectives[f"{op.kind}.{op.dtype}.{ranks}"]
         size = np.minimum(members.size, 2) if op.kind == "send" else np.asarray(members.size)  # a message has two ends

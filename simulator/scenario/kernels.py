@@ -54,7 +54,7 @@ class Kernels(Frozen):
         ``separate``: it writes the gradient, which a kernel of its own then adds to them.
     gate : str
         ``fused``: gate and up-projection of a dense MLP are one linear layer. ``separate``: two, each with its own tensor-parallel
-        collectives (Aleph-Alpha/scaling, src/scaling/core/nn/mlp.py; torchtitan).
+        collectives (Aleph-Alpha/scaling, src/scaling/core/nn/mlp.py), or with one for both in PyTorch's own tensor parallelism.
     graphs : tuple of str
         Parts of a layer whose kernels are captured in CUDA graphs, so that the host does not launch them one by one.
     """

@@ -38,6 +38,13 @@ _STYLES: dict[str, tuple[dict[str, bool], str]] = {
 _GPT_VOCAB = 51200
 #: BLOOM's 250,680 tokens, padded by Megatron (config.json of bigscience/bloom)
 _BLOOM_VOCAB = 250880
+#: runs of Megatron-LM and its forks, which pad every vocabulary (megatron/tokenizer/tokenizer.py, ``_vocab_size_with_padding``), also
+#: one that tp divides
+_PADS = r"vTrain ground truth \(multi|SC'21|Korthikanti|MT-NLG"
+#: what vTrain ran on one host is its own model of a layer and of the head, each of whose ranks has ``vocab_size // world_size`` rows
+#: (VIA-Research/vTrain @f8dda84 src/model/gpt_modeling.py, ``ShardedGptLogit``): one step takes 8.5 ms per sequence and head of
+#: width 2,048 on one rank and 1.6 ms on each of two, where 50,257 rows are no whole vectors and 25,128 are
+_CUTS = r"vTrain ground truth \(single"
 _LATENT = re.compile(r"MLA: q_lora (\d+), kv_lora (\d+), qk_nope (\d+), qk_rope (\d+), v_head (\d+)")
 
 
@@ -70,11 +77,16 @@ def _divisible_vocab(row: Row, vocab: int) -> int:
     if row.has("vocab '250k'", "notes"):
         row.assume(f"vocabulary printed rounded: {_BLOOM_VOCAB:,}, as BLOOM was trained")
         return _BLOOM_VOCAB
-    if vocab % tp == 0:
+    if row.has(_CUTS, "source"):
+        row.assume("vocabulary not padded: every tensor-parallel rank has a whole part of it, rounded down")
+        return vocab // tp * tp
+    if vocab % tp == 0 and not row.has(_PADS, "source"):
         return vocab
     unit = 128 * tp  # Megatron's make_vocab_size_divisible_by, times tp
-    row.assume("vocabulary padded to a multiple of 128 x tp")
-    return -(-vocab // unit) * unit
+    padded = -(-vocab // unit) * unit
+    if padded != vocab:
+        row.assume("vocabulary padded to a multiple of 128 x tp")
+    return padded
 
 
 def _on_shipped(row: Row, base: Model) -> dict[str, Any]:
