@@ -159,30 +159,26 @@ def test_a_published_gemm():
     assert 2 * n**3 / seconds / 1e12 == pytest.approx(717, rel=0.05)
 
 
-@pytest.mark.parametrize(("dtype", "ms"), [("bf16", (13.102,)), ("fp8", (6.812, 7.161)), ("fp4", (3.764,))])
-def test_a_published_layer_in_narrow_datatypes(dtype, ms):
-    """Twelve products of a layer on B300, cast before (Transformer Engine @8f2e635, docs/examples/gemm_profiling)."""
-    b300 = ACCELERATORS.load("b300-sxm-288")
-    bare = b300.model_copy(update={"in_training": {}})
+def layer_ms(name: str, dtype: str) -> float:
+    """Return milliseconds of the twelve products of a layer, cast before: Transformer Engine @8f2e635, docs/examples/gemm_profiling."""
+    bare = ACCELERATORS.load(name).model_copy(update={"in_training": {}})
     rows, narrow, wide = 15872, 4096, 16384
     took = 0.0
     for k, n in ((narrow, 3 * narrow), (narrow, narrow), (narrow, wide), (wide, narrow)):
         for shape in ((rows, n, k), (rows, k, n), (k, n, rows)):
             took += float(gemm_s(2.0 * rows * n * k, 0.0, *shape, 1, dtype, False, bare))
-    assert took * 1e3 == pytest.approx(sum(ms) / len(ms), rel=0.03)
+    return took * 1e3
+
+
+@pytest.mark.parametrize(("dtype", "ms"), [("bf16", (13.102,)), ("fp8", (6.812, 7.161)), ("fp4", (3.764,))])
+def test_a_published_layer_in_narrow_datatypes(dtype, ms):
+    assert layer_ms("b300-sxm-288", dtype) == pytest.approx(sum(ms) / len(ms), rel=0.03)
 
 
 def test_published_products_in_eight_bits_on_hopper():
-    """The same twelve on H200 NVL, a card of less power: 31.968 ms in bf16, 16.785 in FP8 (Transformer Engine, the same pages)."""
-    h200 = ACCELERATORS.load("h200-sxm-141").model_copy(update={"in_training": {}})
-    rows, narrow, wide = 15872, 4096, 16384
-    shapes = [
-        shape
-        for k, n in ((narrow, 3 * narrow), (narrow, narrow), (narrow, wide), (wide, narrow))
-        for shape in ((rows, n, k), (rows, k, n), (k, n, rows))
-    ]
-    bf16, fp8 = (sum(float(gemm_s(2.0 * m * n * k, 0.0, m, n, k, 1, d, False, h200)) for m, n, k in shapes) for d in ("bf16", "fp8"))
-    assert bf16 / fp8 == pytest.approx(31.968 / 16.785, rel=2e-3)
+    """H200 NVL, a card of less power: 31.968 ms in bf16, 16.785 in FP8."""
+    name = "h200-sxm-141"
+    assert layer_ms(name, "bf16") / layer_ms(name, "fp8") == pytest.approx(31.968 / 16.785, rel=2e-3)
 
 
 # --- for all numbers ---
