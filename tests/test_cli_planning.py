@@ -147,7 +147,7 @@ def test_sweep_is_a_table_that_goes_on(myriad, file, tmp_path):
     ("to", "word", "changes"),
     [
         ("megatron", "--tensor-model-parallel-size 8", ["plan.recompute=full"]),
-        ("torchtitan", "tensor_parallel_degree = 8", ["plan.recompute=full", "plan.zero=2", "plan.overlap.tp=false"]),
+        ("torchtitan", "tensor_parallel_degree = 8", ["plan.recompute=full", "plan.zero=2", "plan.overlap.tp=torch"]),
     ],
 )
 def test_export_writes_the_plan(myriad, file, tmp_path, to, word, changes):

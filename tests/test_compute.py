@@ -172,6 +172,19 @@ def test_a_published_layer_in_narrow_datatypes(dtype, ms):
     assert took * 1e3 == pytest.approx(sum(ms) / len(ms), rel=0.03)
 
 
+def test_published_products_in_eight_bits_on_hopper():
+    """The same twelve on H200 NVL, a card of less power: 31.968 ms in bf16, 16.785 in FP8 (Transformer Engine, the same pages)."""
+    h200 = ACCELERATORS.load("h200-sxm-141").model_copy(update={"in_training": {}})
+    rows, narrow, wide = 15872, 4096, 16384
+    shapes = [
+        shape
+        for k, n in ((narrow, 3 * narrow), (narrow, narrow), (narrow, wide), (wide, narrow))
+        for shape in ((rows, n, k), (rows, k, n), (k, n, rows))
+    ]
+    bf16, fp8 = (sum(float(gemm_s(2.0 * m * n * k, 0.0, m, n, k, 1, d, False, h200)) for m, n, k in shapes) for d in ("bf16", "fp8"))
+    assert bf16 / fp8 == pytest.approx(31.968 / 16.785, rel=2e-3)
+
+
 # --- for all numbers ---
 
 SIZES = st.integers(1, 20000)

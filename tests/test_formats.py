@@ -86,7 +86,7 @@ def test_torchtitan_there_and_back(data):
     plan = Plan(
         tp=one(1, 2), cp=cp, pp=pp, vpp=vpp, ep=one(1, 2), dp_replicate=one(1, 2), dp_shard=shard, zero=0 if shard * cp == 1 else one(2, 3),
         micro_batch=one(1, 2), schedule=schedule, recompute=one("none", "full"), dispatcher=one("alltoall", "deepep"),
-        overlap=Overlap(tp=False), precision=Precision(gemm=one("bf16", "fp8"), gradient_reduce=one("fp32", "bf16")),
+        overlap=Overlap(tp=one("torch", "torch_async")), precision=Precision(gemm=one("bf16", "fp8"), gradient_reduce=one("fp32", "bf16")),
     )  # fmt: skip
     config = torchtitan_config(question(plan))
     assert same(plan, plan_from_torchtitan(config, layers=30).plan)
@@ -110,7 +110,7 @@ def test_deepspeed_there_and_back(data):
 
 
 def test_files_come_back(tmp_path):
-    titan = Plan(pp=2, dp_shard=8, zero=2, overlap=Overlap(tp=False))
+    titan = Plan(pp=2, dp_shard=8, zero=2, overlap=Overlap(tp="torch"))
     assert tomllib.loads(torchtitan_text(question(titan))) == torchtitan_config(question(titan))
     half = Precision(gradient_reduce="bf16")
     speed = Plan(dp_shard=16, zero=2, sequence_parallel=False, precision=half, overlap=Overlap(grad_reduce=True, param_gather=True))
@@ -122,7 +122,7 @@ def test_files_come_back(tmp_path):
 def test_torchtitan_loads_what_is_written(tmp_path):
     """Its own parser: `pip install torchtitan==0.2.2`; 0.3 configures in Python and reads no TOML."""
     manager = pytest.importorskip("torchtitan.config.job_config") and pytest.importorskip("torchtitan.config.manager")
-    plan = Plan(tp=2, pp=2, vpp=2, ep=4, dp_shard=8, zero=2, schedule="interleaved", micro_batch=2, overlap=Overlap(tp=False))
+    plan = Plan(tp=2, pp=2, vpp=2, ep=4, dp_shard=8, zero=2, schedule="interleaved", micro_batch=2, overlap=Overlap(tp="torch"))
     (tmp_path / "run.toml").write_text(torchtitan_text(question(plan)))
     loaded = manager.ConfigManager().parse_args(["--job.config_file", str(tmp_path / "run.toml")])
     for section, table in torchtitan_config(question(plan)).items():
@@ -151,7 +151,7 @@ def test_deepspeed_loads_what_is_written(tmp_path, monkeypatch):
         (torchtitan_config, {"schedule": "dualpipe", "vpp": 2, "pp": 2, "zero": 2}, "torchtitan cannot say schedule: dualpipe"),
         (torchtitan_config, {"layout": "balanced", "zero": 3}, "torchtitan cannot say layout: balanced"),
         (torchtitan_config, {"recompute": "selective", "zero": 3}, "torchtitan cannot say recompute_modules"),
-        (torchtitan_config, {"zero": 1, "overlap": {"tp": False}}, "torchtitan cannot say zero: 1"),
+        (torchtitan_config, {"zero": 1, "overlap": {"tp": "torch"}}, "torchtitan cannot say zero: 1"),
         (torchtitan_config, {"zero": 3}, "torchtitan cannot say overlap.tp: True"),
         (deepspeed_config, {"pp": 2, "sequence_parallel": False}, "DeepSpeed cannot say pp: 2"),
         (deepspeed_config, {"sequence_parallel": True}, "DeepSpeed cannot say sequence_parallel: True"),

@@ -14,8 +14,9 @@ from simulator.errors import ProfileError
 from simulator.pricing.operations import op_s, segments_s
 from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.job import Job
+from simulator.scenario.kernels import Kernels
 from simulator.scenario.model import Experts, LatentAttention, Model
-from simulator.scenario.plan import COLUMNS, ELEMENT_BYTES, Overlap, Plan, PlanColumns, Precision
+from simulator.scenario.plan import COLUMNS, ELEMENT_BYTES, EVERY_OTHER_PRODUCT, Overlap, Plan, PlanColumns, Precision
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP, attended
 from simulator.workload.layers import embedding, head, transformer_layer
 from simulator.workload.memory import memory_per_stage
@@ -165,6 +166,32 @@ def test_pieces_take_as_long_as_their_formulas(size):
     others, last = (seconds(replace(scatter, bytes=scatter.bytes * share)) for share in (3 / 4, 1 / 4))
     leaves = float(segments_s(leaving(product, rows, scatter, 4.0), DENSE, plan, H100))
     assert leaves == pytest.approx(g + max(3 * g, others) + last, rel=1e-12)
+
+
+def test_tensor_parallel_of_pytorch():
+    """One gather for all products of an input, none again: 4 collectives forward and backward, 2 gathers more when they are not kept.
+
+    As torchtitan issue 1369 counts them on a layer with embedding and head: 12.
+    """
+    plan = {"tp": 4, "kernels": Kernels(gate="separate")}
+
+    def talks(how, direction, **more):
+        block = layer(DENSE, False, overlap=Overlap(tp=how), **plan, **more)
+        return [op for segment in getattr(block, direction) for op in segment if op.axis == "tp"]
+
+    assert [len(talks("torch", way)) for way in ("forward", "backward")] == [4, 4]
+    by_operation = {"recompute": "selective", "recompute_modules": EVERY_OTHER_PRODUCT}
+    assert [op.kind for op in talks("torch", "backward", **by_operation) if op.grad == "again"] == ["all_gather"] * 2
+    kept, again = (layer(DENSE, False, overlap=Overlap(tp=how), **plan).saved_bytes for how in ("torch", False))
+    assert kept - again == pytest.approx(2 * 2.0 * S * H, rel=1e-12)  # the gathered rows of both parts
+    for way in ("forward", "backward"):
+        sent = {how: sum(float(op.bytes) for op in talks(how, way)) for how in ("torch", "torch_async")}
+        assert sent["torch_async"] == pytest.approx(sent["torch"], rel=1e-12)
+    ops = [op for segment in layer(DENSE, False, overlap=Overlap(tp="torch"), **plan).forward for op in segment]
+    assert [float(op.bytes) for op in ops if op.name.endswith(".copy")] == [2 * 2.0 * S * H] * 4
+    together = layer(DENSE, False, overlap=Overlap(tp="torch_async"), **plan)
+    beside = [op.kind for s in (*together.forward, *together.backward) for op in s if op.axis == "tp" and len(s) > 1]
+    assert beside == ["all_gather", "reduce_scatter"] * 2 + ["all_gather"] * 2  # no sum of gradients
 
 
 def test_streams_fill_the_tails_of_each_other():
@@ -349,9 +376,9 @@ KINDS = st.fixed_dictionaries(
         "sequence_parallel": st.booleans(),
         "dispatcher": st.sampled_from(["alltoall", "deepep"]),
         "precision": st.sampled_from([Precision(), Precision(gemm="fp8", dispatch="fp8")]),
-        "overlap": st.builds(Overlap, tp=st.sampled_from([False, True, "pieces"])),
+        "overlap": st.builds(Overlap, tp=st.sampled_from([False, True, "pieces", "torch", "torch_async"])),
     }
-).filter(lambda kinds: kinds["sequence_parallel"] or kinds["overlap"].tp != "pieces")
+).filter(lambda kinds: kinds["sequence_parallel"] or isinstance(kinds["overlap"].tp, bool))
 
 
 @settings(max_examples=25, deadline=None)

@@ -35,7 +35,6 @@ _DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 #: sections that do not change a step's time or memory, and switches that do but that no field of Plan says
 _NOT_MODELLED = {
     "training.enable_cpu_offload": "parameters, gradients and optimizer state stay on the accelerator",
-    "parallelism.enable_async_tensor_parallel": "tensor-parallel collectives run beside gradients only",
     "compile.enable": "kernels are those of the plan",
 }
 
@@ -132,7 +131,7 @@ def _degrees(c: _Config) -> dict[str, Any]:
         "dp_replicate": c.whole("parallelism", "data_parallel_replicate_degree", 1),
         "dp_shard": None if shard in (-1, 0) else shard,
         "dispatcher": "alltoall" if backend == "standard" else "deepep",
-        "overlap": {"tp": False},  # PyTorch's own tensor parallelism
+        "overlap": {"tp": "torch_async" if c.get("parallelism", "enable_async_tensor_parallel") is True else "torch"},
     }
 
 
@@ -247,6 +246,7 @@ def torchtitan_config(scenario: Scenario) -> dict[str, dict[str, Any]]:
         "data_parallel_shard_degree": plan.dp_shard,
         "fsdp_reshard_after_forward": "always" if plan.zero == 3 else "never",
         "tensor_parallel_degree": plan.tp,
+        "enable_async_tensor_parallel": plan.overlap.tp == "torch_async",
         "context_parallel_degree": plan.cp,
         "pipeline_parallel_degree": plan.pp,
         "expert_parallel_degree": plan.ep,

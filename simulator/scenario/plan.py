@@ -61,8 +61,8 @@ class Precision(Frozen):
         Gradient reduce-scatter or all-reduce.
     gather : str or None
         What tensor-parallel all-gathers carry ahead of linear layers. None: what those multiply when that is narrower than 16 bits,
-        as Transformer Engine casts before it gathers (``gather_along_first_dim``, transformer_engine/pytorch/distributed.py), else
-        16 bits. Sums are scattered in 16 bits.
+        as Transformer Engine casts before it gathers (``gather_along_first_dim``, transformer_engine/pytorch/distributed.py), and
+        torchao with one scale per tensor (torchao/float8/float8_tensor_parallel.py), else 16 bits. Sums are scattered in 16 bits.
     """
 
     parameters: Dtype = "bf16"
@@ -112,6 +112,10 @@ RESERVE_SOURCES: dict[str, tuple[str, str]] = {
 }
 
 
+#: how tensor parallelism runs its collectives
+TensorParallel = bool | Literal["pieces", "torch", "torch_async"]
+
+
 class Overlap(Frozen):
     """What runs beside compute instead of after it.
 
@@ -129,10 +133,12 @@ class Overlap(Frozen):
         Transformer Engine gives its communication kernels (``num_sm``, transformer_engine/pytorch/module/base.py).
     tp : bool or str
         True gathers a linear layer's input again beside its input gradient, and reduce-scatters that beside its weight gradient:
-        what Megatron and Transformer Engine always do, and PyTorch's own tensor parallelism does not. ``pieces`` also cuts the
+        what Megatron and Transformer Engine always do; False does the same with nothing beside. ``pieces`` also cuts the
         products that gather before them or reduce-scatter behind them, so that their pieces run beside those of the collective
-        (Transformer Engine's userbuffers, Megatron ``--tp-comm-overlap``; `simulator.workload.ops.arriving`). PyTorch's asynchronous
-        tensor parallelism is not that: torchtitan measured 4 to 14 % less time, a third of what pieces save on the same plans.
+        (Transformer Engine's userbuffers, Megatron ``--tp-comm-overlap``; `simulator.workload.ops.arriving`). ``torch`` is PyTorch's
+        own: it gathers once for all products of an input, keeps the gathered rows, and runs nothing beside a collective;
+        ``torch_async`` its asynchronous one, whose products run in pieces beside the collectives where the compiler finds a gather
+        before them or a reduce-scatter behind one of them (torch/_inductor/fx_passes/micro_pipeline_tp.py).
     prefetch : int
         Blocks whose parameters ZeRO-3 gathers ahead of the one that runs. The default is what FSDP2 does by itself, and so
         torchtitan; more (``set_modules_to_forward_prefetch``) hides longer gathers and holds as many more blocks, 0 hides none.
@@ -154,7 +160,7 @@ class Overlap(Frozen):
     param_gather: bool = True
     multiprocessors: float = Field(default=20 / 132, ge=0, lt=1)
     collective_multiprocessors: float = Field(default=16 / 132, ge=0, lt=1)
-    tp: bool | Literal["pieces"] = True
+    tp: TensorParallel = True
     prefetch: int = Field(default=1, ge=0)
     by_tensor: bool = False
     queued: bool = False
@@ -307,8 +313,10 @@ class Plan(Frozen, _Degrees):
 
     @model_validator(mode="after")
     def _pieces_of_sequence_parallel_rows(self) -> Plan:
-        if self.overlap.tp == "pieces" and not self.sequence_parallel:
-            raise ValueError("overlap.tp: pieces with sequence_parallel: false has no rows to gather; write sequence_parallel: true")
+        if not isinstance(self.overlap.tp, bool) and not self.sequence_parallel:
+            raise ValueError(
+                f"overlap.tp: {self.overlap.tp} with sequence_parallel: false has no rows to gather; write sequence_parallel: true"
+            )
         return self
 
     @property

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from simulator.errors import ProfileError
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
-from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Overlap, Plan, Precision
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Overlap, Plan, Precision, TensorParallel
 from simulator.validation.row import Row
 from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, kernels_of
 from simulator.validation.row_software import framework_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
 _NOT_MODELLED = {
-    r"async TP": "PyTorch's asynchronous tensor parallelism",
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
     r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
@@ -277,8 +276,9 @@ def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
             row.assume(f"not modelled: recompute of {word}")
     if modules:
         return "selective", modules
-    if "per-op SAC" in printed:
+    if "per-op SAC" in printed or (printed == "selective" and row.has("torchtitan", "source")):
         # of each layer's products it keeps the first, third, fifth ...: q, v, gate and down; and attention and what is reduce-scattered
+        # what selective means in its train_configs: selective_ac_option = 'op' (torchtitan/models/llama3/train_configs/llama3_8b.toml)
         row.assume("recompute of every other product: output projection, one of gate and up, and all that is no product (torchtitan)")
         return "selective", EVERY_OTHER_PRODUCT
     row.assume(f"not modelled: recompute '{printed}' (taken as norms only)")
@@ -322,6 +322,9 @@ def _dispatcher(row: Row, model: Model) -> str:
 def _precision(row: Row) -> Precision:
     printed = row.default("precision", "bf16", row.text("precision")).lower()
     fields: dict[str, Any] = {}
+    if row.has("torchtitan", "source") and "rowwise" in printed:
+        row.assume("rows gathered in bf16: torchao with a scale for each row (pytorch/ao torchao/float8/README.md)")
+        fields["gather"] = "bf16"
     if "fp4" in printed:
         fields["gemm"] = "fp4"
     elif re.search("fp8|float8", printed):
@@ -353,9 +356,11 @@ def _precision(row: Row) -> Precision:
 
 def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Overlap:
     notes = row.text("overlap_notes")
-    # PyTorch's own tensor parallelism gathers nothing again beside a gradient; Megatron-LM reduces beside one since 2022
+    # Megatron-LM reduces an input's gradient beside the weight's since 2022;
     # autograd functions of their own reduce it after both gradients in Aleph-Alpha/scaling (src/scaling/core/nn/linear/utils.py)
-    tp: bool | Literal["pieces"] = not row.has(f"torchtitan|Aleph-Alpha|{BEFORE_2022}", "source")
+    tp: TensorParallel = not row.has(f"Aleph-Alpha|{BEFORE_2022}", "source")
+    if row.has("torchtitan", "source"):
+        tp = "torch_async" if row.has("async TP", "overlap_notes") else "torch"
     if degrees["tp"] > 1 and sequence_parallel and _in_pieces(row):
         tp = "pieces"
     pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")

@@ -76,8 +76,9 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     h, local, mats = model.hidden, ffn / x.tp, 2 if model.gated else 1
     saved, cast = _kept(x.tokens * mats * local, kept)
     if mats == 2 and b.kernels.gate == "separate":
-        column_parallel(b, f"{name}.gate", f"{name}.gate", x, h, local, (*modules, "mlp_gate"), saved / 2)
-        column_parallel(b, f"{name}.up", f"{name}.up", x, h, local, modules, saved / 2)
+        own, gate = (f"{name}.up", f"{name}.gate") if not x.of_torch else (name, name)
+        column_parallel(b, gate, f"{name}.gate", x, h, local, (*modules, "mlp_gate"), saved / 2)
+        column_parallel(b, own, f"{name}.up", x, h, local, modules, saved / 2, gathers=not x.of_torch)
     else:
         column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
     size = x.tokens * local * BF16
@@ -204,7 +205,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     many are kept, and live at its fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16
     gradient, the rows it gathers again, their gradient and, unless it is added in place, the gradient of its matrix.
     """
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=bool(plan.overlap.tp), kernels=plan.kernels)
+    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp in (True, "pieces"), kernels=plan.kernels)
     vocab = model.vocab / x.tp
     norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = enter_tp(b, "head", x, model.hidden)

@@ -323,7 +323,7 @@ class BlockBuilder:
         saved: Number = 0.0,
         modules: Iterable[str] = (),
         routed: bool = False,
-        launches: tuple[int, int] = (1, 1),
+        launches: tuple[Number, Number] = (1, 1),
     ) -> None:
         """Append bandwidth-bound kernels that move `forward` and `backward` bytes, and as many `launches`."""
         there = Op(name, "memory", bytes=forward, routed=routed, launches=launches[0])

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
-from simulator.scenario.plan import ELEMENT_BYTES, Plan
+from simulator.scenario.plan import ELEMENT_BYTES, Plan, TensorParallel
 from simulator.units import Number
-from simulator.workload.ops import BF16, FP32, BlockBuilder, Op
+from simulator.workload.ops import BF16, FP32, BlockBuilder, Op, Segment
 
 #: bytes per element of an RMSNorm written in PyTorch: cast, square, mean, scale, cast back, weight; and their gradients
 EAGER_NORM_BYTES = (36.0, 100.0)
 #: bytes of one element of a dropout mask
 MASK = 1.0
+#: how much longer PyTorch's sum of the parts that other ranks have sent takes than its traffic: it reaches 23 to 43 % of the
+#: bandwidth where a kernel made for it reaches 82 to 88 % (pytorch/pytorch pull request 191803)
+SUM_SLOWDOWN = 85 / 33
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,12 @@ class Shape:
     etp: Number
     sequence_parallel: bool
     context_parallel: str
-    pieces: bool
+    style: TensorParallel
+
+    @property
+    def of_torch(self) -> bool:
+        """Whether PyTorch's own tensor parallelism runs the collectives."""
+        return self.style in ("torch", "torch_async")
 
     @classmethod
     def of(cls, plan: Plan, job: Job) -> Shape:
@@ -49,7 +59,7 @@ class Shape:
             plan.etp,
             plan.sequence_parallel,
             plan.context_parallel,
-            plan.overlap.tp == "pieces",
+            plan.overlap.tp,
         )
 
 
@@ -61,7 +71,7 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         ELEMENT_BYTES[gemm],
         plan.recompute,
         plan.recomputed,
-        bool(plan.overlap.tp),
+        plan.overlap.tp in (True, "pieces"),
         ELEMENT_BYTES[plan.precision.gradients],
         plan.kernels,
         (plan.precision.gathered, ELEMENT_BYTES[plan.precision.gathered]),
@@ -92,23 +102,49 @@ def residual(b: BlockBuilder, x: Shape, model: Model) -> None:
 
 
 def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = ()) -> tuple[Op | None, Op | None]:
-    """Gather the sequence-parallel rows for a column-parallel layer.
+    """Gather the sequence-parallel rows for column-parallel layers.
 
     Returns the collectives that Megatron hides behind the layer's gradients: the rows are gathered again beside the
-    input gradient and their gradient is reduce-scattered (without sequence parallel: all-reduced) beside the weight's.
+    input gradient and their gradient is reduce-scattered (without sequence parallel: all-reduced) beside the weight's. PyTorch
+    keeps the gathered rows instead, unless its checkpointing gathers them again, and reduce-scatters behind both gradients.
     """
     size = x.tokens * width * BF16
     if not x.sequence_parallel:
         return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input")
     gather = _gather(b, f"{name}.gather", x.tokens * width)
+    scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
+    if x.of_torch:
+        b.add(_joined(x, gather), _joined(x, scatter), _beyond_own(x, gather), (*modules, "tp_gather"))
+        return None, None
     b.add([(gather,)], [], modules=(*modules, "tp_gather"))
-    return replace(gather, grad="weight"), Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
+    return replace(gather, grad="weight"), scatter
 
 
 def _gather(b: BlockBuilder, name: str, elements: Number) -> Op:
     """Gather rows that are cast to the datatype of the products first."""
     dtype, element = b.gathered
     return Op(name, "all_gather", bytes=elements * element, axis="tp", dtype=dtype)
+
+
+def _beyond_own(x: Shape, gather: Op) -> Number:
+    """Return the bytes of gathered rows that are kept beside a rank's own: none where it has all of them."""
+    return np.where(np.asarray(x.tp) > 1, gather.bytes, 0.0)
+
+
+def _joined(x: Shape, op: Op) -> list[Segment]:
+    """Return a collective and, in PyTorch's own tensor parallelism, the copy behind a gather or ahead of a reduce-scatter.
+
+    Notes
+    -----
+    Ranks' parts come one after the other along the first dimension, rows lie along the second: they are split and concatenated
+    (``all_gather_tensor`` and ``reduce_scatter_tensor``, torch/distributed/_functional_collectives.py). What runs in pieces has
+    no such copy, because its parts are laid out for it.
+    """
+    if not x.of_torch:
+        return [(op,)]
+    several = 1.0 * (np.asarray(x.tp) > 1)
+    copy = Op(f"{op.name}.copy", "memory", bytes=2 * op.bytes * several, grad=op.grad, launches=several)
+    return [(op,), (copy,)] if op.kind == "all_gather" else [(copy,), (op,)]
 
 
 def _casting(b: BlockBuilder, x: Shape) -> Number:
@@ -121,27 +157,43 @@ def leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[st
     size = x.tokens * width * BF16
     if x.sequence_parallel:
         scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp")
-        b.collective(scatter, _gather(b, f"{name}.gather", x.tokens * width), modules)
+        gather = replace(_gather(b, f"{name}.gather", x.tokens * width), grad="input")
+        b.add(_joined(x, scatter), _joined(x, gather), modules=modules)
     else:
         b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
 
 
 def column_parallel(
-    b: BlockBuilder, part: str, name: str, x: Shape, width: int, n: Number, modules: tuple[str, ...] = (), saved: Number = 0.0
+    b: BlockBuilder,
+    part: str,
+    name: str,
+    x: Shape,
+    width: int,
+    n: Number,
+    modules: tuple[str, ...] = (),
+    saved: Number = 0.0,
+    gathers: bool = True,
 ) -> None:
-    """Append a column-parallel linear layer with the collectives of its rows, as the plan overlaps them.
+    """Append a column-parallel linear layer with the collectives of its rows, as the plan overlaps them, or on rows that are there.
 
-    In pieces, rows are gathered by copy engines (Transformer Engine's ``use_ce``).
+    In pieces, rows are gathered by copy engines (Transformer Engine's ``use_ce``). PyTorch sums the gradients of all products of
+    an input before it reduce-scatters them, so that nothing runs beside that sum (the pattern that
+    torch/_inductor/fx_passes/micro_pipeline_tp.py looks for is one product), nor beside a gather for a weight gradient.
     """
     shared = (_casting(b, x), 1.0)
-    if not x.pieces:
-        beside = enter_tp(b, part, x, width, modules)
+    if not gathers or x.style not in ("pieces", "torch_async"):
+        beside = enter_tp(b, part, x, width, modules) if gathers else (None, None)
         b.linear(name, x.tokens, width, n, saved=saved, modules=modules, beside=beside, shared=shared)
         return
     gather = _gather(b, f"{part}.gather", x.tokens * width)
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
     beside = replace(gather, grad="weight"), scatter
+    if x.of_torch:
+        b.add([], _joined(x, scatter), _beyond_own(x, gather), (*modules, "tp_gather"))
+        beside = (None, None)
     b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp, shared=shared)
+    if x.of_torch and "tp_gather" in b.recomputed:
+        b.add([], _joined(x, replace(gather, grad="again")))
 
 
 def row_parallel(
@@ -149,13 +201,17 @@ def row_parallel(
 ) -> None:
     """Append a row-parallel linear layer and the sum of its partial rows, as the plan overlaps them."""
     shared = (1.0, _casting(b, x))
-    if not x.pieces:
+    if x.style not in ("pieces", "torch_async"):
         b.linear(name, x.tokens, k, width, saved=saved, modules=modules, shared=shared)
         leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"))  # by operation, what is reduce-scattered is kept
         return
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
     gather = replace(_gather(b, f"{part}.gather", x.tokens * width), grad="input", apart=True)
     b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), gather), pieces=x.tp, shared=shared)
+    if x.of_torch:
+        several = 1.0 * (np.asarray(x.tp) > 1)
+        summed = (x.tokens + x.split_tokens) * width * BF16 * SUM_SLOWDOWN
+        b.memory(f"{part}.sum", summed * several, 0.0, modules=modules, launches=(several, 0.0))
 
 
 def twice(b: BlockBuilder, elements: Number) -> Number:
