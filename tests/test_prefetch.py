@@ -10,9 +10,11 @@ from small import dense, scenario
 from simulator.closed_forms import estimate
 from simulator.lower_bound import bound
 from simulator.pricing.operations import op_s
+from simulator.pricing.stage_times import beside
 from simulator.scenario.plan import Overlap, Plan
 from simulator.simulate import simulate_step
 from simulator.workload.ops import Op
+from simulator.workload.stages import blocks
 
 LAYERS = 6
 
@@ -31,6 +33,13 @@ def test_none_ahead_waits_for_every_gather():
     for start, end in gathers[["start_s", "end_s"]].to_numpy():
         beside = computes[(computes["start_s"] < end - 1e-12) & (computes["end_s"] > start + 1e-12)]
         assert beside.empty
+
+
+@pytest.mark.parametrize(("ahead", "shares"), [(0, False), (1, True)])
+def test_kernels_slow_only_for_gathers_that_run_beside_them(ahead, shares):
+    s = question(ahead, 2048)
+    block = blocks(s.model, s.plan, s.job)["layer0"]
+    assert any(op.name.startswith("parameters") for op in beside(block, "F", s.plan)) == shares
 
 
 def test_one_ahead_is_the_default():

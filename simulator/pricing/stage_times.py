@@ -141,12 +141,12 @@ def beside(block: Block, kind: str, plan: Plan | PlanColumns, paired: bool = Fal
     Parameters
     ----------
     paired : bool
-        In a pair all collectives do; else those that share a segment with a kernel, and what ZeRO-2 and ZeRO-3 gather and
-        reduce for every pass.
+        In a pair all collectives do; else those that share a segment with a kernel, and what ZeRO-2 and ZeRO-3 gather ahead
+        and reduce for every pass.
     """
     segments = passes(block, kind)
     own = (op for segment in segments for op in segment if op.kind in COMPUTE or paired or len(segment) > 1)
-    gathered = parameter_ops(block, plan) * gathers(plan, kind)
+    gathered = parameter_ops(block, plan) * gathers(plan, kind) if plan.overlap.prefetch else ()
     reduces = gradient_ops(block, plan) if plan.zero >= 2 and kind in "BW" else ()
     return (*own, *gathered, *reduces)
 

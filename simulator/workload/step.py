@@ -171,7 +171,8 @@ def gathers(plan: Plan, kind: str) -> int:
     """Return how often a pass F, B, I or W gathers the parameters of a block: under ZeRO-3 once, but for the weight gradients.
 
     Matrix by matrix, a layer that is computed again has dropped its parameters before its gradients need them: they come once more
-    (Rajbhandari et al., "ZeRO-Infinity", SC 2021, section 4.1).
+    (DeepSpeed's hooks release them behind every forward, that of a recompute too, and fetch them ahead of a backward:
+    ``post_sub_module_forward_function`` and ``pre_sub_module_backward_function``, deepspeed/runtime/zero).
     """
     if plan.zero < 3 or kind == "W":
         return 0
