@@ -8,10 +8,11 @@ import pytest
 
 from simulator.closed_forms import estimate
 from simulator.pricing.operations import op_s
+from simulator.scenario.kernels import Kernels
 from simulator.validation.parameters import NAMES, cold, fitted, parameters_of, row_slopes, slopes
 from simulator.validation.published import published_runs, scenario_from_row, validate
 from simulator.validation.regimes import common_part, pairs, scored
-from simulator.workload.ops import Op
+from simulator.workload.ops import Op, host_wait
 
 IDS = ("aa-131868", "vtrain-s-0000", "korth-22b-sel", "internevo-ck-8-8", "internevo-tp2-z4-8", "sc21-t2-zero-3-174.6-384")
 
@@ -122,3 +123,9 @@ def test_one_host_of_vtrain_is_read_without_recompute_and_with_heads_cut_into_wh
     several = table[(table["source"] == "vTrain ground truth (multi-node)") & (table["tp"].astype(str).isin(("1", "1.0")))]
     padded = scenario_from_row(several.iloc[0])[0]
     assert (padded.model.vocab, padded.plan.recompute) == (50304, "full")
+
+
+def test_the_engine_launches_gradients_at_half_the_cost_of_functions_in_python():
+    forward, gradient = (Op("mlp.up", "gemm", flop=1.0, bytes=1.0, grad=grad, launches=4.0) for grad in ("", "weight"))
+    segments = ((forward,), (gradient,))
+    assert [host_wait(segments, Kernels(backward=kind)).launches for kind in ("functions", "engine")] == [8.0, 6.0]

@@ -15,6 +15,8 @@ Grouping = Literal["grouped", "fused", "sequential"]
 Accumulation = Literal["fused", "separate"]
 #: how the gate and the up-projection of an MLP are multiplied
 Gate = Literal["fused", "separate"]
+#: what launches the kernels of the backward
+Backward = Literal["functions", "engine"]
 #: parts of a layer, in the words of Megatron's ``cuda_graph_scope``; ``full`` is the whole iteration
 Graph = Literal["attn", "moe_router", "moe_preprocess", "moe", "mlp", "full"]
 
@@ -54,6 +56,10 @@ class Kernels(Frozen):
         ``separate``: it writes the gradient, which a kernel of its own then adds to them.
     gate : str
         ``fused``: gate and up-projection of a dense MLP are one linear layer. ``separate``: two, each with its own tensor-parallel
+        collectives (Aleph-Alpha/scaling, src/scaling/core/nn/mlp.py; torchtitan).
+    backward : str
+        ``functions``: autograd functions in Python, as Transformer Engine's, whose kernels cost the host as much as forward ones.
+        ``engine``: PyTorch's own gradients, which its engine launches from C++.
         collectives (Aleph-Alpha/scaling, src/scaling/core/nn/mlp.py), or with one for both in PyTorch's own tensor parallelism.
     graphs : tuple of str
         Parts of a layer whose kernels are captured in CUDA graphs, so that the host does not launch them one by one.
@@ -66,6 +72,7 @@ class Kernels(Frozen):
     experts: Grouping = "grouped"
     accumulation: Accumulation = "fused"
     gate: Gate = "fused"
+    backward: Backward = "functions"
     graphs: tuple[Graph, ...] = ()
 
     def captured(self, name: str) -> bool:

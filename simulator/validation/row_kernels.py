@@ -22,6 +22,11 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
         {"accumulation": "separate"},
         "forks of Megatron-LM before 2022: gradients added to those of earlier micro-batches by a kernel of its own",
     ),
+    (
+        "vTrain|SC'21|Korthikanti|MT-NLG|Zero Bubble|BLOOM|MosaicML|InternEvo|Aleph-Alpha",
+        {"backward": "engine"},
+        "gradients by PyTorch's engine",
+    ),
     ("BLOOM", {"attention": "unfused"}, "Megatron-DeepSpeed before FlashAttention: scores in memory, fused softmax, no dropout"),
     ("MosaicML", {"attention": "flash1", "pointwise": "eager"}, "llm-foundry of 2023: first FlashAttention in Triton, eager PyTorch"),
     ("InternEvo", {"attention": "flash1"}, "InternEvo of 2023: first FlashAttention, fused norms"),

@@ -19,6 +19,9 @@ LINEAR_LAUNCHES = 2
 #: in C++, but allocates and describes tensors for each. 64 experts take 1.2 ms forward, two products each, and 2.1 ms backward,
 #: four each (NVIDIA/TransformerEngine issue 2897, on GB200): 8 to 9 us, a fifth of the 40 us that hosts are assumed to need
 EXPERT_LAUNCH = 0.2
+#: what a kernel costs the host that PyTorch's engine launches for a gradient, over one of a forward in Python: a plain GPT layer of
+#: some 13 operations forward and twice as many backward takes 245 and 275 us (PyTorch 2.13 on one core, tensors of a few elements)
+ENGINE_LAUNCH = 0.5
 #: pieces that a product is cut into to be reduce-scattered beside itself (Transformer Engine's ``pipeline`` method with its
 #: default ``num_splits``, transformer_engine/pytorch/module/base.py); where its rows arrive, one for each rank of the ring
 SPLITS = 4
@@ -126,7 +129,8 @@ def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     It launches while kernels and collectives run, but not during an expert all-to-all, whose sizes it has to read first.
     """
     ops = [op for segment in segments for op in segment if op.kind in COMPUTE and not kernels.captured(op.name)]
-    launches = sum((op.launches for op in ops if np.any(op.bytes)), 0.0)
+    cost = {"input": ENGINE_LAUNCH, "weight": ENGINE_LAUNCH} if kernels.backward == "engine" else {}
+    launches = sum((op.launches * cost.get(op.grad, 1.0) for op in ops if np.any(op.bytes)), 0.0)
     beside = tuple(tuple(op for op in segment if hides_launches(op)) for segment in segments)
     return Op(HOST, HOST, launches=launches, beside=tuple(filter(None, beside)), routed=any(op.routed for op in ops))
 
