@@ -56,11 +56,10 @@ class Kernels(Frozen):
         ``separate``: it writes the gradient, which a kernel of its own then adds to them.
     gate : str
         ``fused``: gate and up-projection of a dense MLP are one linear layer. ``separate``: two, each with its own tensor-parallel
-        collectives (Aleph-Alpha/scaling, src/scaling/core/nn/mlp.py; torchtitan).
+        collectives (Aleph-Alpha/scaling, src/scaling/core/nn/mlp.py), or with one for both in PyTorch's own tensor parallelism.
     backward : str
         ``functions``: autograd functions in Python, as Transformer Engine's, whose kernels cost the host as much as forward ones.
         ``engine``: PyTorch's own gradients, which its engine launches from C++.
-        collectives (Aleph-Alpha/scaling, src/scaling/core/nn/mlp.py), or with one for both in PyTorch's own tensor parallelism.
     graphs : tuple of str
         Parts of a layer whose kernels are captured in CUDA graphs, so that the host does not launch them one by one.
     """
