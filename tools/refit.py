@@ -15,7 +15,6 @@ from simulator.fitting import Fitted, Parameter
 from simulator.scenario.profiles import ACCELERATORS
 from simulator.validation.parameters import SILICON, fitted, row_slopes
 from simulator.validation.published import published_runs, validate
-from simulator.validation.regimes import release_spread, scored
 from simulator.validation.row_cluster import MACHINES
 
 PROFILES = Path(__file__).parent.parent / "hardware_profiles"
@@ -33,9 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = published_runs()
     rows = rows[rows["complete"] == "yes"]
-    table = validate(rows=rows, processes=args.processes)
-    print(f"releases differ by {release_spread(scored(table)):.3f} (simulator.validation.regimes.RELEASE_SPREAD)")
-    found = fitted(table, row_slopes(rows, args.processes))
+    found = fitted(validate(rows=rows, processes=args.processes), row_slopes(rows, args.processes))
     for silicon, (parameters, result) in found.items():
         print(f"{silicon}: {result.rows} complete rows")
         for i, p in enumerate(parameters):

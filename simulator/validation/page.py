@@ -14,7 +14,6 @@ from simulator.validation.collectives import summarise_collectives
 from simulator.validation.memory import memory_summary
 from simulator.validation.own_page import own_collectives, own_peaks, own_rows
 from simulator.validation.published import published_runs
-from simulator.validation.regimes import RELEASE_SPREAD
 from simulator.validation.report import Report, breakdown
 from simulator.validation.section import Section, percent
 
@@ -85,8 +84,8 @@ def _regimes(report: Report) -> Section:
     words = (
         "Absolute relative error of the predicted step, averaged over (model × accelerator), each group counting once however many "
         "rows it has. Cold: what a user gets who knows nothing of the software release. Anchored: times one factor per release and "
-        "accelerator, fitted to the other models of that release and known to be within "
-        f"{percent(RELEASE_SPREAD)} of 1, which is how far releases differ; rows without another model of their release are left out. "
+        "accelerator, the median over the other models of that release and 1, which is known without them; rows without another model of "
+        "their release are left out. "
         "Relative: how far the predicted ratio of two rows of one release is from the measured one, |ln|, both predicted by parameters "
         "fitted without the group of either; a pair counts for both groups. Rows are complete when their "
         "source leaves nothing to assume. Constant MFU is the baseline: one FLOP rate per accelerator and precision, fitted on the other "

@@ -10,16 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from simulator.fitting import Parameter, fit
-
 #: the regimes, in the order in which they are shown
 REGIMES = ("cold", "anchored", "relative")
 #: what a row is scored in: how many rows decide nothing, how many models and accelerators do
 GROUP = ["family", "accelerator"]
 _FACTOR = ["release", "accelerator"]
-#: what a release does to all its models on one accelerator: standard deviation of ln(predicted / measured), `release_spread` of the
-#: complete rows, 50 releases of several models (tools/refit.py prints it)
-RELEASE_SPREAD = 0.057
 
 
 def scored(table: pd.DataFrame) -> pd.DataFrame:
@@ -41,8 +36,8 @@ def scored(table: pd.DataFrame) -> pd.DataFrame:
 
     Notes
     -----
-    The factor is fitted to the median residual of each *other* model of the release on the accelerator (`common_part`), so that
-    neither the row's model nor a big sweep decides it. It multiplies the prediction.
+    The factor is what the *other* models of the release on the accelerator have in common (`common_part`), each by the median of
+    its residuals, so that neither the row's model nor a big sweep decides it. It multiplies the prediction.
     """
     kept = table[table["skipped"] == ""].reset_index(drop=True)
     kept["residual"] = np.log(kept["predicted_s"] / kept["measured_s"])
@@ -89,7 +84,7 @@ def others(
 
 
 def common_part(residuals: np.ndarray) -> float:
-    """Return the logarithm of the factor that a release puts on its models, fitted as parameters are.
+    """Return the logarithm of the factor that a release puts on its models: the median of theirs and of 0, what is known without.
 
     Parameters
     ----------
@@ -98,26 +93,10 @@ def common_part(residuals: np.ndarray) -> float:
 
     Notes
     -----
-    `simulator.fitting.fit` of one parameter, known to be 1 within `RELEASE_SPREAD`: one model says little about its release, of
-    several those count less that are far off, as a model is that a release had not been tuned for.
+    One model says as much about itself as about its release, and half of what it says is believed; of two that disagree, the one
+    nearer to 0 is, so that a model which a release had not been tuned for does not stand for the others; three or more decide.
     """
-    release = Parameter("release", "1", 1.0, 1 / 3, 3.0, RELEASE_SPREAD)
-    ones = np.ones(len(residuals))
-    return float(np.log(fit([release], ones[:, None], residuals, ones).values[0]))
-
-
-def release_spread(rows: pd.DataFrame) -> float:
-    """Return how far releases differ: the root of the mean product of the residuals of two models of one release.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        With ``residual``, ``family``, ``release`` and ``accelerator``. Residuals beyond 0.3 count as 0.3; every release on every
-        accelerator counts once.
-    """
-    medians = rows.groupby([*_FACTOR, "family"])["residual"].median().clip(-0.3, 0.3)
-    products = [(v.sum() ** 2 - (v**2).sum()) / (len(v) * (len(v) - 1)) for _, v in medians.groupby(level=_FACTOR) if len(v) > 1]
-    return float(np.sqrt(max(np.mean(products), 0.0))) if products else 0.0
+    return float(np.median(np.append(residuals, 0.0)))
 
 
 def _baseline(kept: pd.DataFrame) -> pd.Series:
