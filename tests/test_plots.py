@@ -99,7 +99,7 @@ class TestTimeline:
 
     def test_chunks_are_named_as_in_the_schedule(self, ax: Axes):
         plan = Plan(pp=2, vpp=2, schedule="interleaved")
-        plots.plot_timeline(sim.simulate_step(scenario(dense(hidden=2048), 2, plan, 4, sequence_length=1024)), ax=ax)
+        plots.plot_timeline(sim.simulate_step(scenario(dense(hidden=2048), 2, plan, 4, sequence_length=2048)), ax=ax)
         assert {"0F0", "1B3"} <= set(words(ax))
 
     def test_bars_are_as_long_as_the_table_says(self, result: sim.StepResult):

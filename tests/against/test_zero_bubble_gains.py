@@ -17,12 +17,12 @@ message for every layer, 0.6 to 7 % of its step; their own schedules send aside.
 Target: ZB-1p and ZB-2p over 1F1B and over 1F1B-I within 3 points of the measured ratios. Found, in points over the 12 cases,
 predicted less measured, with nothing fitted to these ratios:
 
-    ZB-1p over 1F1B    +1.0 ... +5.1, mean +2.9    5 of 12 within 3 points
-    ZB-2p over 1F1B    +0.6 ... +4.0, mean +2.1    9 of 12
-    ZB-1p over 1F1B-I  -2.9 ... +2.7, mean -0.0   12 of 12
-    ZB-2p over 1F1B-I  -3.7 ... +1.7, mean -1.1   10 of 12
+    ZB-1p over 1F1B    +0.3 ... +4.7, mean +2.4    8 of 12 within 3 points
+    ZB-2p over 1F1B    +0.2 ... +3.2, mean +1.7   10 of 12
+    ZB-1p over 1F1B-I  -3.0 ... +2.3, mean -0.3   11 of 12
+    ZB-2p over 1F1B-I  -3.5 ... +1.7, mean -1.1   10 of 12
 
-So 36 of the 48 ratios are met, none is off by more than 5.1 points. What remains can be named. The runs used attention that is not
+So 39 of the 48 ratios are met, none is off by more than 4.7 points. What remains can be named. The runs used attention that is not
 fused (their activations grow with 5 a s^2), which takes time in F and I but none in W: W is 0.50 to 0.74 of F in the paper's
 profile and 0.68 to 0.95 here, because the A100's matrix products are priced slower, and its kernels that memory bounds faster,
 than theirs. The more of a step is W, the more zero bubble gains.
@@ -92,7 +92,7 @@ def test_rows_become_the_plans_they_print(steps):
 
 
 @pytest.mark.parametrize(
-    ("over", "name", "within"), [("1f1b", "zb-1p", 5), ("1f1b", "zb-2p", 8), ("1f1b-i", "zb-1p", 12), ("1f1b-i", "zb-2p", 9)]
+    ("over", "name", "within"), [("1f1b", "zb-1p", 7), ("1f1b", "zb-2p", 9), ("1f1b-i", "zb-1p", 11), ("1f1b-i", "zb-2p", 9)]
 )
 def test_gains(steps, over, name, within):
     found = points(steps, over, name)
