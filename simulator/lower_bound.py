@@ -21,7 +21,7 @@ from simulator.scenario.plan import Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, schedule
 from simulator.units import Number
-from simulator.workload.ops import Block
+from simulator.workload.blocks import Block
 from simulator.workload.stages import StageBlocks, blocks, stage_blocks
 from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parameter_ops, send_op
 

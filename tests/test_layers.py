@@ -18,9 +18,10 @@ from simulator.scenario.kernels import Kernels
 from simulator.scenario.model import Experts, LatentAttention, Model
 from simulator.scenario.plan import COLUMNS, ELEMENT_BYTES, EVERY_OTHER_PRODUCT, Overlap, Plan, PlanColumns, Precision
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP, attended
+from simulator.workload.blocks import Block
 from simulator.workload.layers import embedding, head, transformer_layer
 from simulator.workload.memory import memory_per_stage
-from simulator.workload.ops import Block, Op, Segment, arriving, gemm, leaving, total
+from simulator.workload.ops import Op, Segment, arriving, gemm, leaving, total
 from simulator.workload.stages import blocks, stage_blocks
 
 S, H = 64, 32

@@ -32,8 +32,8 @@ from simulator.scenario.plan import COLUMNS, INTERLEAVED, Plan, PlanColumns
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import Schedule, repeating, schedule
 from simulator.units import Number
+from simulator.workload.blocks import Block
 from simulator.workload.memory import memory_per_stage
-from simulator.workload.ops import Block
 from simulator.workload.stages import StageBlocks, blocks, stages_of
 from simulator.workload.step import NORM_OP
 

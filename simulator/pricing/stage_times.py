@@ -17,7 +17,8 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.schedules import Schedule, by_segments
 from simulator.units import Number
-from simulator.workload.ops import COMPUTE, HOST, STREAMS, Block, Op, Segment, host_wait, passes
+from simulator.workload.blocks import Block, passes
+from simulator.workload.ops import COMPUTE, HOST, STREAMS, Op, Segment, host_wait
 from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gathers, gradient_ops, optimizer_ops, parameter_ops, send_op
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from simulator.scenario.model import LayerKind, Model
 from simulator.units import Number
-from simulator.workload.ops import BF16, FP32, BlockBuilder, Op, Segment, gemm
+from simulator.workload.blocks import BlockBuilder
+from simulator.workload.ops import BF16, FP32, Op, Segment, gemm
 from simulator.workload.parts import MASK, Shape, column_parallel, enter_tp, norm, row_parallel, twice
 
 #: bytes of the softmax that unfused attention saves per score: in 16 bits, or in fp32 and cast

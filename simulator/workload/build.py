@@ -16,8 +16,9 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.schedules import EXCHANGE, Action, Entry, Pair, Schedule, by_segments, schedule, turn_ends
+from simulator.workload.blocks import Block, passes
 from simulator.workload.classes import RankClasses
-from simulator.workload.ops import Block, Op, Segment, host_wait, passes
+from simulator.workload.ops import Op, Segment, host_wait
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import (
     NORM_OP,

@@ -9,7 +9,8 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.workload.attention import attended
-from simulator.workload.ops import Block, total
+from simulator.workload.blocks import Block
+from simulator.workload.ops import total
 from simulator.workload.stages import blocks, sequence
 
 

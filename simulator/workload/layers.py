@@ -19,8 +19,9 @@ from simulator.scenario.model import LayerKind, Model
 from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, Precision
 from simulator.units import Number
 from simulator.workload.attention import attention, latent_attention
+from simulator.workload.blocks import Block, BlockBuilder
 from simulator.workload.experts import rows_sorted
-from simulator.workload.ops import BF16, FP32, Block, BlockBuilder, Op
+from simulator.workload.ops import BF16, FP32, Op
 from simulator.workload.parts import MASK, Shape, builder, column_parallel, enter_tp, leave_tp, norm, residual, row_parallel
 
 #: bytes per logit that wait for the backward, and at the fullest moment of the loss, for each kind of cross-entropy. In

@@ -19,7 +19,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan, single
 from simulator.schedules import Schedule, repeating, schedule
 from simulator.units import Number
-from simulator.workload.ops import Block
+from simulator.workload.blocks import Block
 from simulator.workload.stages import StageBlocks
 
 #: moments kept per parameter by each optimizer; Muon keeps one momentum

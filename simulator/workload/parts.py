@@ -13,7 +13,8 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan, TensorParallel
 from simulator.units import Number
-from simulator.workload.ops import BF16, FP32, BlockBuilder, Op, Segment
+from simulator.workload.blocks import BlockBuilder
+from simulator.workload.ops import BF16, FP32, Op, Segment
 
 #: bytes per element of an RMSNorm written in PyTorch: cast, square, mean, scale, cast back, weight; and their gradients
 EAGER_NORM_BYTES = (36.0, 100.0)

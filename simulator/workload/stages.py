@@ -13,8 +13,9 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import Plan
 from simulator.units import Number
+from simulator.workload.blocks import Block
 from simulator.workload.layers import embedding, head, mtp_layer, transformer_layer
-from simulator.workload.ops import Block, total
+from simulator.workload.ops import total
 
 #: Megatron's letters: embedding, transformer layer, MTP layer, head with the loss
 _LETTERS = "EtmL"

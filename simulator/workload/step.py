@@ -11,9 +11,10 @@ from simulator.scenario.mesh import group
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan
 from simulator.schedules import Action
+from simulator.workload.blocks import Block
 from simulator.workload.classes import RankClasses
 from simulator.workload.memory import MOMENTS
-from simulator.workload.ops import BF16, COMPUTE, HOST, Block, Op, Segment
+from simulator.workload.ops import BF16, COMPUTE, HOST, Op, Segment
 
 #: Newton-Schulz iterations of Muon per step (Jordan et al., "Muon", 2024)
 MUON_ITERATIONS = 5

@@ -1,0 +1,252 @@
+"""Blocks of a step, and how they are put together: the forward, the backward, and what waits in memory between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from simulator.scenario.kernels import Kernels
+from simulator.units import Number
+from simulator.workload.ops import (
+    BF16,
+    EXPERT_LAUNCH,
+    FP32,
+    NVFP4_READS,
+    SPLITS,
+    Op,
+    Segment,
+    arriving,
+    gemm,
+    leaving,
+    one_by_one,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What one layer does and holds on one rank, for one micro-batch.
+
+    Parameters
+    ----------
+    forward, backward : tuple of Segment
+        In order of execution; `backward` includes what recompute repeats.
+    dense_parameters, expert_parameters : Number
+        Parameters on this rank: sharded over the dense data-parallel group or over the experts' one.
+    saved_bytes : Number
+        Activations kept from forward to backward.
+    recompute_bytes : Number
+        Activations that live only while the layer is computed again.
+    weight_bytes : Number
+        What the weight gradient still needs once the input gradient is done: inputs and output gradients of the linear
+        layers.
+    working_bytes : Number
+        Gradients of activations and other temporaries of the block's own backward, at its fullest moment, less what it
+        has given back of `saved_bytes` by then.
+    matrices : tuple of (str, Number)
+        Elements of one weight matrix of each linear layer, beside the layer's name.
+    """
+
+    forward: tuple[Segment, ...]
+    backward: tuple[Segment, ...]
+    dense_parameters: Number
+    expert_parameters: Number
+    saved_bytes: Number
+    recompute_bytes: Number
+    weight_bytes: Number
+    working_bytes: Number = 0.0
+    matrices: tuple[tuple[str, Number], ...] = ()
+
+
+@dataclass(slots=True)
+class _Entry:
+    forward: tuple[Segment, ...]
+    backward: tuple[Segment, ...]
+    saved: Number
+    modules: frozenset[str]
+
+
+@dataclass(slots=True)
+class BlockBuilder:
+    """Collects the pieces of a layer in forward order and derives backward, recompute and saved activations.
+
+    Parameters
+    ----------
+    dtype, element : str and float
+        Datatype of the linear layers and bytes of one element of it.
+    recompute : str
+        ``none``, ``selective`` or ``full``.
+    recomputed : frozenset of str
+        Modules that selective recompute drops.
+    overlap : bool
+        Whether collectives of a linear layer's backward run beside its gradients.
+    gathered : (str, float)
+        Datatype and bytes of an element of tensor-parallel all-gathers.
+    gradient : float
+        Bytes of one element of the main gradients, to which every weight gradient is added in place.
+    kernels : Kernels
+        Which kernels the layer runs.
+    load : Number
+        Tokens that the rank's experts receive, over the mean: what they keep grows with it. FLOP and traffic are for the mean;
+        `simulator.pricing.operations.loaded` makes them grow.
+    """
+
+    dtype: str
+    element: float
+    recompute: str = "none"
+    recomputed: frozenset[str] = frozenset()
+    overlap: bool = True
+    gradient: float = FP32
+    kernels: Kernels = Kernels()
+    gathered: tuple[str, float] = ("bf16", BF16)
+    load: Number = 1.0
+    dense_parameters: Number = 0.0
+    expert_parameters: Number = 0.0
+    weight_bytes: Number = 0.0
+    matrices: dict[str, Number] = field(default_factory=dict)
+    _entries: list[_Entry] = field(default_factory=list)
+    _working: list[tuple[int, Number]] = field(default_factory=list)
+
+    def add(self, forward: Iterable[Segment], backward: Iterable[Segment], saved: Number = 0.0, modules: Iterable[str] = ()) -> None:
+        """Append a piece: its forward and backward segments, the activations it saves and the modules it belongs to."""
+        self._entries.append(_Entry(tuple(forward), tuple(backward), saved, frozenset(modules)))
+
+    def works(self, bytes: Number) -> None:
+        """Note that temporaries take `bytes` in the backward of the last piece, when what later pieces saved is given back."""
+        self._working.append((len(self._entries), bytes))
+
+    def _fullest(self) -> Number:
+        """Return the temporaries of the fullest moment of the backward, less what has been given back by then."""
+        most: Number = 0.0
+        for after, size in self._working:
+            most = np.maximum(most, size - sum((e.saved for e in self._entries[after:]), 0.0))
+        return most
+
+    def memory(
+        self,
+        name: str,
+        forward: Number,
+        backward: Number,
+        saved: Number = 0.0,
+        modules: Iterable[str] = (),
+        routed: bool = False,
+        launches: tuple[Number, Number] = (1, 1),
+    ) -> None:
+        """Append bandwidth-bound kernels that move `forward` and `backward` bytes, and as many `launches`."""
+        there = Op(name, "memory", bytes=forward, routed=routed, launches=launches[0])
+        back = Op(name, "memory", bytes=backward, grad="input", routed=routed, launches=launches[1])
+        self.add([(there,)], [(back,)], saved, modules)
+
+    def linear(
+        self,
+        name: str,
+        m: Number,
+        k: Number,
+        n: Number,
+        saved: Number = 0.0,
+        modules: Iterable[str] = (),
+        beside: tuple[Op | None, Op | None] = (None, None),
+        dtype: str | None = None,
+        arrives: tuple[bool, bool] = (False, False),
+        gather: Op | None = None,
+        scatter: tuple[Op, Op] | None = None,
+        pieces: Number = 1.0,
+        shared: tuple[Number, Number] = (1.0, 1.0),
+        **more: Any,
+    ) -> None:
+        """Append a linear layer (m, k) -> (m, n).
+
+        Its input gradient is (m, n) x (n, k), its weight gradient (k, m) x (m, n), added to the main gradient as it is
+        written (Megatron's gradient accumulation fusion). Low-precision inputs are cast from bf16, once forward and twice
+        (row- and column-wise) for the output's gradient; before the weight gradient the saved input is read and cast again
+        along the other axis (DeepSeek-V3 report, section 3.3). `arrives` says whether the input and the output's gradient
+        come in low precision already. `beside` are collectives that run next to the input and the weight gradient; `dtype`
+        keeps a layer out of low precision. In pieces beside the product go the `gather` of its input, or the `scatter` of its
+        output and the gather of that one's gradient, around a ring of as many ranks as `pieces`. Casts come before a gather: `shared`
+        are the ranks that cast rows of the input, and of the output's gradient.
+        """
+        d, e, groups = dtype or self.dtype, BF16 if dtype else self.element, more.get("groups", 1.0)
+        routed = more.get("routed", False)
+        self.weight_bytes = self.weight_bytes + groups * m * (k + n) * e * (self.load if routed else 1.0)
+        self.matrices[name] = k * n
+        product = one_by_one if self.kernels.experts == "sequential" and "groups" in more else gemm
+        there, dgrad = (
+            (lambda rows: product(name, rows, k, n, d, e, **more)),
+            (lambda rows: product(name, rows, n, k, d, e, "input", **more)),
+        )
+        wgrad = product(name, k, m, n, d, e, grad="weight", **more)
+        if self.kernels.accumulation == "fused":
+            added = 2 * self.gradient  # read and written
+            wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (added - BF16), written=added)
+        forward: list[Segment] = [(there(m),)]
+        backward: list[Segment] = []
+        for grad, other in zip((dgrad(m), wgrad), beside, strict=True):
+            ops = (grad, other) if other else (grad,)
+            backward += [ops] if self.overlap else [(op,) for op in ops]
+        if gather:
+            forward = arriving(there, m, gather, pieces)
+        if scatter:
+            forward = leaving(there, m, scatter[0], np.where(np.asarray(pieces) > 1, SPLITS, 1.0))
+            backward = [*arriving(dgrad, m, scatter[1], pieces), (wgrad,)]
+        if self.kernels.accumulation == "separate":
+            added = groups * k * n * (BF16 + 2 * self.gradient)
+            backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
+        if e < BF16:
+            host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
+            in_cast, back = (0.0 if known else (NVFP4_READS if d == "fp4" else 1) * BF16 + e for known in arrives)
+            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[0] * k * in_cast, **host),))
+            back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
+            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[1] * n * back, grad="input", **host),))
+            again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", **host)
+            backward.insert(next(i for i, ops in enumerate(backward) if any(op is wgrad for op in ops)), (again,))
+        self.add(forward, backward, saved, modules)
+
+    def collective(self, forward: Op, backward: Op, modules: Iterable[str] = ()) -> None:
+        """Append a collective and the one that its gradient needs."""
+        self.add([(forward,)], [(replace(backward, grad="input"),)], modules=modules)
+
+    def exchange(self, name: str, forward: Number, backward: Number, modules: Iterable[str] = ()) -> None:
+        """Append an expert all-to-all that carries `forward` and `backward` bytes per copy of the local tokens."""
+        there, back = (Op(name, "all_to_all", bytes=size, axis="ep", routed=True) for size in (forward, backward))
+        self.collective(there, back, modules)
+
+    def build(self, layer_input: Number) -> Block:
+        """Return the block.
+
+        Parameters
+        ----------
+        layer_input : Number
+            Bytes of the layer's input, all that full recompute keeps.
+        """
+        forward = tuple(s for e in self._entries for s in e.forward)
+        backward: list[Segment] = []
+        if self.recompute == "full":
+            backward += _again(forward)
+        pending, repeated = set(self.recomputed), set[int]()
+        for entry in reversed(self._entries):
+            due = entry.modules & pending
+            if due:
+                several = [e for e in self._entries if e.modules & due and id(e) not in repeated]
+                backward += _again(s for e in several for s in e.forward)
+                repeated.update(map(id, several))
+                pending -= due
+            backward += entry.backward
+        everything = sum(e.saved for e in self._entries)
+        kept = sum(e.saved for e in self._entries if not e.modules & self.recomputed)
+        saved = layer_input if self.recompute == "full" else kept
+        sizes = (self.dense_parameters, self.expert_parameters, saved, everything - saved, self.weight_bytes, self._fullest())
+        return Block(forward, tuple(backward), *sizes, matrices=tuple(self.matrices.items()))
+
+
+def _again(segments: Iterable[Segment]) -> list[Segment]:
+    return [tuple(replace(op, grad="again") for op in segment) for segment in segments]
+
+
+def passes(block: Block, kind: str) -> tuple[Segment, ...]:
+    """Return the segments of a pass: F, B, I (the input gradient, recompute included) or W (the weight gradient)."""
+    if kind in "FB":
+        return block.forward if kind == "F" else block.backward
+    parts = (tuple(op for op in segment if (op.grad == "weight") == (kind == "W")) for segment in block.backward)
+    return tuple(part for part in parts if part)
