@@ -285,16 +285,18 @@ class Estimates:
     def pair_seconds(self) -> Callable[[np.ndarray, StageBlocks, StageBlocks], np.ndarray]:
         """Return a function from plans in pairs, of a forward and a backward stage, to what such a pair takes by itself, seconds."""
         known: dict[tuple, Number] = {}
+        table = self.priced.table
 
         def pair_s(part: np.ndarray, forward: StageBlocks, backward: StageBlocks) -> np.ndarray:
-            seconds, family, plan = np.empty(len(part)), self.family[part], self.priced.table.row(int(self.index[part[0]]))
+            seconds, family, first = np.empty(len(part)), self.family[part], int(self.index[part[0]])
+            schedule_of_all, _ = table.shapes[table.shape[first]]
             for one in np.unique(family).tolist():
                 place = np.flatnonzero(family == one)
-                key = one, plan.schedule, forward, backward
+                key = one, schedule_of_all, forward, backward
                 if key not in known:
                     prices, length = self.prices[one]
                     of = ([prices[name] for name in names] for names in (forward, backward))
-                    known[key] = least_pair_s(*of, plan, self.priced.scenario.cluster.accelerator, (length,))
+                    known[key] = least_pair_s(*of, table.row(first), self.priced.scenario.cluster.accelerator, (length,))
                 seconds[place] = known[key][self.row[part[place]]]
             return seconds
 

@@ -37,7 +37,7 @@ def peak_flop_per_s(accelerator: Accelerator, dtype: str) -> float:
 
 
 def gemm_shape_efficiency(
-    m: Number, n: Number, k: Number, groups: Number, accelerator: Accelerator, dtype: str = "bf16", written: Number = 2.0
+    m: Number, n: Number, k: Number, groups: Number, accelerator: Accelerator, dtype: str = "bf16", written: Number = _BENCHMARKED
 ) -> Number:
     """Return the share of a large GEMM's speed that `groups` products (m, k) x (k, n) reach, 0 to 1.
 
@@ -84,7 +84,7 @@ def gemm_s(
     accelerator: Accelerator,
     whole: Number = True,
     batched: bool = False,
-    written: Number = 2.0,
+    written: Number = _BENCHMARKED,
 ) -> Number:
     """Return seconds of a GEMM or of a grouped one.
 

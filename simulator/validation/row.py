@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from simulator.errors import ProfileError
@@ -70,6 +70,23 @@ class Row:
         """Note an assumption, once."""
         if text not in self.assumptions:
             self.assumptions.append(text)
+
+    def of_source(self, known: Iterable[tuple[str, Mapping[str, Any], str]], what: str) -> dict[str, Any]:
+        """Return what is known of the row's source beside its cells, and note how.
+
+        Parameters
+        ----------
+        known : iterable of (str, mapping, str)
+            Pattern of sources or provenances, the fields that rows of them have, and how that is known; later ones go before.
+        what : str
+            What the row itself does not print.
+        """
+        fields: dict[str, Any] = {}
+        for pattern, found, said in known:
+            if self.has(pattern, "source", "provenance"):
+                fields |= found
+                self.assume(f"{what} not printed: {said}")
+        return fields
 
     def default(self, column: str, value: Any, found: Any) -> Any:
         """Return `found`, or `value` with a note when the source does not print it."""

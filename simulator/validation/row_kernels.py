@@ -64,11 +64,7 @@ _NAMED: dict[str, dict[str, str]] = {
 
 def kernels_of(row: Row) -> Kernels:
     """Return the kernels of a published row; what the row does not print is added to its assumptions."""
-    fields: dict[str, Any] = {}
-    for source, found, said in _STACKS:
-        if row.has(source, "source", "provenance"):
-            fields |= found
-            row.assume(f"kernels not printed: {said}")
+    fields = row.of_source(_STACKS, "kernels")
     if row.has("fp8 dot-product attention|fp8 attention", "overlap_notes", "notes"):
         fields["attention"] = "flash_fp8"
     if row.has(_SCORES_STORED, "provenance") and row.has("B[23]00", "gpu"):

@@ -322,9 +322,6 @@ def _dispatcher(row: Row, model: Model) -> str:
 def _precision(row: Row) -> Precision:
     printed = row.default("precision", "bf16", row.text("precision")).lower()
     fields: dict[str, Any] = {}
-    if row.has("torchtitan", "source") and "rowwise" in printed:
-        row.assume("rows gathered in bf16: torchao with a scale for each row (pytorch/ao torchao/float8/README.md)")
-        fields["gather"] = "bf16"
     if "fp4" in printed:
         fields["gemm"] = "fp4"
     elif re.search("fp8|float8", printed):
@@ -335,7 +332,7 @@ def _precision(row: Row) -> Precision:
     if row.has("Aleph-Alpha", "source"):
         fields["gradients"] = "bf16"
     if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
-        row.assume("tensor-parallel gathers in bf16: torchao casts before them only for tensorwise scaling")
+        row.assume("tensor-parallel gathers in bf16: torchao casts before them only for tensorwise scaling (torchao/float8/README.md)")
         fields["gather"] = "bf16"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
         fields["parameters"] = "fp8"

@@ -34,11 +34,7 @@ _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
 
 def framework_of(row: Row) -> Framework:
     """Return the framework of a published row; what the row does not print is added to its assumptions."""
-    habits: dict[str, Any] = {}
-    for sources, found, said in _SOFTWARE:
-        if row.has(sources, "source", "provenance"):
-            habits |= found
-            row.assume(f"framework not printed: {said}")
+    habits = row.of_source(_SOFTWARE, "framework")
     if habits.get("bucket_elements") and "bf16" in row.text("precision"):
         habits["weight_gradients"] = "kept"
     offloaded = re.search(r"cpu_offload_layers=(\d+)", row.text("overlap_notes"))
