@@ -56,8 +56,9 @@ class Accelerator(Facts):
         Keys per query that cost fused attention half of its speed, on tiles that the mask cuts and on short loops; the published
         efficiency is that of 4,096 keys, a causal sequence of 8,192. Left out: any number is as fast.
     tiles_ramp : float
-        Tiles of queries per multiprocessor that cost fused attention half of its speed: a mask makes them uneven, so that the last
-        ones leave other multiprocessors idle; the published efficiency is that of 16 heads and 16,384 queries. Left out: any number is as fast.
+        Tiles of queries per multiprocessor that cost fused attention half of its speed: a mask makes them uneven, so that the
+        last ones leave other multiprocessors idle; the published efficiency is that of 16 heads and 16,384 queries. Left out:
+        any number is as fast.
     fp8_attention : float
         Speed of fused attention in 8 bits over that in bf16; the same where left out.
     older_attention : dict
