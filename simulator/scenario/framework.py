@@ -1,4 +1,4 @@
-"""What a training framework keeps in memory beside the states of ZeRO and the activations that autograd saves."""
+"""What a training framework keeps in memory beside the states of ZeRO and the activations that autograd saves, and computes again."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "keeps_outputs": True,
         "bucket_elements": 1_000_000_000,
     },
-    "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused", "narrow_inputs": "wide"},
+    "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused", "stops_early": True, "narrow_inputs": "wide"},
 }
 
 
 class Framework(Frozen):
-    """Habits of a training framework that decide what stays in memory.
+    """Habits of a training framework that decide what stays in memory and what is computed again.
 
     In a scenario file a name stands for a preset: ``megatron`` (the default), ``megatron-2022`` (before Transformer
     Engine), ``deepspeed``, ``fsdp``.
@@ -55,6 +55,9 @@ class Framework(Frozen):
         What a linear layer in low precision keeps of its input for the weight gradient. ``cast``: the input in low precision
         (Transformer Engine); ``wide``: in 16 bits, to be cast again (torchao, ``matmul_with_hp_or_float8_args``,
         torchao/float8/float8_linear.py).
+    stops_early : bool
+        Whether full recompute of a layer ends with the last tensor that its backward needs, which leaves out its last product
+        and what follows (PyTorch's non-reentrant checkpoint since 2.1, ``set_checkpoint_early_stop``); else it repeats all.
     """
 
     cross_entropy: CrossEntropy = "fused"
@@ -63,6 +66,7 @@ class Framework(Frozen):
     offloaded_layers: int = Field(default=0, ge=0)
     bucket_elements: int = Field(default=0, ge=0)
     narrow_inputs: NarrowInputs = "cast"
+    stops_early: bool = False
 
     @model_validator(mode="before")
     @classmethod
