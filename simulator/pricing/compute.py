@@ -14,6 +14,11 @@ _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
 GATHERING = 0.75
 #: keys per query at which attention is benchmarked: a causal sequence of 8,192
 _KEYS = 4096
+#: rows of queries, forward, or of keys, backward, that an attention kernel gives a multiprocessor at once for each tile of sums it
+#: holds; published: FlashAttention-3 and -4 (128 for width 128; on Blackwell two such tiles in turn)
+_ATTENTION_ROWS = 128
+#: keys that the last rows of a causal sequence see, over those of a mean row; so for the rows that the first keys are seen by
+_LONGEST = 2.0
 #: elements in 16 bits
 _PER_16_BITS = {"fp4": 4.0, "fp8": 2.0}
 #: bytes per element of the result that benchmarks of products write
@@ -124,7 +129,14 @@ def gemm_s(
 
 
 def attention_s(
-    flop: Number, size: Number, width: Number, keys: Number, backward: bool, accelerator: Accelerator, generation: str = "flash"
+    flop: Number,
+    size: Number,
+    width: Number,
+    keys: Number,
+    backward: bool,
+    accelerator: Accelerator,
+    generation: str = "flash",
+    rows: Number = np.inf,
 ) -> Number:
     """Return seconds of fused attention.
 
@@ -136,21 +148,35 @@ def attention_s(
         Mean number of keys that a query sees.
     generation : str
         ``flash`` for the hardware's fastest kernels in bf16, ``flash_fp8`` in 8 bits, or an older generation of ``older_attention``.
+    rows : Number
+        Tokens times heads.
 
     Notes
     -----
     The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones at
-    no more, and at ``keys / (keys + keys_ramp)``.
+    no more, and at ``keys / (keys + keys_ramp)``. In 16 bits the matrix units do no more in attention than in products: both draw the
+    power that sets the clock of a long step (`_sustained`). A kernel lasts as long as the multiprocessor with the longest rows: with
+    few rows there is none for each one's turn to even out.
     """
     ramp, short = accelerator.head_ramp, accelerator.keys_ramp or 0
     narrow = np.minimum(width / (width + ramp) * (128 + ramp) / 128, 1.0)
     narrow = narrow * keys / (keys + short) * (_KEYS + short) / _KEYS
     share = accelerator.attention_efficiency["backward" if backward else "forward"] * accelerator.older_attention.get(generation, 1.0)
-    share = (
-        share * narrow * _in_training(accelerator, "attention") * ((accelerator.fp8_attention or 1.0) if generation == "flash_fp8" else 1.0)
-    )
-    seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
+    share = share * narrow * _in_training(accelerator, "attention")
+    share = share * (accelerator.fp8_attention or 1.0) if generation == "flash_fp8" else np.minimum(share, _sustained(accelerator))
+    together = _ATTENTION_ROWS * (1 if backward else accelerator.result_tiles or 2)
+    uneven = np.maximum(_LONGEST * accelerator.multiprocessors * together / rows, 1.0)
+    seconds = np.maximum(uneven * flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
     return _launched(seconds, flop, accelerator)
+
+
+def _sustained(accelerator: Accelerator) -> float:
+    """Return the share of the bf16 peak that the matrix units keep up in a step: that of large products.
+
+    Published, on B200 at 1000 W (MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json): 0.45 to 0.51 in large products, 0.495
+    in the forward of attention over 131,072 tokens, where short runs of both reach 0.65 and more.
+    """
+    return accelerator.gemm_efficiency[_run_as(accelerator, "bf16")] * _in_training(accelerator, "gemm")
 
 
 def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0, gathers: bool = False) -> Number:
@@ -160,8 +186,13 @@ def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0, gat
     ----------
     gathers : bool
         Whether they gather or scatter rows (`GATHERING`).
+
+    Notes
+    -----
+    ``launches * launch + bytes / bandwidth``: each starts when the one before it has drained, so that nothing streams meanwhile.
     """
-    return _launched(_streamed(size, accelerator) / (GATHERING if gathers else 1.0), size, accelerator, launches)
+    seconds = launches * accelerator.launch_s + _streamed(size, accelerator) / (GATHERING if gathers else 1.0)
+    return np.where(np.asarray(size) > 0, seconds, 0.0)
 
 
 def host_wait_s(launches: Number, meanwhile_s: Number, dispatch_s: float | None) -> Number:
@@ -198,6 +229,6 @@ def _in_training(accelerator: Accelerator, part: InTraining) -> Number:
     return accelerator.in_training.get(part, 1.0)
 
 
-def _launched(seconds: Number, work: Number, accelerator: Accelerator, launches: Number = 1.0) -> Number:
+def _launched(seconds: Number, work: Number, accelerator: Accelerator) -> Number:
     """No kernel is shorter than a launch; no work takes no time."""
-    return np.where(np.asarray(work) > 0, np.maximum(seconds, launches * accelerator.launch_s), 0.0)
+    return np.where(np.asarray(work) > 0, np.maximum(seconds, accelerator.launch_s), 0.0)
