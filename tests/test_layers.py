@@ -441,3 +441,12 @@ def test_a_rank_of_many_never_does_more_than_one_alone(model):
             for field in ("forward", "backward"):
                 assert total(getattr(part, field), lambda op: op.flop) <= total(getattr(alone, field), lambda op: op.flop)
             assert part.saved_bytes < alone.saved_bytes
+
+
+def test_recompute_that_stops_early_leaves_out_the_last_product_and_what_follows():
+    """PyTorch's non-reentrant checkpoint repeats all up to the activation, whose result the down-projection's gradient needs."""
+    whole, early = (layer(DENSE, False, tp=2, recompute="full", framework={"stops_early": stops}) for stops in (False, True))
+    again = [[op.name for segment in block.backward for op in segment if op.grad == "again"] for block in (whole, early)]
+    assert again[0][: len(again[1])] == again[1]
+    assert again[0][len(again[1]) :] == ["mlp.down", "mlp.scatter", "residual"]
+    assert early.saved_bytes == whole.saved_bytes

@@ -14,11 +14,9 @@ _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
 GATHERING = 0.75
 #: keys per query at which attention is benchmarked: a causal sequence of 8,192
 _KEYS = 4096
-#: rows of queries, forward, or of keys, backward, that an attention kernel gives a multiprocessor at once for each tile of sums it
-#: holds; published: FlashAttention-3 and -4 (128 for width 128; on Blackwell two such tiles in turn)
-_ATTENTION_ROWS = 128
-#: keys that the last rows of a causal sequence see, over those of a mean row; so for the rows that the first keys are seen by
-_LONGEST = 2.0
+#: queries of one head that a multiprocessor takes at a time, and heads times queries at which attention is benchmarked
+_QUERIES = 128
+_HEADS_QUERIES = 16 * 16384
 #: elements in 16 bits
 _PER_16_BITS = {"fp4": 4.0, "fp8": 2.0}
 #: bytes per element of the result that benchmarks of products write
@@ -133,10 +131,10 @@ def attention_s(
     size: Number,
     width: Number,
     keys: Number,
+    heads_queries: Number,
     backward: bool,
     accelerator: Accelerator,
     generation: str = "flash",
-    rows: Number = np.inf,
 ) -> Number:
     """Return seconds of fused attention.
 
@@ -146,27 +144,26 @@ def attention_s(
         Mean of the key and value widths of a head.
     keys : Number
         Mean number of keys that a query sees.
+    heads_queries : Number
+        Heads times queries of one kernel.
     generation : str
         ``flash`` for the hardware's fastest kernels in bf16, ``flash_fp8`` in 8 bits, or an older generation of ``older_attention``.
-    rows : Number
-        Tokens times heads.
 
     Notes
     -----
     The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones at
-    no more, and at ``keys / (keys + keys_ramp)``. In 16 bits the matrix units do no more in attention than in products: both draw the
-    power that sets the clock of a long step (`_sustained`). A kernel lasts as long as the multiprocessor with the longest rows: with
-    few rows there is none for each one's turn to even out.
+    no more, at ``keys / (keys + keys_ramp)``, and at ``n / (n + tiles_ramp)`` for n tiles of 128 queries per multiprocessor. In 16 bits
+    the matrix units do no more in attention than in products: both draw the power that sets the clock of a long step (`_sustained`).
     """
     ramp, short = accelerator.head_ramp, accelerator.keys_ramp or 0
     narrow = np.minimum(width / (width + ramp) * (128 + ramp) / 128, 1.0)
     narrow = narrow * keys / (keys + short) * (_KEYS + short) / _KEYS
+    idle = (accelerator.tiles_ramp or 0) * accelerator.multiprocessors * _QUERIES
+    narrow = narrow * heads_queries / (heads_queries + idle) * (_HEADS_QUERIES + idle) / _HEADS_QUERIES
     share = accelerator.attention_efficiency["backward" if backward else "forward"] * accelerator.older_attention.get(generation, 1.0)
     share = share * narrow * _in_training(accelerator, "attention")
     share = share * (accelerator.fp8_attention or 1.0) if generation == "flash_fp8" else np.minimum(share, _sustained(accelerator))
-    together = _ATTENTION_ROWS * (1 if backward else accelerator.result_tiles or 2)
-    uneven = np.maximum(_LONGEST * accelerator.multiprocessors * together / rows, 1.0)
-    seconds = np.maximum(uneven * flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
+    seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
     return _launched(seconds, flop, accelerator)
 
 

@@ -100,8 +100,8 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         return compute.gemm_s(op.flop, op.bytes, *shape, grouped, cluster.accelerator, whole, batched, op.written)
     if op.kind == "attention":
         width, backward = (op.k + op.n) / 2, op.grad == "input"
-        rows = op.m * op.groups
-        return compute.attention_s(op.flop, op.bytes, width, keys_of(op), backward, cluster.accelerator, plan.kernels.attention, rows)
+        seen, rows = keys_of(op), op.m * op.groups
+        return compute.attention_s(op.flop, op.bytes, width, seen, rows, backward, cluster.accelerator, plan.kernels.attention)
     return compute.memory_s(op.bytes, cluster.accelerator, op.launches, gathers=op.name.endswith("permute"))
 
 

@@ -1,4 +1,4 @@
-"""What a training framework keeps in memory beside the states of ZeRO and the activations that autograd saves."""
+"""What a training framework keeps in memory beside the states of ZeRO and the activations that autograd saves, and computes again."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "keeps_outputs": True,
         "bucket_elements": 1_000_000_000,
     },
-    "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused"},
+    "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused", "stops_early": True},
 }
 
 
 class Framework(Frozen):
-    """Habits of a training framework that decide what stays in memory.
+    """Habits of a training framework that decide what stays in memory and what is computed again.
 
     In a scenario file a name stands for a preset: ``megatron`` (the default), ``megatron-2022`` (before Transformer
     Engine), ``deepspeed``, ``fsdp``.
@@ -49,6 +49,9 @@ class Framework(Frozen):
         Transformer layers per replica whose saved activations wait in the host's memory; their traffic is not priced.
     bucket_elements : int
         Gradient elements that are copied into buckets for their reduction; 0 where they are reduced in place.
+    stops_early : bool
+        Whether full recompute of a layer ends with the last tensor that its backward needs, which leaves out its last product
+        and what follows (PyTorch's non-reentrant checkpoint since 2.1, ``set_checkpoint_early_stop``); else it repeats all.
     """
 
     cross_entropy: CrossEntropy = "fused"
@@ -56,6 +59,7 @@ class Framework(Frozen):
     keeps_outputs: bool = False
     offloaded_layers: int = Field(default=0, ge=0)
     bucket_elements: int = Field(default=0, ge=0)
+    stops_early: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -80,6 +80,8 @@ class BlockBuilder:
         ``none``, ``selective`` or ``full``.
     recomputed : frozenset of str
         Modules that selective recompute drops.
+    stops_early : bool
+        Whether full recompute ends with the last activation that is saved, rather than with the layer's output.
     overlap : bool
         Whether collectives of a linear layer's backward run beside its gradients.
     gathered : (str, float)
@@ -97,6 +99,7 @@ class BlockBuilder:
     element: float
     recompute: str = "none"
     recomputed: frozenset[str] = frozenset()
+    stops_early: bool = False
     overlap: bool = True
     gradient: float = FP32
     kernels: Kernels = Kernels()
@@ -223,7 +226,9 @@ class BlockBuilder:
         forward = tuple(s for e in self._entries for s in e.forward)
         backward: list[Segment] = []
         if self.recompute == "full":
-            backward += _again(forward)
+            last = max((i for i, e in enumerate(self._entries) if np.any(e.saved)), default=-1)
+            needed = self._entries[: last + 1] if self.stops_early else self._entries
+            backward += _again(s for e in needed for s in e.forward)
         pending, repeated = set(self.recomputed), set[int]()
         for entry in reversed(self._entries):
             due = entry.modules & pending

@@ -72,6 +72,7 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         ELEMENT_BYTES[gemm],
         plan.recompute,
         plan.recomputed,
+        plan.framework.stops_early,
         plan.overlap.tp in (True, "pieces"),
         ELEMENT_BYTES[plan.precision.gradients],
         plan.kernels,
