@@ -45,7 +45,8 @@ _RECIPES_IN_PIECES = [
 ]
 #: words for expert all-to-all beside the compute of another micro-batch
 _PAIRED = (
-    r"moe_a2a_overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap|overlap_moe_expert_parallel_comm=True|A2A_OVERLAP=1|DualPipe overlaps"
+    r"(?:moe_a2a_|a2a-)overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap"
+    "|overlap_moe_expert_parallel_comm=True|A2A_OVERLAP=1|DualPipe overlaps"
 )
 #: recipes that name a backend of the flexible dispatcher and set ``moe_token_dispatcher_type = "alltoall"``, so that it is not used
 #: (NVIDIA-NeMo/Megatron-Bridge @05c0c90 scripts/performance/configs/qwen/qwen3_llm_pretrain.py)

@@ -188,7 +188,7 @@ def _unfused_core(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: 
 def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
     """Append grouped-query attention: norm, one projection to queries, keys and values, rotary, scores and values, output."""
     h, dim, heads, kv = model.hidden, model.head_dim, model.heads, model.kv_heads
-    norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
+    norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.kept)
     local_heads, local_kv = heads / x.tp, np.maximum(kv / x.tp, 1.0)
     width = (local_heads + 2 * local_kv) * dim
     column_parallel(b, "attn", "attn.qkv", x, h, width)
@@ -219,14 +219,14 @@ def latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -
     h, mla, heads = model.hidden, model.latent, model.heads / x.tp
     assert mla is not None
     qk = mla.nope_dim + mla.rope_dim
-    norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
+    norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.kept)
     latent = mla.kv_rank + mla.rope_dim
     up = ("mla_up_proj",)
     if mla.q_rank:
         b.linear("attn.q_down", x.split_tokens, h, mla.q_rank, saved=x.split_tokens * mla.q_rank * BF16)
-        norm(b, "attn.q_norm", x.split_tokens, mla.q_rank, model, x.split_tokens * mla.q_rank * b.element)
+        norm(b, "attn.q_norm", x.split_tokens, mla.q_rank, model, x.split_tokens * mla.q_rank * b.kept)
     b.linear("attn.kv_down", x.split_tokens, h, latent, saved=x.split_tokens * latent * BF16)
-    norm(b, "attn.kv_norm", x.split_tokens, mla.kv_rank, model, x.split_tokens * mla.kv_rank * b.element)
+    norm(b, "attn.kv_norm", x.split_tokens, mla.kv_rank, model, x.split_tokens * mla.kv_rank * b.kept)
     q_input = mla.q_rank or h
     beside = enter_tp(b, "attn", x, q_input + latent)
     b.linear("attn.q_up", x.tokens, q_input, heads * qk, saved=x.tokens * heads * qk * BF16, modules=up, beside=beside)

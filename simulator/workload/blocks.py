@@ -93,6 +93,8 @@ class BlockBuilder:
     load : Number
         Tokens that the rank's experts receive, over the mean: what they keep grows with it. FLOP and traffic are for the mean;
         `simulator.pricing.operations.loaded` makes them grow.
+    wide : bool
+        Whether linear layers in low precision keep their inputs in 16 bits.
     """
 
     dtype: str
@@ -105,12 +107,18 @@ class BlockBuilder:
     kernels: Kernels = Kernels()
     gathered: tuple[str, float] = ("bf16", BF16)
     load: Number = 1.0
+    wide: bool = False
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
     matrices: dict[str, Number] = field(default_factory=dict)
     _entries: list[_Entry] = field(default_factory=list)
     _working: list[tuple[int, Number]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> float:
+        """Bytes of an element of what a linear layer keeps of its input."""
+        return BF16 if self.wide else self.element
 
     def add(self, forward: Iterable[Segment], backward: Iterable[Segment], saved: Number = 0.0, modules: Iterable[str] = ()) -> None:
         """Append a piece: its forward and backward segments, the activations it saves and the modules it belongs to."""
