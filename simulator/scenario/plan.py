@@ -269,7 +269,7 @@ class Plan(Frozen, _Degrees):
     context_parallel : str
         How context parallelism moves the sequence: ``ring`` passes keys and values on beside attention, ``all_gather`` gathers them
         before it and again before its backward, after which their gradients are reduced (Llama 3), ``all_to_all`` trades sequence
-        for heads (Ulysses) and keeps the output of both sides; its messages are priced as those of ``ring``.
+        for heads before it and heads for sequence after it (Ulysses), and keeps the output of both sides.
     kernels : Kernels
         Which generation of kernels the training stack runs.
     framework : Framework

@@ -127,8 +127,6 @@ def _layers(row: Row, hidden: int) -> int | None:
 def _with_software(row: Row, plan: Plan) -> Plan:
     """Return the plan with the dtypes and dimensions by which the row's software decides memory and not time."""
     changes: dict[str, Any] = {}
-    if row.has("Ulysses", "overlap_notes"):
-        changes["context_parallel"] = "all_to_all"
     dtypes = _dtypes(row, plan)
     if dtypes:
         changes["precision"] = plan.precision.model_copy(update=dtypes)
