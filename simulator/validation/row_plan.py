@@ -23,7 +23,7 @@ _NOT_MODELLED = {
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
 #: words for tensor-parallel collectives in pieces beside their products
-_IN_PIECES = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True"
+_IN_PIECES = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|overlap of DP, TP and PP communication enabled"
 #: source, models and datatypes left out -> recipes that turn tensor-parallel communication overlap on although the table of their
 #: source prints nothing, or prints the configuration file that the launch script overrides (Nemotron-4 340B of 24.11.1); it is off
 #: for DeepSeek-V3, Grok-1 and Qwen3-235B on H100
@@ -338,7 +338,7 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
     if row.has("SC'21", "source") and row.whole("zero_stage") == 3:
         row.assume("ZeRO-3 as DeepSpeed's of early 2021: matrix by matrix, from lists of tensors, gathers waited for (its issue 1069)")
         return Overlap(tp=tp, prefetch=0, by_tensor=True)
-    if row.has(_NO_GRADIENT_OVERLAP, "source"):
+    if row.has(_NO_GRADIENT_OVERLAP, "source") and not row.has("DDP=torch", "overlap_notes"):
         # --overlap-grad-reduce came at the end of 2023; MegaScale's ablation adds it to its baseline
         row.assume("gradient reduction not printed: after the backward (Megatron-LM before 2024)")
         return Overlap(grad_reduce=False, param_gather=False, tp=tp)
