@@ -36,7 +36,8 @@ CONVERTED = {
     "Megatron-LM examples/llama FP8": 2,
     "Megatron-MoE-ModelZoo": 4,
     "MosaicML llm-foundry benchmarking": 140,
-    "NVIDIA dgxc-benchmarking": 164,
+    "NVIDIA dgxc-benchmarking": 169,
+    "Narayanan et al. SC'21 Table 1": 10,
     "Narayanan et al. SC'21 Table 2": 6,
     "SimuMax B200 measured": 31,
     "gpu-tpu-pedia GB200 Qwen3-30B": 3,
@@ -45,7 +46,7 @@ CONVERTED = {
     "vTrain ground truth (multi-node)": 69,
     "vTrain ground truth (single node)": 878,
 }
-#: why rows that are not complete are out of reach; the other 264 of 446 become scenarios
+#: why rows that are not complete are out of reach; the other 249 of 431 become scenarios
 SKIPPED = {
     "non-standard architecture": 51,
     "fine-tuning, not pre-training": 24,
