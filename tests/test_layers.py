@@ -477,3 +477,15 @@ def test_recompute_that_stops_early_leaves_out_the_last_product_and_what_follows
     assert again[0][: len(again[1])] == again[1]
     assert again[0][len(again[1]) :] == ["mlp.down", "mlp.scatter", "residual"]
     assert early.saved_bytes == whole.saved_bytes
+
+
+def test_modules_that_are_computed_again_stop_early_too():
+    """XLA computes no product again whose result no gradient reads: MaxText keeps query, key and value alone."""
+    modules = ("layernorm", "core_attn", "attn_out", "mlp", "mlp_act")
+    changes = {"recompute": "selective", "recompute_modules": modules}
+    whole, early = (layer(DENSE, False, framework={"stops_early": stops}, **changes) for stops in (False, True))
+    again = [[op.name for segment in block.backward for op in segment if op.grad == "again"] for block in (whole, early)]
+    assert sorted(again[0]) == sorted([*again[1], "mlp.down", "mlp.scatter"])
+    assert {"attn.out", "attn.core"} <= set(again[1])
+    assert "attn.qkv" not in again[1]
+    assert early.saved_bytes == whole.saved_bytes == S * (H + 128) * 2  # the layer's input, then query, key and value

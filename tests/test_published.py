@@ -36,7 +36,7 @@ CONVERTED = {
     "Megatron-LM examples/llama FP8": 2,
     "Megatron-MoE-ModelZoo": 4,
     "MosaicML llm-foundry benchmarking": 140,
-    "NVIDIA dgxc-benchmarking": 169,
+    "NVIDIA dgxc-benchmarking": 187,
     "Narayanan et al. SC'21 Table 1": 10,
     "Narayanan et al. SC'21 Table 2": 6,
     "SimuMax B200 measured": 31,
@@ -46,7 +46,7 @@ CONVERTED = {
     "vTrain ground truth (multi-node)": 69,
     "vTrain ground truth (single node)": 878,
 }
-#: why rows that are not complete are out of reach; the other 249 of 431 become scenarios
+#: why rows that are not complete are out of reach; the other 231 of 413 become scenarios
 SKIPPED = {
     "non-standard architecture": 51,
     "fine-tuning, not pre-training": 24,
@@ -93,7 +93,7 @@ def row(runs: pd.DataFrame, name: str) -> dict:
 def test_data_is_whole(runs):
     assert runs.shape == (2226, 49)
     assert runs["file"].value_counts().to_dict() == {"training_runs.csv": 1348, "training_runs_vtrain_single.csv": 878}
-    assert runs["complete"].value_counts().to_dict() == {"yes": 1795, "partial": 264, "no": 167}
+    assert runs["complete"].value_counts().to_dict() == {"yes": 1813, "partial": 246, "no": 167}
     assert runs["id"].is_unique
     assert (runs["source"] != "").all()
     assert (runs["provenance"] != "").all()
@@ -109,7 +109,7 @@ def test_every_complete_row_converts_or_says_why(everything):
 def test_incomplete_rows_convert_or_say_why(everything):
     rest = everything[everything["complete"] != "yes"]
     assert Counter(rest["skipped"][rest["skipped"] != ""]) == SKIPPED
-    assert (rest["skipped"] == "").sum() == 249
+    assert (rest["skipped"] == "").sum() == 231
 
 
 def test_world_batch_and_layers_agree_with_the_row(runs):

@@ -56,8 +56,9 @@ class Framework(Frozen):
         both products. ``tensorwise``, ``rowwise``: torchao with one scale per tensor or per row; inputs stay in 16 bits and are cast
         again for the weight gradient, weights for every pass (``matmul_with_hp_or_float8_args``, torchao/float8/float8_linear.py).
     stops_early : bool
-        Whether full recompute of a layer ends with the last tensor that its backward needs, which leaves out its last product
-        and what follows (PyTorch's non-reentrant checkpoint since 2.1, ``set_checkpoint_early_stop``); else it repeats all.
+        Whether recompute of a layer or of its modules ends with the last tensor that the backward needs, which leaves out the last
+        product and what follows (PyTorch's non-reentrant checkpoint since 2.1, ``set_checkpoint_early_stop``; XLA, which computes
+        nothing that no one reads); else it repeats all.
     """
 
     cross_entropy: CrossEntropy = "fused"

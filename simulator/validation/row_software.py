@@ -26,6 +26,11 @@ _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
         "loss on gathered logits, 16-bit gradients copied to a flat fp32 shard, stage outputs kept (Aleph-Alpha/scaling)",
     ),
     ("torchtitan|fms-fsdp", PRESETS["fsdp"], "PyTorch FSDP with eager cross-entropy, which torchtitan could not compile before 2025"),
+    (
+        "dgxc-benchmarking/(?:maxtext|paxml)",
+        {"cross_entropy": "compiled", "weight_gradients": "fused", "stops_early": True},
+        "XLA: one kernel for the loss, and nothing computed again that no gradient reads",
+    ),
     ("MosaicML", PRESETS["fsdp"] | {"cross_entropy": "in_place"}, "PyTorch FSDP with llm-foundry's fused cross-entropy"),
     ("BLOOM|MT-NLG", PRESETS["deepspeed"], "Megatron-DeepSpeed: flat fp32 copies, stage outputs and default buckets kept"),
     ("Zero Bubble|Korthikanti|SC'21|vTrain|MegaScale", PRESETS["megatron-2022"], "Megatron-LM before Transformer Engine"),

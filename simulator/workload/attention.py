@@ -200,7 +200,8 @@ def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
     else:
         _rotary(b, rotated, x.tokens * width * BF16)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
-    b.add([], [], twice(b, x.tokens * local_heads * dim))  # attention's output, the projection's input
+    dropped = ("core_attn",) if {"core_attn", "attn_out"} <= b.recomputed else ()  # with its own product and its only reader
+    b.add([], [], twice(b, x.tokens * local_heads * dim), dropped)  # attention's output, the projection's input
     row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, ("attn_out",))
     b.dense_parameters = b.dense_parameters + h * width + local_heads * dim * h
     b.dense_parameters = b.dense_parameters + (width if model.attention_bias else 0) + (h if model.output_bias else 0)

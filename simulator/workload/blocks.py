@@ -250,6 +250,11 @@ class BlockBuilder:
         there, back = (Op(name, "all_to_all", bytes=size, axis="ep", routed=True) for size in (forward, backward))
         self.collective(there, back, modules)
 
+    def _repeat(self, entries: list[_Entry]) -> list[Segment]:
+        """Return the segments that compute entries again: all of them, or up to the last one that leaves something to a gradient."""
+        last = max((i for i, e in enumerate(entries) if np.any(e.saved)), default=-1)
+        return _again(s for e in (entries[: last + 1] if self.stops_early else entries) for s in e.forward)
+
     def build(self, layer_input: Number) -> Block:
         """Return the block.
 
@@ -261,15 +266,13 @@ class BlockBuilder:
         forward = tuple(s for e in self._entries for s in e.forward)
         backward: list[Segment] = []
         if self.recompute == "full":
-            last = max((i for i, e in enumerate(self._entries) if np.any(e.saved)), default=-1)
-            needed = self._entries[: last + 1] if self.stops_early else self._entries
-            backward += _again(s for e in needed for s in e.forward)
+            backward += self._repeat(self._entries)
         pending, repeated = set(self.recomputed), set[int]()
         for entry in reversed(self._entries):
             due = entry.modules & pending
             if due:
                 several = [e for e in self._entries if e.modules & due and id(e) not in repeated]
-                backward += _again(s for e in several for s in e.forward)
+                backward += self._repeat(several)
                 repeated.update(map(id, several))
                 pending -= due
             backward += entry.backward
