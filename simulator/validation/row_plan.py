@@ -308,14 +308,12 @@ def _dispatcher(row: Row, model: Model) -> str:
     if row.has("node-limited", "overlap_notes"):
         row.assume("dispatcher: one copy per host, fanned out there (node-limited routing)")
         return "deepep"
-    if row.has(FULL_ITERATION_RECIPE, "provenance"):
-        return "deepep"
-    if not row.has("deepep|hybridep", "overlap_notes", "notes"):
+    if row.has(FULL_ITERATION_RECIPE, "provenance") or row.has("hybridep", "overlap_notes", "notes"):
+        return "hybridep"
+    if not row.has("deepep", "overlap_notes", "notes"):
         if not row.has("dispatcher|all-?to-?all", "overlap_notes", "notes"):
             row.assume("dispatcher not printed: alltoall")
         return "alltoall"
-    if row.has("hybridep", "overlap_notes", "notes"):
-        row.assume("HybridEP priced as DeepEP")
     return "deepep"
 
 

@@ -207,10 +207,13 @@ class BlockBuilder:
         """Append a collective and the one that its gradient needs."""
         self.add([(forward,)], [(replace(backward, grad="input"),)], modules=modules)
 
-    def exchange(self, name: str, forward: Number, backward: Number, modules: Iterable[str] = ()) -> None:
-        """Append an expert all-to-all that carries `forward` and `backward` bytes per copy of the local tokens."""
+    def exchange(self, name: str, forward: Number, backward: Number, modules: Iterable[str] = (), holds: bool = False) -> None:
+        """Append an expert all-to-all that carries `forward` and `backward` bytes per copy of the local tokens.
+
+        The host waits for it forward if it `holds`; its gradient repeats what was counted then.
+        """
         there, back = (Op(name, "all_to_all", bytes=size, axis="ep", routed=True) for size in (forward, backward))
-        self.collective(there, back, modules)
+        self.collective(replace(there, holds=holds), back, modules)
 
     def build(self, layer_input: Number) -> Block:
         """Return the block.
