@@ -64,6 +64,9 @@ class Precision(Frozen):
         What tensor-parallel all-gathers carry ahead of linear layers. None: what those multiply when that is narrower than 16 bits,
         as Transformer Engine casts before it gathers (``gather_along_first_dim``, transformer_engine/pytorch/distributed.py), and
         torchao with one scale per tensor (torchao/float8/float8_tensor_parallel.py), else 16 bits. Sums are scattered in 16 bits.
+    parameter_gather : str or None
+        What ZeRO gathers the parameters of the layers in; None: as they are. In FP8 torchao casts the shards once
+        (``enable_fsdp_float8_all_gather``); embedding and head stay in 16 bits.
     copies : int
         Copies of a weight that narrow products read: 2, scaled along rows or laid out by rows and along columns; 1 where one scale
         serves a whole tensor and the matrix units take either layout, as Blackwell's do in FP8 (``nvte_is_non_tn_fp8_gemm_supported``,
@@ -80,6 +83,7 @@ class Precision(Frozen):
     combine: Dtype = "bf16"
     gradient_reduce: Dtype = "fp32"
     gather: Dtype | None = None
+    parameter_gather: Dtype | None = None
     copies: Literal[1, 2] = 2
 
     @property

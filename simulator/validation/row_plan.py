@@ -19,7 +19,6 @@ _NOT_MODELLED = {
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
     r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
-    r"fp8 all-gather": "FP8 parameter gather",
     r"paged[_ ]stash": "paged stash of activations",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
@@ -298,6 +297,8 @@ def _precision(row: Row) -> Precision:
     if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
         row.assume("tensor-parallel gathers in bf16: torchao casts before them only for tensorwise scaling (torchao/float8/README.md)")
         fields["gather"] = "bf16"
+    if row.has("fp8 all-gather", "precision"):
+        fields["parameter_gather"] = "fp8"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
         fields["parameters"] = "fp8"
     if row.has("1x128 act", "precision"):
