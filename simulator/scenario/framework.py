@@ -10,7 +10,7 @@ from simulator.scenario.facts import Frozen
 
 CrossEntropy = Literal["in_place", "compiled", "fused", "vocab_parallel", "eager", "gathered"]
 WeightGradients = Literal["fused", "placeholders", "kept", "copied"]
-NarrowInputs = Literal["cast", "wide"]
+Casts = Literal["transformer_engine", "tensorwise", "rowwise"]
 
 #: name -> habits of frameworks that their repositories show; `Framework` itself is today's Megatron
 PRESETS: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "keeps_outputs": True,
         "bucket_elements": 1_000_000_000,
     },
-    "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused", "stops_early": True, "narrow_inputs": "wide"},
+    "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused", "stops_early": True, "casts": "tensorwise"},
 }
 
 
@@ -51,10 +51,10 @@ class Framework(Frozen):
         Transformer layers per replica whose saved activations wait in the host's memory; their traffic is not priced.
     bucket_elements : int
         Gradient elements that are copied into buckets for their reduction; 0 where they are reduced in place.
-    narrow_inputs : str
-        What a linear layer in low precision keeps of its input for the weight gradient. ``cast``: the input in low precision
-        (Transformer Engine); ``wide``: in 16 bits, to be cast again (torchao, ``matmul_with_hp_or_float8_args``,
-        torchao/float8/float8_linear.py).
+    casts : str
+        How linear layers in low precision cast. ``transformer_engine``: inputs and weights stay in low precision, scaled or laid out for
+        both products. ``tensorwise``, ``rowwise``: torchao with one scale per tensor or per row; inputs stay in 16 bits and are cast
+        again for the weight gradient, weights for every pass (``matmul_with_hp_or_float8_args``, torchao/float8/float8_linear.py).
     stops_early : bool
         Whether full recompute of a layer ends with the last tensor that its backward needs, which leaves out its last product
         and what follows (PyTorch's non-reentrant checkpoint since 2.1, ``set_checkpoint_early_stop``); else it repeats all.
@@ -65,7 +65,7 @@ class Framework(Frozen):
     keeps_outputs: bool = False
     offloaded_layers: int = Field(default=0, ge=0)
     bucket_elements: int = Field(default=0, ge=0)
-    narrow_inputs: NarrowInputs = "cast"
+    casts: Casts = "transformer_engine"
     stops_early: bool = False
 
     @model_validator(mode="before")

@@ -19,7 +19,6 @@ _NOT_MODELLED = {
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
     r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
-    r"fp8 all-gather": "FP8 parameter gather",
     r"paged[_ ]stash": "paged stash of activations",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
@@ -274,14 +273,12 @@ def _dispatcher(row: Row, model: Model) -> str:
     if row.has("node-limited", "overlap_notes"):
         row.assume("dispatcher: one copy per host, fanned out there (node-limited routing)")
         return "deepep"
-    if row.has(FULL_ITERATION_RECIPE, "provenance"):
-        return "deepep"
-    if not row.has("deepep|hybridep", "overlap_notes", "notes"):
+    if row.has(FULL_ITERATION_RECIPE, "provenance") or row.has("hybridep", "overlap_notes", "notes"):
+        return "hybridep"
+    if not row.has("deepep", "overlap_notes", "notes"):
         if not row.has("dispatcher|all-?to-?all", "overlap_notes", "notes"):
             row.assume("dispatcher not printed: alltoall")
         return "alltoall"
-    if row.has("hybridep", "overlap_notes", "notes"):
-        row.assume("HybridEP priced as DeepEP")
     return "deepep"
 
 
@@ -300,6 +297,8 @@ def _precision(row: Row) -> Precision:
     if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
         row.assume("tensor-parallel gathers in bf16: torchao casts before them only for tensorwise scaling (torchao/float8/README.md)")
         fields["gather"] = "bf16"
+    if row.has("fp8 all-gather", "precision"):
+        fields["parameter_gather"] = "fp8"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
         fields["parameters"] = "fp8"
     if row.has("1x128 act", "precision"):

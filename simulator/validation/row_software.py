@@ -48,6 +48,8 @@ def framework_of(row: Row) -> Framework:
             "recompute repeats whole layers: the PURE rows are of early 2023 and PyTorch 1.13; the DEFAULT ones of that August are up to "
             "7 % faster than PyTorch 2.0.1 in llm-foundry's torches.md @beb8dee, which a last product less explains: a nightly of 2.1"
         )
+    if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
+        habits["casts"] = "rowwise"
     offloaded = re.search(r"cpu_offload_layers=(\d+)", row.text("overlap_notes"))
     if offloaded:
         habits["offloaded_layers"] = int(offloaded.group(1))

@@ -131,12 +131,12 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     cast = precision.dispatch == b.dtype != "bf16"
     sent, arrived = (x.split_tokens * h * rows for rows in rows_sorted(e, dispatcher, x.ep))
     element = ELEMENT_BYTES[precision.dispatch if cast else "bf16"]
-    sort = tuple(n * (arrived > 0) for n in (PERMUTE_LAUNCHES if dispatcher == "deepep" else SORT_LAUNCHES))
+    sort = tuple(n * (arrived > 0) for n in (SORT_LAUNCHES if dispatcher == "alltoall" else PERMUTE_LAUNCHES))
     if cast:
         b.memory("moe.dispatch.cast", x.split_tokens * h * (BF16 + b.element), 0.0, modules=moe)
     b.memory("moe.permute", sent * element, sent * BF16, modules=moe, launches=PERMUTE_LAUNCHES)
     out, back = (x.split_tokens * h * ELEMENT_BYTES[p] for p in (precision.dispatch, precision.combine))
-    b.exchange("moe.dispatch", out, back, moe)
+    b.exchange("moe.dispatch", out, back, moe, holds=dispatcher == "hybridep")
     b.memory("moe.arrived.permute", arrived * element, arrived * BF16, modules=moe, routed=True, launches=sort)
     gather, scatter = (
         Op("moe.etp", kind, bytes=copies * x.etp * BF16, axis="etp", routed=True) for kind in ("all_gather", "reduce_scatter")

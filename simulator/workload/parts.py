@@ -78,7 +78,8 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         plan.kernels,
         (plan.precision.gathered, ELEMENT_BYTES[plan.precision.gathered]),
         load,
-        plan.framework.narrow_inputs == "wide",
+        plan.framework.casts,
+        plan.precision.parameter_gather not in ("fp8", "fp4"),
     )
 
 
