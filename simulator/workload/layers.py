@@ -22,7 +22,7 @@ from simulator.workload.attention import attention, latent_attention
 from simulator.workload.blocks import Block, BlockBuilder
 from simulator.workload.experts import rows_sorted
 from simulator.workload.ops import BF16, FP32, Op
-from simulator.workload.parts import MASK, Shape, builder, column_parallel, enter_tp, leave_tp, norm, residual, row_parallel
+from simulator.workload.parts import MASK, Shape, bias_gradients, builder, column_parallel, enter_tp, leave_tp, norm, residual, row_parallel
 
 #: bytes per logit that wait for the backward, and at the fullest moment of the loss, for each kind of cross-entropy. In
 #: place: the bf16 logits. Fused: their fp32 copy, which becomes the softmax; in steps, the copy less its maximum is another.
@@ -33,6 +33,7 @@ LOGIT_BYTES = {
     "fused": (FP32, BF16 + FP32),
     "vocab_parallel": (FP32, BF16 + 2 * FP32),
     "eager": (FP32, 3 * FP32),
+    "half": (BF16, 3 * BF16),
     "gathered": (BF16 + FP32, 3 * FP32 + 2 * BF16),
 }
 #: bytes per logit that each kind moves, forward and backward. In place: read for maximum and sum, read again and overwritten by
@@ -40,14 +41,21 @@ LOGIT_BYTES = {
 #: maximum, exponentials in place, their sum, the softmax in place; that times the loss's gradient, and its cast to bf16
 #: (megatron/core/fusions/fused_cross_entropy.py). In steps, the maximum and the difference are passes of their own
 #: (megatron/core/tensor_parallel/cross_entropy.py). Eager: the fp32 copy, the log-softmax (maximum, sum, result); the gradient of
-#: the picked ones (written), that of the log-softmax (read twice for the sum and the result, written), the cast
+#: the picked ones (written), that of the log-softmax (read twice for the sum and the result, written), the cast. Half: these in
+#: 16 bits, without copy and cast
 LOSS_BYTES = {
     "in_place": (3 * BF16, 2 * BF16),
     "fused": (BF16 + 6 * FP32, 3 * FP32 + BF16),
     "vocab_parallel": (BF16 + 9 * FP32, 3 * FP32 + BF16),
     "eager": (BF16 + 5 * FP32, 7 * FP32 + BF16),
+    "half": (4 * BF16, 5 * BF16),
     "gathered": (BF16 + 5 * FP32, 7 * FP32 + BF16),
 }
+#: kernels of each kind of loss, forward and backward, from the same files
+LOSS_LAUNCHES = {"in_place": (2, 1), "fused": (14, 4), "vocab_parallel": (16, 5), "eager": (3, 4), "half": (2, 3), "gathered": (3, 4)}
+#: kernels that find, replace and set to zero what the vocabulary of another rank holds (megatron/core/tensor_parallel/layers.py,
+#: ``VocabParallelEmbedding``); that look up learned positions, add them and drop out
+MASKED_LAUNCHES, POSITION_LAUNCHES = 7, 3
 #: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order, for
 #: which a map of rows is made first; of moving whole chunks of rows
 ROUTER_LAUNCHES, PERMUTE_LAUNCHES, SORT_LAUNCHES = (20, 15), (8, 8), (3, 2)
@@ -82,10 +90,12 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
         column_parallel(b, own, f"{name}.up", x, h, local, modules, saved / 2, gathers=not x.of_torch)
     else:
         column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
+    bias_gradients(b, f"{name}.up", x.tokens * mats * local * model.mlp_bias)
     size = x.tokens * local * BF16
     _activation(b, name, mats, size, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
     b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
     row_parallel(b, name, f"{name}.down", x, local, h, modules)
+    bias_gradients(b, f"{name}.down", x.split_tokens * h * model.mlp_bias)
     bias = (mats * local + h) if model.mlp_bias else 0
     b.dense_parameters = b.dense_parameters + (mats + 1) * h * local + bias
 
@@ -188,7 +198,9 @@ def embedding(model: Model, plan: Plan, job: Job) -> Block:
     """Return the block of the input embedding, vocabulary split over tp."""
     x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, kernels=plan.kernels)
     size = x.tokens * model.hidden * BF16
-    b.memory("embedding", 2 * size, 2 * size)
+    masked = MASKED_LAUNCHES * (np.asarray(plan.tp) > 1)
+    learned = POSITION_LAUNCHES * (model.positions > 0)
+    b.memory("embedding", 2 * size, 2 * size, launches=(1 + learned + masked, 1 + learned))
     leave_tp(b, "embedding", x, model.hidden)
     b.dense_parameters = model.vocab * model.hidden / x.tp + model.positions * model.hidden
     b.works(b.dense_parameters * BF16)  # its gradient is written out before it is added
@@ -220,7 +232,8 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
     if gathered:
         b.add([(Op("head.gather", "all_gather", bytes=seen * BF16, axis="tp"),)], [])
-    b.memory("head.loss", *(size * seen for size in LOSS_BYTES[plan.framework.cross_entropy]))
+    moved, launches = LOSS_BYTES[plan.framework.cross_entropy], LOSS_LAUNCHES[plan.framework.cross_entropy]
+    b.memory("head.loss", *(size * seen for size in moved), launches=launches)
     if not model.tied_embeddings:
         b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
     return b.build(x.split_tokens * model.hidden * BF16)

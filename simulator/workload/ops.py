@@ -123,21 +123,22 @@ STREAMS = {
 Segment = tuple[Op, ...]
 
 
-def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
+def host_wait(segments: tuple[Segment, ...], kernels: Kernels, waits: bool = False) -> Op:
     """Return what the last kernel of `segments` waits for: the host, which launches them one after the other.
 
-    It launches while kernels and collectives run, but not during an expert all-to-all, whose sizes it has to read first.
+    It launches while kernels and collectives run, but not during an expert all-to-all, whose sizes it has to read first, nor during
+    any collective where it `waits` for them.
     """
     ops = [op for segment in segments for op in segment if op.kind in COMPUTE and not kernels.captured(op.name)]
     cost = {"input": ENGINE_LAUNCH, "weight": ENGINE_LAUNCH} if kernels.backward == "engine" else {}
     launches = sum((op.launches * cost.get(op.grad, 1.0) for op in ops if np.any(op.bytes)), 0.0)
-    beside = tuple(tuple(op for op in segment if hides_launches(op)) for segment in segments)
+    beside = tuple(tuple(op for op in segment if hides_launches(op, waits)) for segment in segments)
     return Op(HOST, HOST, launches=launches, beside=tuple(filter(None, beside)), routed=any(op.routed for op in ops))
 
 
-def hides_launches(op: Op) -> bool:
-    """Return whether the host goes on launching while `op` runs."""
-    return op.kind in COMPUTE or not op.routed
+def hides_launches(op: Op, waits: bool = False) -> bool:
+    """Return whether the host goes on launching while `op` runs; it may wait for every collective."""
+    return op.kind in COMPUTE or not (op.routed or waits)
 
 
 def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float, grad: str = "", **more: Any) -> Op:
