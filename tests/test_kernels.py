@@ -201,6 +201,24 @@ def host_bound(dispatch_s, graphs=(), **plan):
     return scenario(moe(4, 256, leading=0), 8, Plan(kernels=Kernels(graphs=graphs), **plan), 4, dispatch_s=dispatch_s)
 
 
+@pytest.mark.parametrize(("dispatcher", "held"), [("alltoall", []), ("deepep", []), ("hybridep", ["moe.dispatch"])])
+def test_the_host_launches_beside_all_that_it_does_not_wait_for(dispatcher, held):
+    """It reads what a rank gets before it launches the all-to-all, of HybridEP after; the backward repeats those counts."""
+    block = blocks(moe(1, 256, leading=0), Plan(ep=4, dp_shard=4, dispatcher=dispatcher), job())["layer0"]
+    for segments, apart in ((block.forward, held), (block.backward, [])):
+        beside = [op for segment in host_wait(segments, Kernels()).beside for op in segment]
+        assert [op.name for segment in segments for op in segment if op not in beside] == apart
+
+
+def test_a_dispatch_that_holds_the_host_is_not_beside_its_launches():
+    """A layer of a host that is slower than the device takes its launches, and after them the dispatch."""
+    waits, reads = (simulate_step(host_bound(1e-3, ep=8, dispatcher=d)) for d in ("hybridep", "deepep"))
+    s = host_bound(1e-3, ep=8, dispatcher="hybridep")
+    dispatch = next(op for segment in blocks(s.model, s.plan, s.job)["layer0"].forward for op in segment if op.name == "moe.dispatch")
+    passes = 4 * s.job.global_batch // s.plan.dp  # forwards of four layers
+    assert waits.step_time_s - reads.step_time_s == pytest.approx(passes * float(op_s(dispatch, s.model, s.plan, s.cluster)), rel=1e-6)
+
+
 def test_a_slow_host_sets_the_pace():
     """A layer that computes in microseconds lasts as long as its launches, forward and backward."""
     s = host_bound(1e-3)

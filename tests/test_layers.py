@@ -257,6 +257,20 @@ def test_context_parallel_all_gather():
     assert "attn.ring.merge" not in {op.name for segment in half.forward for op in segment}
 
 
+def test_context_parallel_all_to_all():
+    """Rows are traded for heads before attention, whose one kernel sees all keys, and heads for rows after it; so are gradients."""
+    whole, half = layer(DENSE, False), layer(DENSE, False, cp=2, context_parallel="all_to_all")
+    rows = S / 2
+    inputs, output = 2.0 * rows * (4 + 2 * 2) * 16, 2.0 * rows * 4 * 16
+    assert collectives(half.forward, "cp") == [("all_to_all", inputs), ("all_to_all", output)]
+    assert collectives(half.backward, "cp") == [("all_to_all", output), ("all_to_all", inputs)]
+    assert all(len(segment) == 1 for segment in half.forward + half.backward if any(op.axis == "cp" for op in segment))
+    assert (only(half.forward, "attn.core").turns, only(half.forward, "attn.core").flop) == (1, only(whole.forward, "attn.core").flop / 2)
+    assert only(half.forward, "attn.inputs.copy").bytes == 2 * 2 * inputs
+    same = layer(DENSE, False, context_parallel="all_to_all")
+    assert only(same.forward, "attn.inputs.copy").bytes == 0
+
+
 # --- a mixture of experts ---
 
 
@@ -355,6 +369,33 @@ def test_fp8_layers():
     assert only(block.backward, "attn.qkv.cast", grad="input").bytes == S * 128 * (2 + 2 * e)
     assert only(block.backward, "attn.qkv.cast", grad="weight").bytes == S * H * 2 * e
     assert only(block.forward, "router").dtype == only(head(MOE, plan, JOB).forward, "head.logits").dtype == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("casts", "there", "ahead", "again"),
+    [
+        # the maximum and the cast of the input, of the gradient, of the weight; the last without its maximum; the input again
+        ("tensorwise", (4, 4), (4, 2, 0), (2, 0)),
+        # casts that find their own maximum; along the columns behind a transposed copy; gradients scaled by a kernel of their own
+        ("rowwise", (2, 2), (6, 6, 4), (6, 4)),
+    ],
+)
+def test_torchaos_casts(casts, there, ahead, again):
+    """Weights are cast for every pass, unless ZeRO gathers them in FP8."""
+    e, weight = ELEMENT_BYTES["fp8"], H * 128
+
+    def moved(**precision) -> list[float]:
+        block = layer(DENSE, False, zero=3, precision={"gemm": "fp8"} | precision, framework={"casts": casts})
+        backward = (only(block.backward, "attn.qkv.cast", grad=grad).bytes for grad in ("input", "weight"))
+        return [only(block.forward, "attn.qkv.cast").bytes, *backward]
+
+    whole, gathered = moved(), moved(parameter_gather="fp8")
+    assert gathered[0] == S * H * (there[0] + e)
+    assert whole[0] - gathered[0] == weight * (there[1] + e)
+    assert gathered[1] == S * 128 * (ahead[0] + 2 * e) + S * H * ahead[2]
+    assert whole[1] - gathered[1] == weight * (ahead[1] + e)
+    assert gathered[2] == S * H * (again[0] + e)
+    assert whole[2] - gathered[2] == weight * again[1]
 
 
 # --- columns of plans ---

@@ -18,7 +18,7 @@ from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.schedules import Schedule, by_segments
 from simulator.units import Number
 from simulator.workload.blocks import Block, passes
-from simulator.workload.ops import COMPUTE, HOST, STREAMS, Op, Segment, host_wait
+from simulator.workload.ops import COMPUTE, HOST, Op, Segment, host_wait
 from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gathers, gradient_ops, optimizer_ops, parameter_ops, send_op
 
@@ -69,13 +69,6 @@ class BlockPrice(PassTimes):
     paired: Mapping[str, Beside]
 
 
-#: the stream of a host that waits for collectives
-_WAITING_HOST = f"{HOST}, waiting"
-#: stream of a host -> whether it launches while another stream is busy; the expert all-to-all is the only kind on ``ep``
-_LAUNCHES: dict[str, Callable[[str], bool]] = {
-    HOST: lambda stream: stream != STREAMS["ep"],
-    _WAITING_HOST: lambda stream: stream == "compute",
-}
 #: the field of each kind of pass
 PASSES = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s"}
 
@@ -84,11 +77,11 @@ PASSES = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s"}
 SUMS = ("forward_s", "backward_s", "input_s", "weight_s", "gather_s", "reduce_s")
 
 
-def _runs(segments: list[list[tuple[Op, Number]]], launched_s: Number | None, waits: bool) -> Runs:
+def _runs(segments: list[list[tuple[Op, Number]]], launched_s: Number | None) -> Runs:
     """Join kernels in a row and leave out what takes no time for any plan, as the step program does.
 
     What the host launches is last, `launched_s` long, None where it launches nothing; it is a segment of its own also where it
-    holds up nothing, and has its turn in a pair. It may wait for every collective.
+    holds up nothing, and has its turn in a pair.
     """
     runs: list[tuple[tuple[str, Number], ...]] = []
     for segment in segments:
@@ -97,24 +90,22 @@ def _runs(segments: list[list[tuple[Op, Number]]], launched_s: Number | None, wa
             runs[-1] = (("compute", runs[-1][0][1] + parts[0][1]),)
         elif parts:
             runs.append(parts)
-    return tuple(runs) if launched_s is None else (*runs, ((_WAITING_HOST if waits else HOST, launched_s),))
+    return tuple(runs) if launched_s is None else (*runs, ((HOST, launched_s),))
 
 
 def slowed(runs: Runs, slow: Number = 1.0) -> Runs:
     """Return runs as they take their time beside communication: kernels `slow` times as long, at last the wait for the host.
 
-    The host launches while all goes on that `hides_launches`.
+    The host launches while all goes on; what it waits for (`Op.holds`) counts among what it has to do.
     """
     found: list[tuple[tuple[str, Number], ...]] = []
-    meanwhile: dict[str, Number] = dict.fromkeys(_LAUNCHES, 0.0)
+    meanwhile: Number = 0.0
     for segment in runs:
-        if segment[0][0] in meanwhile:
-            found.append((("compute", np.maximum(segment[0][1] - meanwhile[segment[0][0]], 0.0)),))
+        if segment[0][0] == HOST:
+            found.append((("compute", np.maximum(segment[0][1] - meanwhile, 0.0)),))
             continue
         parts = tuple((stream, seconds * slow if stream == "compute" else seconds) for stream, seconds in segment)
-        for host, launches in _LAUNCHES.items():
-            hiding = [seconds for stream, seconds in parts if launches(stream)]
-            meanwhile[host] = meanwhile[host] + (_longest(hiding) if hiding else 0.0)
+        meanwhile = meanwhile + _longest([seconds for _, seconds in parts])
         found.append(parts)
     return tuple(found)
 
@@ -189,10 +180,10 @@ def price_blocks(
 
     def runs(segments: tuple[Segment, ...], priced: Mapping[int, Number]) -> Runs:
         launches = host_wait(segments, plan.kernels).launches
-        waits = plan.overlap.host_waits
         dispatch_s = 0.0 if cluster.host.dispatch_s is None else cluster.host.dispatch_s
-        launched_s = launches * dispatch_s if np.any(launches) else None
-        return _runs([[(op, priced[id(op)]) for op in segment] for segment in segments], launched_s, waits)
+        held_s = sum((priced[id(op)] for segment in segments for op in segment if op.holds), 0.0)
+        launched_s = launches * dispatch_s + held_s if np.any(launches) else None
+        return _runs([[(op, priced[id(op)]) for op in segment] for segment in segments], launched_s)
 
     def one(block: Block) -> BlockPrice:
         priced = {id(op): known.op_s(op) for segment in (*block.forward, *block.backward) for op in segment}

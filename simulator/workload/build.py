@@ -56,7 +56,7 @@ class _Pieces:
 
 def _launched(segments: tuple[Segment, ...], plan: Plan) -> tuple[Segment, ...]:
     """Return a pass that ends no sooner than the host has launched it."""
-    return (*segments, (host_wait(segments, plan.kernels, plan.overlap.host_waits),))
+    return (*segments, (host_wait(segments, plan.kernels),))
 
 
 def _tasks(ops: Iterable[Op], plan: Plan) -> tuple[Task, ...]:

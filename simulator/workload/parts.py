@@ -78,6 +78,8 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         plan.kernels,
         (plan.precision.gathered, ELEMENT_BYTES[plan.precision.gathered]),
         load,
+        plan.framework.casts,
+        plan.precision.parameter_gather not in ("fp8", "fp4"),
     )
 
 
@@ -227,4 +229,4 @@ def row_parallel(
 
 def twice(b: BlockBuilder, elements: Number) -> Number:
     """Bytes of a tensor that attention keeps in bf16 and a low-precision linear layer in its own datatype."""
-    return elements * (BF16 + (b.element if b.element < BF16 else 0.0))
+    return elements * (BF16 + (b.kept if b.kept < BF16 else 0.0))
