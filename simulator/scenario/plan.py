@@ -161,6 +161,8 @@ class Overlap(Frozen):
         persistent matrix products hold every multiprocessor until they end, and push a collective that comes later behind them
         (NVIDIA-NeMo/Megatron-Bridge scripts/performance/perf_plugins.py, on ``CUDA_DEVICE_MAX_CONNECTIONS``). False on Blackwell, or
         with multiprocessors set aside.
+    host_waits : bool
+        Whether the host waits for tensor-parallel collectives, as where these were timed apart from the kernels.
     pp : bool
         Send to other stages beside the next action. False starts it only when the message has left, as Megatron does without
         interleaving or with ``--no-overlap-p2p-communication``.
@@ -174,6 +176,7 @@ class Overlap(Frozen):
     prefetch: int = Field(default=1, ge=0)
     by_tensor: bool = False
     queued: bool = False
+    host_waits: bool = False
     pp: bool = True
 
 

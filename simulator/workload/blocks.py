@@ -68,6 +68,14 @@ class Block:
     working_bytes: Number = 0.0
     matrices: tuple[tuple[str, Number], ...] = ()
 
+    def waited_for(self, axis: str) -> Block:
+        """Return the block with a host that waits for the collectives of an axis before it launches what follows."""
+        forward, backward = (
+            tuple(tuple(replace(op, holds=op.holds or op.axis == axis) for op in segment) for segment in segments)
+            for segments in (self.forward, self.backward)
+        )
+        return replace(self, forward=forward, backward=backward)
+
 
 @dataclass(slots=True)
 class _Entry:
