@@ -14,8 +14,8 @@ _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
 GATHERING = 0.75
 #: keys per query at which attention is benchmarked: a causal sequence of 8,192
 _KEYS = 4096
-#: speed of the backward of heads wider than 128, over that of 128: 0.87 to 0.91 for 192 and 128 on an H100 (cuDNN, PyTorch 2.11, measured by
-#: this project 2026-11-26), 0.77 to 0.83 on B200 (MooreThreads/SimuMax @e691807)
+#: speed of the backward of heads wider than 128, over that of 128: 0.87 to 0.91 for widths of 192 and 128 on an H100 (cuDNN of
+#: PyTorch 2.11, measured by this project on 2026-11-26), 0.77 to 0.83 on B200 (MooreThreads/SimuMax @e691807)
 _WIDE_BACKWARD = 0.87
 #: queries of one head that a multiprocessor takes at a time, and heads times queries at which attention is benchmarked
 _QUERIES = 128
