@@ -387,6 +387,46 @@ def test_a_collective_inside_a_kernel_is_not_the_kernels_on_cuda_either(monkeypa
     assert not recorder.calls()
 
 
+def test_a_recorded_gpu_is_kept_busy_while_its_host_is_near(monkeypatch: pytest.MonkeyPatch):
+    """A device that has done everything but the last eight regions gets work before the next one; inside a region it never does."""
+    torch = pytest.importorskip("torch")
+    from simulator.calibration.recorder import BEHIND, Recorder
+
+    done, slept = set(), []
+
+    class Event:
+        number = 0
+
+        def __init__(self, enable_timing: bool):
+            self.name, Event.number = Event.number, Event.number + 1
+
+        def record(self):
+            pass
+
+        def query(self):
+            return self.name in done
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    recorder = Recorder(torch.device("cuda", 0))
+    recorder.on = recorder.ahead = True
+    for number in range(BEHIND + 4):
+        with recorder.region("gemm.forward"):
+            pass
+        assert len(slept) == 1, number  # at first there is nothing to be behind of
+    done.add(2 * 4 + 1)  # the last event of the region that is eight back
+    with recorder.region("loss.forward"), recorder.call("tp", "all_reduce", torch.float32, 64):
+        pass
+    assert len(slept) == 2
+
+
+def test_every_probe_has_a_name_of_its_own():
+    """Measurements are kept by name: of two probes of one name only the second would be fitted."""
+    for device in ("cpu", "cuda"):
+        names = [case.name for case in (*probes(device), *joint(2, device), *held_out(device))]
+        assert len(set(names)) == len(names)
+
+
 def test_probes_of_several_ranks_are_not_the_steps_that_prove():
     shapes = {(c.model.hidden, c.job.sequence_length) for c in held_out()}
     assert not shapes & {(c.model.hidden, c.job.sequence_length) for c in joint(2)}
