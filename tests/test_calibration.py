@@ -418,6 +418,20 @@ def test_a_recorded_gpu_is_kept_busy_while_its_host_is_near(monkeypatch: pytest.
     with recorder.region("loss.forward"), recorder.call("tp", "all_reduce", torch.float32, 64):
         pass
     assert len(slept) == 2
+    with recorder.region("gemm.forward"):
+        pass
+    assert len(slept) == 2  # what was done before the host got ahead says nothing
+
+
+def test_the_time_between_kernels_may_be_nothing():
+    """It is the difference of two runs on a GPU; a kernel's time still has to be one."""
+    rows = made_up()
+    nothing = rows["name"] == "between"
+    assert nothing.any()
+    fits = fit.fit_kernels(rows.assign(seconds=rows["seconds"].mask(nothing, -1e-6), cpu_s=rows["cpu_s"].mask(nothing, -1e-6)), "cpu")
+    assert all(found.values["launch_s"] >= 0 for found in fits.values())
+    with pytest.raises(machine.CalibrationError, match="finite and above zero"):
+        fit.fit_kernels(rows.assign(seconds=rows["seconds"].mask(rows["name"] == "gemm.forward", -1e-6)), "cpu")
 
 
 def test_every_probe_has_a_name_of_its_own():

@@ -69,6 +69,7 @@ class Recorder:
         self.device, self.on, self.ahead = device, False, False
         self._spent: dict[str, Spent] = defaultdict(Spent)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event, str | None, float]] = []  # the name around it, the host's time
+        self._led = 0  # events when the host last got ahead
         self._open: list[str] = []
         self._inside: list[Spent] = []
         self._calls: list[tuple[str, int, int | float, str]] = []
@@ -112,8 +113,10 @@ class Recorder:
 
     def _lead(self) -> None:
         """Let the host get ahead of the device, if it is not."""
-        if not self._events or self._events[-min(BEHIND, len(self._events))][2].query():
+        near = max(len(self._events) - BEHIND, self._led)  # none from before the last time: these were done then
+        if not self._events or self._events[near][2].query():
             torch.cuda._sleep(LEAD_CYCLES)
+            self._led = len(self._events)
 
     def take(self) -> dict[str, Spent]:
         """Return the time per name since the last call, and begin anew."""
@@ -127,6 +130,7 @@ class Recorder:
         found = dict(self._spent)
         self._spent.clear()
         self._events.clear()
+        self._led = 0
         self._calls.clear()
         return found
 
