@@ -218,17 +218,17 @@ def test_a_collective_whose_time_does_not_grow_moves_at_the_fastest_rate_seen():
 
 
 def test_an_h100_runs_as_its_profile_says():
-    """Steps that the profile was not fitted to, measured by ``--check`` half an hour later. In the shortest the GPU waits for its host,
-    whose launches the profile holds as one mean: it comes out 7.9 % too fast."""
+    """Steps that the profile was not fitted to, measured by ``--check`` right after it. In the shortest the GPU waits for its host,
+    whose launches the profile holds as one mean: it comes out 4.5 % too slow."""
     shipped, seen = profile.load("h100"), pd.read_csv(DATA / "h100_steps.csv", index_col="case")
     cases = held_out("cuda")
     assert [case.name for case in cases] == seen.index.tolist()
     blank = ((1,),)
     found = [check.predict(check.Measured(case, (1.0,), {}, (1.0,), blank), shipped) for case in cases]
     error = pd.Series([step.step_time_s for step in found], seen.index) / seen["measured_s"] - 1
-    assert error.abs().mean() < 0.03  # 2.6 %
+    assert error.abs().mean() < 0.025  # 2.2 %
     assert error.drop("h2560-s3072").abs().max() < 0.04
-    assert error.abs().max() < 0.085
+    assert error.abs().max() < 0.05
     memory = pd.Series([step.peak_memory_bytes for step in found], seen.index) / seen["peak_bytes"] - 1
     assert memory.abs().max() < 0.02
 
