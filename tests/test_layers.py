@@ -371,6 +371,33 @@ def test_fp8_layers():
     assert only(block.forward, "router").dtype == only(head(MOE, plan, JOB).forward, "head.logits").dtype == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("casts", "there", "ahead", "again"),
+    [
+        # the maximum and the cast of the input, of the gradient, of the weight; the last without its maximum; the input again
+        ("tensorwise", (4, 4), (4, 2, 0), (2, 0)),
+        # casts that find their own maximum; along the columns behind a transposed copy; gradients scaled by a kernel of their own
+        ("rowwise", (2, 2), (6, 6, 4), (6, 4)),
+    ],
+)
+def test_torchaos_casts(casts, there, ahead, again):
+    """Weights are cast for every pass, unless ZeRO gathers them in FP8."""
+    e, weight = ELEMENT_BYTES["fp8"], H * 128
+
+    def moved(**precision) -> list[float]:
+        block = layer(DENSE, False, zero=3, precision={"gemm": "fp8"} | precision, framework={"casts": casts})
+        backward = (only(block.backward, "attn.qkv.cast", grad=grad).bytes for grad in ("input", "weight"))
+        return [only(block.forward, "attn.qkv.cast").bytes, *backward]
+
+    whole, gathered = moved(), moved(parameter_gather="fp8")
+    assert gathered[0] == S * H * (there[0] + e)
+    assert whole[0] - gathered[0] == weight * (there[1] + e)
+    assert gathered[1] == S * 128 * (ahead[0] + 2 * e) + S * H * ahead[2]
+    assert whole[1] - gathered[1] == weight * (ahead[1] + e)
+    assert gathered[2] == S * H * (again[0] + e)
+    assert whole[2] - gathered[2] == weight * again[1]
+
+
 # --- columns of plans ---
 
 DEGREES = st.fixed_dictionaries(
