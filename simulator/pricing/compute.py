@@ -14,6 +14,9 @@ _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
 GATHERING = 0.75
 #: keys per query at which attention is benchmarked: a causal sequence of 8,192
 _KEYS = 4096
+#: speed of the backward of heads wider than 128, over that of 128: 0.87 to 0.91 for widths of 192 and 128 on an H100 (cuDNN of
+#: PyTorch 2.11, measured by this project on 2026-11-26), 0.77 to 0.83 on B200 (MooreThreads/SimuMax @e691807)
+_WIDE_BACKWARD = 0.87
 #: queries of one head that a multiprocessor takes at a time, and heads times queries at which attention is benchmarked
 _QUERIES = 128
 _HEADS_QUERIES = 16 * 16384
@@ -151,12 +154,12 @@ def attention_s(
 
     Notes
     -----
-    The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones at
-    no more, at ``keys / (keys + keys_ramp)``, and at ``n / (n + tiles_ramp)`` for n tiles of 128 queries per multiprocessor. In 16 bits
+    The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones no
+    faster, at ``keys / (keys + keys_ramp)``, and at ``n / (n + tiles_ramp)`` for n tiles of 128 queries per multiprocessor. In 16 bits
     the matrix units do no more in attention than in products: both draw the power that sets the clock of a long step (`_sustained`).
     """
     ramp, short = accelerator.head_ramp, accelerator.keys_ramp or 0
-    narrow = np.minimum(width / (width + ramp) * (128 + ramp) / 128, 1.0)
+    narrow = np.where(width > 128, _WIDE_BACKWARD if backward else 1.0, width / (width + ramp) * (128 + ramp) / 128)
     narrow = narrow * keys / (keys + short) * (_KEYS + short) / _KEYS
     idle = (accelerator.tiles_ramp or 0) * accelerator.multiprocessors * _QUERIES
     narrow = narrow * heads_queries / (heads_queries + idle) * (_HEADS_QUERIES + idle) / _HEADS_QUERIES

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from simulator.scenario.facts import Frozen
 
-CrossEntropy = Literal["in_place", "compiled", "fused", "vocab_parallel", "eager", "gathered"]
+CrossEntropy = Literal["in_place", "compiled", "fused", "vocab_parallel", "eager", "half", "gathered"]
 WeightGradients = Literal["fused", "placeholders", "kept", "copied"]
 Casts = Literal["transformer_engine", "tensorwise", "rowwise"]
 
@@ -38,7 +38,8 @@ class Framework(Frozen):
         What the loss keeps of the logits. ``in_place``: their gradient overwrites them (Transformer Engine, Liger);
         ``compiled``: they stay, and one kernel makes their gradient from them (torch.compile, torchtitan pull request 1033);
         ``fused``: one copy in fp32 (Megatron ``--cross-entropy-loss-fusion``); ``vocab_parallel``: two (without that flag);
-        ``eager``: PyTorch's functions one by one; ``gathered``: eager, on logits gathered over tp.
+        ``eager``: PyTorch's functions one by one; ``half``: the same without a copy in fp32; ``gathered``: eager, on logits gathered
+        over tp.
     weight_gradients : str
         ``fused``: added to the main gradients by the matrix product itself, or themselves the main gradients;
         ``placeholders``: likewise, but autograd is shown one tensor per weight shape, which stays (Transformer Engine 2

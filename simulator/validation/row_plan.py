@@ -10,7 +10,7 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Overlap, Plan, Precision, TensorParallel
 from simulator.validation.row import Row
-from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, kernels_of
+from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, TRACED, kernels_of
 from simulator.validation.row_layout import layout_of
 from simulator.validation.row_software import framework_of
 
@@ -54,10 +54,6 @@ _ALLTOALL_RECIPE = "QWEN3_235B_A22B_PRETRAIN_CONFIG_(H100|B200)"
 _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
 #: sources whose Megatron-LM could not yet reduce gradients beside the backward
 _NO_GRADIENT_OVERLAP = r"SC'21|MegaScale \(NSDI|Korthikanti|Zero Bubble"
-#: vTrain's configurations of one host say ``use_checkpoint``, yet its rows are sums to 0.01 %, of parts per step, per micro-batch, per
-#: layer and per both, in which every pipeline stage takes as long per layer as the last one; that one never computes anything again
-#: (VIA-Research/vTrain @f8dda84 src/predictor.py, ``create_layer_graph``). With recompute their products would need 99 % of the peak
-_NO_RECOMPUTE = r"vTrain ground truth \(single"
 #: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
 _BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama"
 
@@ -91,6 +87,9 @@ def plan_of(row: Row, model: Model) -> Plan:
     elif model.experts is not None and (row.has(_PAIRED, "overlap_notes", "notes") or row.has(FULL_ITERATION_RECIPE, "provenance")):
         schedule, table = _paired(row, degrees, schedule)
     overlap = _overlap(row, degrees, sequence_parallel)
+    if row.has(TRACED, "source"):
+        row.assume("collectives timed apart from the kernels: nothing is launched meanwhile (src/predictor.py)")
+        overlap = overlap.model_copy(update={"host_waits": True})
     if schedule != "dualpipe" and row.has("A100|H[128]00", "gpu"):
         overlap = overlap.model_copy(update={"queued": True})  # DeepSeek's kernels leave multiprocessors to communication
     return Plan(
@@ -215,7 +214,8 @@ def _paired(row: Row, degrees: dict[str, int], schedule: str) -> tuple[str, str 
 
 def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
     printed = row.default("recompute", "none", row.text("recompute"))
-    if row.has(_NO_RECOMPUTE, "source"):
+    if row.has(TRACED, "source"):
+        # the configurations say use_checkpoint; with recompute their products would need 99 % of the peak
         row.assume("no recompute: stages take as long per layer as the last one, which never recomputes in this source's own model")
         return "none", ("core_attn",)
     if printed == "none":
@@ -273,14 +273,12 @@ def _dispatcher(row: Row, model: Model) -> str:
     if row.has("node-limited", "overlap_notes"):
         row.assume("dispatcher: one copy per host, fanned out there (node-limited routing)")
         return "deepep"
-    if row.has(FULL_ITERATION_RECIPE, "provenance"):
-        return "deepep"
-    if not row.has("deepep|hybridep", "overlap_notes", "notes"):
+    if row.has(FULL_ITERATION_RECIPE, "provenance") or row.has("hybridep", "overlap_notes", "notes"):
+        return "hybridep"
+    if not row.has("deepep", "overlap_notes", "notes"):
         if not row.has("dispatcher|all-?to-?all", "overlap_notes", "notes"):
             row.assume("dispatcher not printed: alltoall")
         return "alltoall"
-    if row.has("hybridep", "overlap_notes", "notes"):
-        row.assume("HybridEP priced as DeepEP")
     return "deepep"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from simulator.scenario.framework import PRESETS, Framework
 from simulator.validation.row import Row
+from simulator.validation.row_kernels import TRACED
 
 #: sources of one software -> its habits, and how they are known
 _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
@@ -34,6 +35,7 @@ _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
     ("MosaicML", PRESETS["fsdp"] | {"cross_entropy": "in_place"}, "PyTorch FSDP with llm-foundry's fused cross-entropy"),
     ("BLOOM|MT-NLG", PRESETS["deepspeed"], "Megatron-DeepSpeed: flat fp32 copies, stage outputs and default buckets kept"),
     ("Zero Bubble|Korthikanti|SC'21|vTrain|MegaScale", PRESETS["megatron-2022"], "Megatron-LM before Transformer Engine"),
+    (TRACED, {"cross_entropy": "half"}, "PyTorch's cross-entropy in 16 bits (VIA-Research/vTrain @f8dda84 src/trainer.py)"),
 ]
 #: torchtitan's pages of June 2025: since its pull request 1033 (April) the loss is compiled wherever the model is
 _COMPILED_LOSS = r"torchtitan/benchmarks/\S*_2025-?06"

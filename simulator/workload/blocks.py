@@ -68,6 +68,14 @@ class Block:
     working_bytes: Number = 0.0
     matrices: tuple[tuple[str, Number], ...] = ()
 
+    def waited_for(self, axis: str) -> Block:
+        """Return the block with a host that waits for the collectives of an axis before it launches what follows."""
+        forward, backward = (
+            tuple(tuple(replace(op, holds=op.holds or op.axis == axis) for op in segment) for segment in segments)
+            for segments in (self.forward, self.backward)
+        )
+        return replace(self, forward=forward, backward=backward)
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -245,10 +253,13 @@ class BlockBuilder:
         """Append a collective and the one that its gradient needs."""
         self.add([(forward,)], [(replace(backward, grad="input"),)], modules=modules)
 
-    def exchange(self, name: str, forward: Number, backward: Number, modules: Iterable[str] = ()) -> None:
-        """Append an expert all-to-all that carries `forward` and `backward` bytes per copy of the local tokens."""
+    def exchange(self, name: str, forward: Number, backward: Number, modules: Iterable[str] = (), holds: bool = False) -> None:
+        """Append an expert all-to-all that carries `forward` and `backward` bytes per copy of the local tokens.
+
+        The host waits for it forward if it `holds`; its gradient repeats what was counted then.
+        """
         there, back = (Op(name, "all_to_all", bytes=size, axis="ep", routed=True) for size in (forward, backward))
-        self.collective(there, back, modules)
+        self.collective(replace(there, holds=holds), back, modules)
 
     def _repeat(self, entries: list[_Entry]) -> list[Segment]:
         """Return the segments that compute entries again: all of them, or up to the last one that leaves something to a gradient."""

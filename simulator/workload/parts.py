@@ -105,6 +105,15 @@ def residual(b: BlockBuilder, x: Shape, model: Model) -> None:
     b.memory("residual", 3 * size + mask, 3 * size + mask, mask)
 
 
+def bias_gradients(b: BlockBuilder, name: str, elements: Number) -> None:
+    """Sum gradients over the rows of a linear layer's result by a kernel of its own; Transformer Engine's products do it themselves.
+
+    A bias that is added behind its product (Megatron's ``skip_bias_add``) has such a sum, too, behind the kernel that adds it.
+    """
+    if b.kernels.backward != "functions":
+        b.memory(f"{name}.bias", 0.0, BF16 * elements, launches=(0, 1))
+
+
 def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = ()) -> tuple[Op | None, Op | None]:
     """Gather the sequence-parallel rows for column-parallel layers.
 
