@@ -340,3 +340,12 @@ def test_a_divided_embedding_masks_what_other_ranks_hold(tp, launches):
     block = blocks(dense(2, 256, positions=512), Plan(dp_shard=1, tp=tp), job())["embedding"]
     kernels = lambda op: op.launches if op.name == "embedding" else 0.0  # noqa: E731
     assert (total(block.forward, kernels), total(block.backward, kernels)) == launches
+
+
+def test_losses_for_the_log_pass_over_the_logits_again():
+    """Each is an fp32 copy (2 bytes read, 4 written) and a log-softmax that reads its rows from memory once (4, 4)."""
+    model = dense(2, 256)
+    block = blocks(model, Plan(dp_shard=1, framework={"metrics": 2}), job())["head"]
+    logged = total(block.forward, lambda op: op.bytes if op.name == "head.metrics" else 0.0)
+    assert logged == 2 * 14 * SEQUENCE * model.vocab
+    assert block.saved_bytes == blocks(model, Plan(dp_shard=1), job())["head"].saved_bytes

@@ -56,6 +56,8 @@ class Framework(Frozen):
         How linear layers in low precision cast. ``transformer_engine``: inputs and weights stay in low precision, scaled or laid out for
         both products. ``tensorwise``, ``rowwise``: torchao with one scale per tensor or per row; inputs stay in 16 bits and are cast
         again for the weight gradient, weights for every pass (``matmul_with_hp_or_float8_args``, torchao/float8/float8_linear.py).
+    metrics : int
+        Losses that are computed of every micro-batch's logits for the log, beside the one that is trained on, by eager PyTorch.
     stops_early : bool
         Whether recompute of a layer or of its modules ends with the last tensor that the backward needs, which leaves out the last
         product and what follows (PyTorch's non-reentrant checkpoint since 2.1, ``set_checkpoint_early_stop``; XLA, which computes
@@ -68,6 +70,7 @@ class Framework(Frozen):
     offloaded_layers: int = Field(default=0, ge=0)
     bucket_elements: int = Field(default=0, ge=0)
     casts: Casts = "transformer_engine"
+    metrics: int = Field(default=0, ge=0)
     stops_early: bool = False
 
     @model_validator(mode="before")

@@ -32,7 +32,12 @@ _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
         {"cross_entropy": "compiled", "weight_gradients": "fused", "stops_early": True},
         "XLA: one kernel for the loss, and nothing computed again that no gradient reads",
     ),
-    ("MosaicML", PRESETS["fsdp"] | {"cross_entropy": "in_place"}, "PyTorch FSDP with llm-foundry's fused cross-entropy"),
+    (
+        "MosaicML",
+        PRESETS["fsdp"] | {"cross_entropy": "in_place", "metrics": 2},
+        "PyTorch FSDP with llm-foundry's fused cross-entropy; Composer computes it twice more of every micro-batch, for the log "
+        "(`Trainer._train_microbatch`; llm-foundry's `use_train_metrics`)",
+    ),
     ("BLOOM|MT-NLG", PRESETS["deepspeed"], "Megatron-DeepSpeed: flat fp32 copies, stage outputs and default buckets kept"),
     ("Zero Bubble|Korthikanti|SC'21|vTrain|MegaScale", PRESETS["megatron-2022"], "Megatron-LM before Transformer Engine"),
     (TRACED, {"cross_entropy": "half"}, "PyTorch's cross-entropy in 16 bits (VIA-Research/vTrain @f8dda84 src/trainer.py)"),

@@ -61,6 +61,8 @@ LOSS_BYTES = {
     "gathered": (BF16 + 5 * FP32, 7 * FP32 + BF16),
     "parallel": (BF16 + 9 * FP32, 9 * FP32 + BF16),
 }
+#: bytes per logit of a loss for the log: the fp32 copy, and a log-softmax that reads a row for the second time from the cache
+METRIC_BYTES = BF16 + 3 * FP32
 #: kernels of each kind of loss, forward and backward, from the same files
 LOSS_LAUNCHES = {
     "in_place": (2, 1),
@@ -254,6 +256,9 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     if gathered:
         b.add([(Op("head.gather", "all_gather", bytes=seen * BF16, axis="tp"),)], [])
     b.memory("head.loss", *_of_loss(LOSS_BYTES, plan, x, seen), launches=_of_loss(LOSS_LAUNCHES, plan, x, 1.0))
+    if plan.framework.metrics:
+        logged = plan.framework.metrics * seen * METRIC_BYTES
+        b.memory("head.metrics", logged, 0.0, launches=(plan.framework.metrics * LOSS_LAUNCHES["eager"][0], 0.0))
     if not model.tied_embeddings:
         b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
     return b.build(x.split_tokens * model.hidden * BF16)
