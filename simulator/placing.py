@@ -57,8 +57,8 @@ def tier_bytes(scenario: Scenario, traffic: Traffic | None = None) -> pd.DataFra
 
     Notes
     -----
-    A ring enters every block that it lies over once per pass; an all-to-all sends to every member alike, a copy per expert or
-    (deepep) per domain; a pipeline sends to the next stage. The dearest tier is the most oversubscribed one, among equals
+    A ring enters every block that it lies over once per pass; an all-to-all sends to every member alike, of experts a copy per
+    expert or (deepep) per domain; a pipeline sends to the next stage. The dearest tier is the most oversubscribed one, among equals
     the innermost, which what leaves the outer ones passes, too.
     """
     plan, cluster, traffic = scenario.plan, scenario.cluster, traffic if traffic is not None else step_traffic(scenario)
@@ -73,7 +73,7 @@ def tier_bytes(scenario: Scenario, traffic: Traffic | None = None) -> pd.DataFra
     for (axis, kind), size in traffic.items():
         number = members(plan, axis)
         places = where[np.argsort(number, kind="stable")].reshape(int(number.max()) + 1, -1)
-        if kind == "all_to_all":
+        if kind == "all_to_all" and axis == "ep":
             size = size * _copies(scenario, places // domain)
         for name, block, _ in tiers:
             rows[name] += size * _crossings(places // block, kind, plan)

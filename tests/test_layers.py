@@ -257,6 +257,20 @@ def test_context_parallel_all_gather():
     assert "attn.ring.merge" not in {op.name for segment in half.forward for op in segment}
 
 
+def test_context_parallel_all_to_all():
+    """Rows are traded for heads before attention, whose one kernel sees all keys, and heads for rows after it; so are gradients."""
+    whole, half = layer(DENSE, False), layer(DENSE, False, cp=2, context_parallel="all_to_all")
+    rows = S / 2
+    inputs, output = 2.0 * rows * (4 + 2 * 2) * 16, 2.0 * rows * 4 * 16
+    assert collectives(half.forward, "cp") == [("all_to_all", inputs), ("all_to_all", output)]
+    assert collectives(half.backward, "cp") == [("all_to_all", output), ("all_to_all", inputs)]
+    assert all(len(segment) == 1 for segment in half.forward + half.backward if any(op.axis == "cp" for op in segment))
+    assert (only(half.forward, "attn.core").turns, only(half.forward, "attn.core").flop) == (1, only(whole.forward, "attn.core").flop / 2)
+    assert only(half.forward, "attn.inputs.copy").bytes == 2 * 2 * inputs
+    same = layer(DENSE, False, context_parallel="all_to_all")
+    assert only(same.forward, "attn.inputs.copy").bytes == 0
+
+
 # --- a mixture of experts ---
 
 
@@ -427,3 +441,12 @@ def test_a_rank_of_many_never_does_more_than_one_alone(model):
             for field in ("forward", "backward"):
                 assert total(getattr(part, field), lambda op: op.flop) <= total(getattr(alone, field), lambda op: op.flop)
             assert part.saved_bytes < alone.saved_bytes
+
+
+def test_recompute_that_stops_early_leaves_out_the_last_product_and_what_follows():
+    """PyTorch's non-reentrant checkpoint repeats all up to the activation, whose result the down-projection's gradient needs."""
+    whole, early = (layer(DENSE, False, tp=2, recompute="full", framework={"stops_early": stops}) for stops in (False, True))
+    again = [[op.name for segment in block.backward for op in segment if op.grad == "again"] for block in (whole, early)]
+    assert again[0][: len(again[1])] == again[1]
+    assert again[0][len(again[1]) :] == ["mlp.down", "mlp.scatter", "residual"]
+    assert early.saved_bytes == whole.saved_bytes

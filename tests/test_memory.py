@@ -14,9 +14,10 @@ from small import cluster
 
 from simulator.errors import ProfileError
 from simulator.feasibility import check, memory, minimum_accelerators
+from simulator.scenario.framework import PRESETS
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
-from simulator.scenario.plan import ELEMENT_BYTES, Overlap, Plan, Precision, Reserve
+from simulator.scenario.plan import ELEMENT_BYTES, EVERY_OTHER_PRODUCT, Overlap, Plan, Precision, Reserve
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import schedule
 from simulator.simulate import classify, node_seconds, simulate_step
@@ -218,7 +219,7 @@ def test_unfused_attention_is_korthikantis_formula():
 
 
 #: bytes per logit kept, and live at the loss; the norm's input and output are beside them
-LOSSES = {"in_place": (2, 2), "fused": (4, 6), "vocab_parallel": (4, 10), "eager": (4, 12)}
+LOSSES = {"in_place": (2, 2), "compiled": (2, 4), "fused": (4, 6), "vocab_parallel": (4, 10), "eager": (4, 12)}
 
 
 @pytest.mark.parametrize("cross_entropy", LOSSES)
@@ -230,6 +231,21 @@ def test_what_the_loss_keeps_of_the_logits(cross_entropy):
     logits = 16 * 512 / 2
     assert parts["activations"][3] == 16 * (TOKEN + 2 * 16) / 2 + kept * logits
     assert parts["buffers"][3] == max((live - kept) * logits, (2 - kept) * logits + 2 * 16 * 16, 16 * WORK_TOKEN / 2 - kept * logits)
+
+
+@pytest.mark.parametrize(("tp", "style", "live"), [(1, "torch", 12), (2, "torch", 16), (2, True, 12)])
+def test_pytorchs_loss_over_a_divided_vocabulary_makes_a_fourth_tensor(tp, style, live):
+    """Log-softmax, the picked words' gradient, its sum with the softmax, their product: all in fp32."""
+    wide = DENSE.model_copy(update={"vocab": 512})
+    p = plan(pp=4, tp=tp, overlap=Overlap(tp=style), framework={"cross_entropy": "eager", "weight_gradients": "fused"})
+    assert measured(wide, p)["buffers"][3] == (live - 4) * 16 * 512 / tp
+
+
+def test_eager_checkpointing_keeps_the_output_of_the_down_projection():
+    """It stores what it was told to, read or not; torch.compile drops what no gradient reads."""
+    by_operation = {"recompute": "selective", "recompute_modules": EVERY_OTHER_PRODUCT}
+    fused, eager = (layer_token(kernels={"gate": "separate", "pointwise": how}, **by_operation) for how in ("fused", "eager"))
+    assert eager - fused == 2 * 8
 
 
 def test_gathered_logits_are_not_split():
@@ -289,6 +305,27 @@ def test_low_precision_products_read_copies_of_the_weights(dtype):
     bf16, low = (only(measured(DENSE, plan(precision={"gemm": dtype, "parameters": p})), "weights") for p in ("bf16", dtype))
     assert bf16 == 2 * WHOLE + 2 * size * 4 * LAYER
     assert low == pytest.approx(size * WHOLE + size * 4 * LAYER, rel=1e-12)
+
+
+def test_one_scale_for_a_weight_needs_one_copy_of_it():
+    """Blackwell multiplies FP8 weights of one scale in either layout."""
+    size, low = ELEMENT_BYTES["fp8"], {"gemm": "fp8", "copies": 1}
+    bf16, fp8 = (only(measured(DENSE, plan(precision=low | {"parameters": p})), "weights") for p in ("bf16", "fp8"))
+    assert bf16 == 2 * WHOLE + size * 4 * LAYER
+    assert fp8 == pytest.approx(size * WHOLE)
+
+
+def test_torchao_keeps_its_inputs_in_16_bits():
+    """The same saved bytes in bf16 and in FP8, as torchtitan's published peaks have it."""
+    tokens = [layer_token(precision={"gemm": g}, framework=PRESETS["fsdp"]) for g in ("bf16", "fp8")]
+    assert tokens == [TOKEN, TOKEN]
+
+
+def test_matrices_gathered_one_by_one():
+    """DeepSpeed's ZeRO-3 of 2021 holds one whole matrix, here the head, and the gradients of two, not a layer."""
+    p = plan(dp_shard=4, zero=3, overlap=Overlap(by_tensor=True, prefetch=0))
+    whole = only(measured(DENSE, plan(dp_shard=4, zero=3, overlap=Overlap(prefetch=0))), "buffers")
+    assert whole - only(measured(DENSE, p), "buffers") == (2 + 2 * 4) * (LAYER - HEAD)
 
 
 def test_zero_3_casts_what_it_gathers():

@@ -16,7 +16,8 @@ from simulator.scenario.profiles import ACCELERATORS
 from simulator.validation.published import measured_step_s, published_runs, scenario_from_row, step_s, validate
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import _nic_bytes_per_s
-from simulator.validation.row_plan import _recompute, expand_layout
+from simulator.validation.row_layout import expand_layout
+from simulator.validation.row_plan import _recompute
 from simulator.workload.flop import count
 
 #: complete rows that become a scenario, by source; none is skipped
@@ -298,6 +299,7 @@ def test_products_of_experts_and_keys_as_their_sources_have_them(runs):
     kernels = scenario_from_row(row(runs, "dgxc-v25.02.02-grok1-h100-bf16-8"))[0].plan.kernels
     assert kernels.experts == "sequential"
     assert scenario_from_row(row(runs, "llama3-t4-16384-131072"))[0].plan.context_parallel == "all_gather"
+    assert scenario_from_row(row(runs, "simumax-llama3_70b_l12_tp2_cp4_pp1_dp1_seq32768_mbc4_cef"))[0].plan.context_parallel == "all_to_all"
 
 
 def test_blanks_are_blank_however_they_were_read(runs):
@@ -406,8 +408,9 @@ def test_chunks_that_only_words_tell(runs):
     assert megascale.plan.vpp == 6
     assert "virtual stages recalled, not printed: 6" in said
     llama, said = scenario_from_row(row(runs, "llama3-t4-8192-8192"))
-    assert (llama.plan.schedule, llama.plan.vpp, llama.plan.zero) == ("interleaved", 2, 1)
-    assert "virtual stages not printed: 2, the fewest that interleave" in said
+    assert (llama.plan.schedule, llama.plan.vpp, llama.plan.zero) == ("interleaved", 8, 1)
+    assert (llama.plan.layout or "").split("|") == ["E", *["t"] * 126, "L"]
+    assert any(words.startswith("virtual stages: a layer each") for words in said)
     every, _ = scenario_from_row(row(runs, "zb-1.5b-1f1b-i-24"))
     assert every.plan.vpp == 3
 

@@ -142,3 +142,11 @@ def test_a_bad_row_is_skipped_with_its_reason(change, reason):
 
 def test_summary_of_nothing():
     assert memory_summary(validate_memory(user_row(value_GiB="", outcome=""))).set_index("source").loc["all rows", "peaks"] == 0
+
+
+def test_torchtitan_compiles_its_loss_since_2025(table):
+    """The log-softmax of 2024 is three fp32 tensors; two 16-bit ones are left when the loss is compiled with the model."""
+    rows = table.set_index("id").loc[["mem-tt-8b-h200-32", "mem-tt-8b-128-compile", "mem-tt-8b-128-eager", "mem-tt-8b-8-f8"]]
+    assert rows["relative_error"].abs().max() <= 0.03
+    assert "loss compiled with the model" in rows.loc["mem-tt-8b-h200-32", "assumptions"]
+    assert "loss compiled" not in rows.loc["mem-tt-8b-128-compile", "assumptions"]

@@ -90,10 +90,10 @@ def known(cluster: Cluster) -> tuple[Topology, dict]:
     return built, _KNOWN[-1][2]
 
 
-def traffic_of(kind: str, plan: Plan) -> Traffic:
-    """Return who sends to whom in a collective of `kind`."""
+def traffic_of(kind: str, axis: str, plan: Plan) -> Traffic:
+    """Return who sends to whom in a collective of `kind` over the groups of `axis`."""
     if kind == "all_to_all":
-        return "rail_all_to_all" if plan.dispatcher == "deepep" else "all_to_all"
+        return "rail_all_to_all" if axis == "ep" and plan.dispatcher == "deepep" else "all_to_all"
     return "neighbours" if kind == "send" else "ring"
 
 
@@ -143,7 +143,7 @@ def share(plan: Plan, cluster: Cluster, axis: str, kind: str) -> Share | None:
         As in `simulator.workload.ops.Op`.
     """
     built, solved = known(cluster)
-    traffic = traffic_of(kind, plan)
+    traffic = traffic_of(kind, axis, plan)
     key = (_degrees(plan), axis, traffic, plan.pxn)
     if key not in solved:
         solved[key] = _solve(built, cluster, flows(plan, cluster, axis, traffic), traffic, plan.pxn)
@@ -216,14 +216,14 @@ def together(cluster: Cluster, patterns: Iterable[tuple[Plan, str, str]]) -> tup
     """
     patterns = tuple(patterns)
     built, solved = known(cluster)
-    key = tuple((_degrees(plan), axis, traffic_of(kind, plan), plan.pxn) for plan, axis, kind in patterns)
+    key = tuple((_degrees(plan), axis, traffic_of(kind, axis, plan), plan.pxn) for plan, axis, kind in patterns)
     if key not in solved:
         solved[key] = _together_factors(built, cluster, patterns)
     return solved[key]
 
 
 def _together_factors(built: Topology, cluster: Cluster, patterns: tuple[tuple[Plan, str, str], ...]) -> tuple[float, ...]:
-    kinds = [traffic_of(kind, plan) for plan, _, kind in patterns]
+    kinds = [traffic_of(kind, axis, plan) for plan, axis, kind in patterns]
     sent = [flows(plan, cluster, axis, traffic) for (plan, axis, _), traffic in zip(patterns, kinds, strict=True)]
     pxn = [plan.pxn and "all_to_all" in t for (plan, *_), t in zip(patterns, kinds, strict=True)]
     paths = [route(built, cluster, s, p) for s, p in zip(sent, pxn, strict=True)]

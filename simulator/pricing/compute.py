@@ -23,6 +23,9 @@ _KEYS = 4096
 #: weights that nobody has read: 0.7 to 1.1 by the grouped products of 128 to 1,232 rows that MooreThreads/SimuMax @e691807
 #: configs/system/b200_bf16_ceperm.json has measured on B200, 0.3 to 0.5 on one H100 (cuBLAS of CUDA 13.0, four streams, 256 to 2,048 rows)
 COLD_WEIGHTS = 0.75
+#: queries of one head that a multiprocessor takes at a time, and heads times queries at which attention is benchmarked
+_QUERIES = 128
+_HEADS_QUERIES = 16 * 16384
 #: elements in 16 bits
 _PER_16_BITS = {"fp4": 4.0, "fp8": 2.0}
 #: bytes per element of the result that benchmarks of products write
@@ -134,7 +137,14 @@ def gemm_s(
 
 
 def attention_s(
-    flop: Number, size: Number, width: Number, keys: Number, backward: bool, accelerator: Accelerator, generation: str = "flash"
+    flop: Number,
+    size: Number,
+    width: Number,
+    keys: Number,
+    heads_queries: Number,
+    backward: bool,
+    accelerator: Accelerator,
+    generation: str = "flash",
 ) -> Number:
     """Return seconds of fused attention.
 
@@ -144,23 +154,36 @@ def attention_s(
         Mean of the key and value widths of a head.
     keys : Number
         Mean number of keys that a query sees.
+    heads_queries : Number
+        Heads times queries of one kernel.
     generation : str
         ``flash`` for the hardware's fastest kernels in bf16, ``flash_fp8`` in 8 bits, or an older generation of ``older_attention``.
 
     Notes
     -----
     The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones at
-    no more, and at ``keys / (keys + keys_ramp)``.
+    no more, at ``keys / (keys + keys_ramp)``, and at ``n / (n + tiles_ramp)`` for n tiles of 128 queries per multiprocessor. In 16 bits
+    the matrix units do no more in attention than in products: both draw the power that sets the clock of a long step (`_sustained`).
     """
     ramp, short = accelerator.head_ramp, accelerator.keys_ramp or 0
     narrow = np.minimum(width / (width + ramp) * (128 + ramp) / 128, 1.0)
     narrow = narrow * keys / (keys + short) * (_KEYS + short) / _KEYS
+    idle = (accelerator.tiles_ramp or 0) * accelerator.multiprocessors * _QUERIES
+    narrow = narrow * heads_queries / (heads_queries + idle) * (_HEADS_QUERIES + idle) / _HEADS_QUERIES
     share = accelerator.attention_efficiency["backward" if backward else "forward"] * accelerator.older_attention.get(generation, 1.0)
-    share = (
-        share * narrow * _in_training(accelerator, "attention") * ((accelerator.fp8_attention or 1.0) if generation == "flash_fp8" else 1.0)
-    )
+    share = share * narrow * _in_training(accelerator, "attention")
+    share = share * (accelerator.fp8_attention or 1.0) if generation == "flash_fp8" else np.minimum(share, _sustained(accelerator))
     seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
     return _launched(seconds, flop, accelerator)
+
+
+def _sustained(accelerator: Accelerator) -> float:
+    """Return the share of the bf16 peak that the matrix units keep up in a step: that of large products.
+
+    Published, on B200 at 1000 W (MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json): 0.45 to 0.51 in large products, 0.495
+    in the forward of attention over 131,072 tokens, where short runs of both reach 0.65 and more.
+    """
+    return accelerator.gemm_efficiency[_run_as(accelerator, "bf16")] * _in_training(accelerator, "gemm")
 
 
 def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0, gathers: bool = False, addressed: Number = 0.0) -> Number:
@@ -172,10 +195,14 @@ def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0, gat
         Whether they gather or scatter rows (`GATHERING`).
     addressed : Number
         Elements of those kernels that compute every place, which takes longer than their bytes (`ADDRESSED_FLOP`).
+
+    Notes
+    -----
+    ``launches * launch + bytes / bandwidth``: each starts when the one before it has drained, so that nothing streams meanwhile.
     """
-    moved = _streamed(size, accelerator) / (GATHERING if gathers else 1.0)
     computed = addressed * ADDRESSED_FLOP / accelerator.peak_flop_per_s["fp32"]
-    return _launched(moved + computed, size + addressed, accelerator, launches)
+    seconds = launches * accelerator.launch_s + _streamed(size, accelerator) / (GATHERING if gathers else 1.0) + computed
+    return np.where(np.asarray(size + addressed) > 0, seconds, 0.0)
 
 
 def host_wait_s(launches: Number, meanwhile_s: Number, dispatch_s: float | None) -> Number:
@@ -212,6 +239,6 @@ def _in_training(accelerator: Accelerator, part: InTraining) -> Number:
     return accelerator.in_training.get(part, 1.0)
 
 
-def _launched(seconds: Number, work: Number, accelerator: Accelerator, launches: Number = 1.0) -> Number:
+def _launched(seconds: Number, work: Number, accelerator: Accelerator) -> Number:
     """No kernel is shorter than a launch; no work takes no time."""
-    return np.where(np.asarray(work) > 0, np.maximum(seconds, launches * accelerator.launch_s), 0.0)
+    return np.where(np.asarray(work) > 0, np.maximum(seconds, accelerator.launch_s), 0.0)

@@ -64,7 +64,7 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     if op.kind == "send":
         seconds = collectives.send_s(op.bytes, members, cluster)
     elif op.kind == "all_to_all":
-        out, fan = _copies(model, plan, cluster)
+        out, fan = _copies(op, model, plan, cluster)
         seconds = collectives.expert_all_to_all_s(op.bytes, members, cluster, out, fan)
     else:
         seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster) / cluster.accelerator.in_training.get("collectives", 1.0)
@@ -101,7 +101,8 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         return compute.gemm_s(op.flop, op.bytes, *shape, grouped, cluster.accelerator, whole, batched, op.written)
     if op.kind == "attention":
         width, backward = (op.k + op.n) / 2, op.grad == "input"
-        return compute.attention_s(op.flop, op.bytes, width, keys_of(op), backward, cluster.accelerator, plan.kernels.attention)
+        seen, rows = keys_of(op), op.m * op.groups
+        return compute.attention_s(op.flop, op.bytes, width, seen, rows, backward, cluster.accelerator, plan.kernels.attention)
     return compute.memory_s(op.bytes, cluster.accelerator, op.launches, gathers=op.name.endswith("permute"), addressed=op.addressed)
 
 
@@ -163,11 +164,14 @@ def measured_ranks(op: Op, cluster: Cluster) -> list[int]:
     return [int(name.removeprefix(start)) for name in cluster.host.collectives if name.startswith(start)]
 
 
-def _copies(model: Model, plan: Plan, cluster: Cluster) -> tuple[Number, Number]:
-    """Return the copies of a token that leave its scale-up domain, and that travel inside one."""
+def _copies(op: Op, model: Model, plan: Plan, cluster: Cluster) -> tuple[Number, Number]:
+    """Return the copies of a token, or the parts of an evenly exchanged buffer, that leave the scale-up domain, and that stay in it."""
+    members = placed(plan, op.axis, cluster.host.accelerators)
+    inside, domains = collectives.crossings(members, cluster)
+    if op.axis != "ep":
+        return (members.size - inside) / members.size, (inside - 1) / members.size
     assert model.experts is not None
-    members = placed(plan, "ep", cluster.host.accelerators)
-    return copies(model.experts, plan.dispatcher, members.size, *collectives.crossings(members, cluster))
+    return copies(model.experts, plan.dispatcher, members.size, inside, domains)
 
 
 #: bytes that a ring collective moves in device memory per byte of its buffer: the neighbour writes, the next step reads; a
@@ -184,7 +188,7 @@ def device_bytes(op: Op, model: Model, plan: Plan, cluster: Cluster) -> Number:
     scale-up domain has come there before.
     """
     if op.kind == "all_to_all":
-        out, fan = _copies(model, plan, cluster)
+        out, fan = _copies(op, model, plan, cluster)
         return 2.0 * op.bytes * (out + fan)
     return (_PASSES[op.kind] + (2.0 if op.listed else 0.0)) * op.bytes
 

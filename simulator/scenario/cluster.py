@@ -55,6 +55,10 @@ class Accelerator(Facts):
     keys_ramp : int
         Keys per query that cost fused attention half of its speed, on tiles that the mask cuts and on short loops; the published
         efficiency is that of 4,096 keys, a causal sequence of 8,192. Left out: any number is as fast.
+    tiles_ramp : float
+        Tiles of queries per multiprocessor that cost fused attention half of its speed: a mask makes them uneven, so that the
+        last ones leave other multiprocessors idle; the published efficiency is that of 16 heads and 16,384 queries. Left out:
+        any number is as fast.
     fp8_attention : float
         Speed of fused attention in 8 bits over that in bf16; the same where left out.
     older_attention : dict
@@ -84,6 +88,7 @@ class Accelerator(Facts):
     last_wave_recovered: float = Field(ge=0, le=1)
     head_ramp: int = Field(ge=0)
     keys_ramp: int | None = Field(default=None, ge=0)
+    tiles_ramp: float | None = Field(default=None, ge=0, lt=10)
     fp8_attention: float | None = Field(default=None, ge=1, lt=2.5)
     older_attention: dict[Literal["flash2", "flash1"], Fraction] = {}
     in_training: dict[InTraining, Annotated[float, Field(gt=0.3, lt=2.0)]] = {}

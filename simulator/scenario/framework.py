@@ -1,4 +1,4 @@
-"""What a training framework keeps in memory beside the states of ZeRO and the activations that autograd saves."""
+"""What a training framework keeps in memory beside the states of ZeRO and the activations that autograd saves, and computes again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from simulator.scenario.facts import Frozen
 
-CrossEntropy = Literal["in_place", "fused", "vocab_parallel", "eager", "gathered"]
+CrossEntropy = Literal["in_place", "compiled", "fused", "vocab_parallel", "eager", "gathered"]
 WeightGradients = Literal["fused", "placeholders", "kept", "copied"]
+NarrowInputs = Literal["cast", "wide"]
 
 #: name -> habits of frameworks that their repositories show; `Framework` itself is today's Megatron
 PRESETS: dict[str, dict[str, Any]] = {
@@ -21,12 +22,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "keeps_outputs": True,
         "bucket_elements": 1_000_000_000,
     },
-    "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused"},
+    "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused", "stops_early": True, "narrow_inputs": "wide"},
 }
 
 
 class Framework(Frozen):
-    """Habits of a training framework that decide what stays in memory.
+    """Habits of a training framework that decide what stays in memory and what is computed again.
 
     In a scenario file a name stands for a preset: ``megatron`` (the default), ``megatron-2022`` (before Transformer
     Engine), ``deepspeed``, ``fsdp``.
@@ -35,6 +36,7 @@ class Framework(Frozen):
     ----------
     cross_entropy : str
         What the loss keeps of the logits. ``in_place``: their gradient overwrites them (Transformer Engine, Liger);
+        ``compiled``: they stay, and one kernel makes their gradient from them (torch.compile, torchtitan pull request 1033);
         ``fused``: one copy in fp32 (Megatron ``--cross-entropy-loss-fusion``); ``vocab_parallel``: two (without that flag);
         ``eager``: PyTorch's functions one by one; ``gathered``: eager, on logits gathered over tp.
     weight_gradients : str
@@ -49,6 +51,13 @@ class Framework(Frozen):
         Transformer layers per replica whose saved activations wait in the host's memory; their traffic is not priced.
     bucket_elements : int
         Gradient elements that are copied into buckets for their reduction; 0 where they are reduced in place.
+    narrow_inputs : str
+        What a linear layer in low precision keeps of its input for the weight gradient. ``cast``: the input in low precision
+        (Transformer Engine); ``wide``: in 16 bits, to be cast again (torchao, ``matmul_with_hp_or_float8_args``,
+        torchao/float8/float8_linear.py).
+    stops_early : bool
+        Whether full recompute of a layer ends with the last tensor that its backward needs, which leaves out its last product
+        and what follows (PyTorch's non-reentrant checkpoint since 2.1, ``set_checkpoint_early_stop``); else it repeats all.
     """
 
     cross_entropy: CrossEntropy = "fused"
@@ -56,6 +65,8 @@ class Framework(Frozen):
     keeps_outputs: bool = False
     offloaded_layers: int = Field(default=0, ge=0)
     bucket_elements: int = Field(default=0, ge=0)
+    narrow_inputs: NarrowInputs = "cast"
+    stops_early: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -63,6 +63,10 @@ class Precision(Frozen):
         What tensor-parallel all-gathers carry ahead of linear layers. None: what those multiply when that is narrower than 16 bits,
         as Transformer Engine casts before it gathers (``gather_along_first_dim``, transformer_engine/pytorch/distributed.py), and
         torchao with one scale per tensor (torchao/float8/float8_tensor_parallel.py), else 16 bits. Sums are scattered in 16 bits.
+    copies : int
+        Copies of a weight that narrow products read: 2, scaled along rows or laid out by rows and along columns; 1 where one scale
+        serves a whole tensor and the matrix units take either layout, as Blackwell's do in FP8 (``nvte_is_non_tn_fp8_gemm_supported``,
+        NVIDIA/TransformerEngine transformer_engine/common/gemm/cublaslt_gemm.cu; pytorch/csrc/quantizer.cpp).
     """
 
     parameters: Dtype = "bf16"
@@ -75,6 +79,7 @@ class Precision(Frozen):
     combine: Dtype = "bf16"
     gradient_reduce: Dtype = "fp32"
     gather: Dtype | None = None
+    copies: Literal[1, 2] = 2
 
     @property
     def gathered(self) -> Dtype:
@@ -260,7 +265,7 @@ class Plan(Frozen, _Degrees):
     context_parallel : str
         How context parallelism moves the sequence: ``ring`` passes keys and values on beside attention, ``all_gather`` gathers them
         before it and again before its backward, after which their gradients are reduced (Llama 3), ``all_to_all`` trades sequence
-        for heads (Ulysses) and keeps the output of both sides; its messages are priced as those of ``ring``.
+        for heads before it and heads for sequence after it (Ulysses), and keeps the output of both sides.
     kernels : Kernels
         Which generation of kernels the training stack runs.
     framework : Framework

@@ -21,6 +21,8 @@ _WHERE = ("provenance", "notes")
 _FRAMEWORK = r"dgxc-benchmarking/(maxtext|paxml)/"
 #: sources that time two frameworks beside each other: pattern of `notes`
 _COMPARED = r"^(ZeRO-3|PTD|MegaScale|Megatron-LM);"
+#: how a source that measured again in a newer container tells its rows apart: pattern of `precision`
+_AGAIN = r"mp_mode=(\w+)"  # MosaicML
 #: columns that say what ran and how, without the words about its options
 CONFIGURATION = (
     "model", "layers", "hidden", "ffn_hidden", "heads", "kv_heads", "seq_len", "gpu", "gpus", "tp", "pp", "vpp", "cp", "ep", "etp",
@@ -52,8 +54,8 @@ def _release(row: Mapping[str, Any]) -> str:
             if found:
                 version = next(text for text in found.groups() if text)
                 return f"{cells.text('source')} {version}" + (f" {framework.group(1)}" if framework else "")
-    compared = re.search(_COMPARED, cells.text("notes"))
-    return " ".join(filter(None, [cells.text("source"), cells.text("year"), compared.group(1) if compared else ""]))
+    told = (re.search(_COMPARED, cells.text("notes")), re.search(_AGAIN, cells.text("precision")))
+    return " ".join(filter(None, [cells.text("source"), cells.text("year"), *(found.group(1) for found in told if found)]))
 
 
 def family_of(name: str) -> str:

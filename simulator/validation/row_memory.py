@@ -11,7 +11,7 @@ from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import cluster_of
-from simulator.validation.row_model import model_of
+from simulator.validation.row_model import BLOOM_VOCAB, model_of
 from simulator.validation.row_plan import job_of, plan_of
 
 #: columns of a training run that describe the model and that a memory row lacks
@@ -24,9 +24,17 @@ _VOCABULARIES = {
     "Llama-3": 128256,
     "Qwen": 151936,
     "DeepSeek": 129280,
-    "Tencent Hunyuan 3": 120832,
 }
 
+#: beginning of a model's name -> dimensions that its memory rows leave out: tencent/Hy3 config.json, as the source of the rows lists
+#: it (yangwhale/gpu-tpu-pedia @33cf8c3 gpu/a4x-max/07-megatron-training/07f-gb300-hy3-295b-gke)
+_DIMENSIONS_OF = {
+    "Tencent Hunyuan 3": {"ffn_hidden": "13312", "head_dim": "128", "vocab": "120832", "shared_experts": "1", "dense_layers": "1"}
+}
+#: recipes whose optimizer keeps, beside bf16 weights, the low 16 bits of their masters: ``distributed_fused_adam`` of Apex, with
+#: ``store_param_remainders`` where weights are bf16 (NVIDIA/dgxc-benchmarking @8f5cbb3 nemotron/nemotron4-340b-synth.yaml;
+#: NVIDIA/NeMo nemo/collections/nlp/models/language_modeling/megatron_base_model.py, ``setup_optimization``)
+_REMAINDERS = r"dgxc-benchmarking/nemotron/\S*@v24\.11|dgxc-benchmarking/nemotron/\S*@v25\.02"
 #: sources whose public recipe of DeepSeek-V3 keeps Adam's moments in bf16
 _BF16_MOMENTS = "Megatron-Bridge|gpu-tpu-pedia"
 
@@ -61,6 +69,10 @@ def _filled(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> 
     if run is not None:
         notes = {name: "; ".join(filter(None, (own.text(name), Row(run).text(name)))) for name in ("notes", "overlap_notes")}
         return _assumed({**run, **{name: value for name, value in cells.items() if own.text(name)}, **notes}, [])
+    known = next((v for k, v in _DIMENSIONS_OF.items() if own.text("model").startswith(k)), None)
+    if known is not None:
+        missing = {name: value for name, value in known.items() if not own.text(name)}
+        return _assumed({**cells, **missing}, [f"{', '.join(missing)} not printed: those of its published configuration"])
     like = next((r for r in runs.values() if r["model"] == own.text("model") and r["hidden"] == own.text("hidden")), None)
     if like is None:
         return _assumed(dict(cells), [])
@@ -79,7 +91,8 @@ def _assumed(cells: dict[str, Any], said: list[str]) -> Row:
             cells[column] = str(value)
             said.append(f"{column} not printed: {value}, {why}")
 
-    assume("vocab", next((v for k, v in _VOCABULARIES.items() if row.text("model").startswith(k)), None), "of its usual tokenizer")
+    usual = next((v for k, v in _VOCABULARIES.items() if row.text("model").startswith(k)), None)
+    assume("vocab", BLOOM_VOCAB if row.has("BLOOM", "source") else usual, "of its usual tokenizer")
     if hidden:
         assume("layers", _layers(row, hidden), "from the parameters in its name")
         plain = row.text("model").startswith(("GPT", "MT-NLG", "BLOOM"))
@@ -114,8 +127,6 @@ def _layers(row: Row, hidden: int) -> int | None:
 def _with_software(row: Row, plan: Plan) -> Plan:
     """Return the plan with the dtypes and dimensions by which the row's software decides memory and not time."""
     changes: dict[str, Any] = {}
-    if row.has("Ulysses", "overlap_notes"):
-        changes["context_parallel"] = "all_to_all"
     dtypes = _dtypes(row, plan)
     if dtypes:
         changes["precision"] = plan.precision.model_copy(update=dtypes)
@@ -128,12 +139,15 @@ def _with_software(row: Row, plan: Plan) -> Plan:
     return plan.model_copy(update=changes)
 
 
-def _dtypes(row: Row, plan: Plan) -> dict[str, str | None]:
+def _dtypes(row: Row, plan: Plan) -> dict[str, Any]:
     """Return the datatypes of the states where the software is known to differ from what the time of a row needs."""
-    found: dict[str, str | None] = {}
+    found: dict[str, Any] = {}
     if plan.precision.gemm in ("fp8", "fp4") and plan.zero < 3:
         row.assume("weights kept in FP8 (fp8_param_gather): recipes of Megatron, NeMo and Megatron-Bridge")
         found["parameters"] = "fp8"
+    if plan.precision.gemm == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x", "precision"):
+        row.assume("one copy of a weight in FP8: one scale for it, either layout")
+        found["copies"] = 1
     return found | _states(row, plan)
 
 
@@ -146,6 +160,9 @@ def _states(row: Row, plan: Plan) -> dict[str, str | None]:
     if row.has("Korthikanti", "source"):
         row.assume("gradients in fp32: 18 bytes per parameter, as the paper counts them")
         return {"gradients": "fp32"}
+    if row.has(_REMAINDERS, "provenance") and plan.precision.gemm == "bf16":
+        row.assume("masters kept as the low 16 bits beside bf16 weights: distributed_fused_adam")
+        return {"master": "bf16"}
     if row.has(_BF16_MOMENTS, "source") and row.text("model").startswith("DeepSeek-V3"):
         row.assume("Adam moments in bf16: the public recipe of DeepSeek-V3")
         return {"moments": "bf16"}

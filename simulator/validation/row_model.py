@@ -37,7 +37,7 @@ _STYLES: dict[str, tuple[dict[str, bool], str]] = {
 #: GPT-2's 50,257 tokens, padded by Megatron for eight tensor-parallel ranks
 _GPT_VOCAB = 51200
 #: BLOOM's 250,680 tokens, padded by Megatron (config.json of bigscience/bloom)
-_BLOOM_VOCAB = 250880
+BLOOM_VOCAB = 250880
 #: runs of Megatron-LM and its forks, which pad every vocabulary (megatron/tokenizer/tokenizer.py, ``_vocab_size_with_padding``), also
 #: one that tp divides
 _PADS = r"vTrain ground truth \(multi|SC'21|Korthikanti|MT-NLG"
@@ -75,8 +75,8 @@ def model_of(row: Row) -> Model:
 def _divisible_vocab(row: Row, vocab: int) -> int:
     tp = row.whole("tp") or 1
     if row.has("vocab '250k'", "notes"):
-        row.assume(f"vocabulary printed rounded: {_BLOOM_VOCAB:,}, as BLOOM was trained")
-        return _BLOOM_VOCAB
+        row.assume(f"vocabulary printed rounded: {BLOOM_VOCAB:,}, as BLOOM was trained")
+        return BLOOM_VOCAB
     if row.has(_CUTS, "source"):
         row.assume("vocabulary not padded: every tensor-parallel rank has a whole part of it, rounded down")
         return vocab // tp * tp

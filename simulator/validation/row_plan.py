@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from simulator.errors import ProfileError
 from simulator.scenario.job import Job
@@ -11,6 +11,7 @@ from simulator.scenario.model import Model
 from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Overlap, Plan, Precision, TensorParallel
 from simulator.validation.row import Row
 from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, kernels_of
+from simulator.validation.row_layout import layout_of
 from simulator.validation.row_software import framework_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
@@ -20,7 +21,6 @@ _NOT_MODELLED = {
     r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
     r"fp8 all-gather": "FP8 parameter gather",
     r"paged[_ ]stash": "paged stash of activations",
-    r"Ulysses": "Ulysses context parallelism",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
 #: words for tensor-parallel collectives in pieces beside their products
@@ -45,7 +45,8 @@ _RECIPES_IN_PIECES = [
 ]
 #: words for expert all-to-all beside the compute of another micro-batch
 _PAIRED = (
-    r"moe_a2a_overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap|overlap_moe_expert_parallel_comm=True|A2A_OVERLAP=1|DualPipe overlaps"
+    r"(?:moe_a2a_|a2a-)overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap"
+    "|overlap_moe_expert_parallel_comm=True|A2A_OVERLAP=1|DualPipe overlaps"
 )
 #: recipes that name a backend of the flexible dispatcher and set ``moe_token_dispatcher_type = "alltoall"``, so that it is not used
 #: (NVIDIA-NeMo/Megatron-Bridge @05c0c90 scripts/performance/configs/qwen/qwen3_llm_pretrain.py)
@@ -99,12 +100,12 @@ def plan_of(row: Row, model: Model) -> Plan:
         micro_batch=row.default("micro-batch", 1, row.whole("mbs")),
         schedule=schedule,
         table=table,
-        layout=_layout(row, model, degrees["pp"] * (1 if schedule == "dualpipe" else degrees["vpp"])),
+        layout=layout_of(row, model, degrees["pp"] * (1 if schedule == "dualpipe" else degrees["vpp"])),
         recompute=recompute,
         recompute_modules=modules,
         sequence_parallel=sequence_parallel,
         dispatcher=_dispatcher(row, model),
-        context_parallel="all_gather" if row.has("all-gather CP", "overlap_notes", "notes") else "ring",
+        context_parallel=_context_parallel(row),
         precision=_precision(row),
         overlap=overlap,
         kernels=kernels_of(row),
@@ -151,6 +152,12 @@ def _degrees(row: Row, model: Model) -> dict[str, int]:
     return degrees
 
 
+def _context_parallel(row: Row) -> Literal["ring", "all_gather", "all_to_all"]:
+    if row.has("Ulysses", "overlap_notes"):
+        return "all_to_all"
+    return "all_gather" if row.has("all-gather CP", "overlap_notes", "notes") else "ring"
+
+
 def _zero(row: Row) -> int:
     if row.has("Llama 3 Herd", "source"):
         row.assume("gradients accumulated over the micro-batches and reduced once: section 3.3.2 of the paper")
@@ -160,7 +167,9 @@ def _zero(row: Row) -> int:
 
 def _said_chunks(row: Row, model: Model, pp: int) -> int | None:
     """Return the model chunks of a pipeline rank that only the notes of a row tell, None when they do not."""
-    if row.has("every layer is its own chunk", "notes"):
+    if row.has("Llama 3 Herd", "source"):
+        row.assume("virtual stages: a layer each, as the first has only the embedding and the last only the output (section 3.3.2)")
+    if row.has("every layer is its own chunk", "notes") or row.has("Llama 3 Herd", "source"):
         return (model.layers + 2) // pp  # embedding and head count as a layer each
     said = re.search(r"vpp not in the table \((\d+) for 175B", row.text("notes"))
     if said and row.text("model") == "GPT 175B":
@@ -203,49 +212,6 @@ def _paired(row: Row, degrees: dict[str, int], schedule: str) -> tuple[str, str 
     micro_batches = row.need("gbs") // (dp * (row.whole("mbs") or 1))
     pairs = " ".join(f"0F{i + 1}+0B{i}" for i in range(micro_batches - 1))
     return "table", f"0F0 {pairs} 0B{micro_batches - 1}\n"
-
-
-def _layout(row: Row, model: Model, chunks: int) -> str | None:
-    """Return how the layers share out over the stages, None for evenly.
-
-    A layout on the row wins. Megatron's recipes for models that do not divide count embedding and head as one layer
-    each (Llama 405B, Qwen3-235B, BLOOM), or fill every stage and leave the rest to the last (DeepSeek-V3).
-    """
-    printed = re.search(r"pp_layout[= ]([^;\s]+)", row.text("overlap_notes"))
-    if printed:
-        return _checked_layout(expand_layout(printed.group(1)), model, chunks)
-    if chunks == 1 or (model.layers % chunks == 0 and not model.mtp_layers):
-        return None
-    each = -(-model.layers // chunks)
-    rest = model.layers - each * (chunks - 1)
-    if model.latent is not None and rest > 0:
-        row.assume("stages not printed: filled in order, the last with the rest, MTP and head (recipes of DeepSeek-V3)")
-        return "|".join(["E" + _t(each), *[_t(each)] * (chunks - 2), _t(rest) + "m" * model.mtp_layers + "L"])
-    if (model.layers + 2) % chunks == 0 and not model.mtp_layers:
-        row.assume("stages not printed: embedding and head count as one layer each")
-        each = (model.layers + 2) // chunks
-        return "|".join(["E" + _t(each - 1), *[_t(each)] * (chunks - 2), _t(each - 1) + "L"])
-    row.assume("stages not printed: balanced by FLOP")
-    return "balanced"
-
-
-def _t(layers: int) -> str:
-    return f"t*{layers}" if layers > 1 else "t" * layers
-
-
-def expand_layout(text: str) -> str:
-    """Return a layout in Megatron's letters without brackets: ``Et*4|(tttt|)*2tmL`` is ``Et*4|t*4|t*4|tmL``."""
-    text = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m.group(1) * int(m.group(2)), text)
-    text = re.sub(r"t\*(\d+)", lambda m: "t" * int(m.group(1)), text)
-    return re.sub(r"tt+", lambda m: _t(len(m.group(0))), text)
-
-
-def _checked_layout(layout: str, model: Model, chunks: int) -> str:
-    letters = re.sub(r"t\*(\d+)", lambda m: "t" * int(m.group(1)), layout)
-    found = {"layers": letters.count("t"), "MTP layers": letters.count("m"), "chunks": letters.count("|") + 1}
-    if found != {"layers": model.layers, "MTP layers": model.mtp_layers, "chunks": chunks}:
-        raise ProfileError("printed layout contradicts the model or the stages")
-    return layout
 
 
 def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:

@@ -36,6 +36,10 @@ RING_PASSES: dict[str, tuple[float, float, float]] = {"forward": (1.0, 3.0, 3.0)
 #: share of the rows that a further kernel of balanced causal ring attention takes: all of them and half of the keys, or half of
 #: them and all keys, each as often as the other (the same)
 RING_ROWS = 0.75
+#: times that a tensor is copied, read and written, when sequence is traded for heads: into an order by rank before it is sent, and by
+#: its halves of the sequence where it comes; before the scores the other way round. NVIDIA/TransformerEngine @9c61cd7, the same file,
+#: ``flash_attn_a2a_communicate`` (sequence first, as Megatron lays it out)
+EXCHANGE_COPIES = 2
 #: times that eager rotary embedding reads or writes its rows, most of them in fp32
 EAGER_ROTARY_PASSES = 14
 #: the same, forward and backward, of Megatron's own in 16 bits where Transformer Engine's kernel does not scale (megatron/core/models/
@@ -76,7 +80,10 @@ def _core_attention(
     """
     fused = b.kernels.attention not in SCORE_BYTES
     cores = _fused_core(x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim)
-    forward, backward = _across(x, *cores, x.tokens * x.cp * kv_width * BF16)
+    if x.context_parallel == "all_to_all":
+        forward, backward = _exchanged(x, *cores, x.tokens * (heads * qk_dim + kv_width) * BF16, x.tokens * heads * v_dim * BF16)
+    else:
+        forward, backward = _across(x, *cores, x.tokens * x.cp * kv_width * BF16)
     if fused and x.context_parallel == "ring":
         merged = x.tokens * heads * BF16
         forward, backward = forward + [_merge(x, merged * v_dim, "forward")], backward + [_merge(x, merged * qk_dim, "backward")]
@@ -102,6 +109,24 @@ def _across(x: Shape, forward: list[Segment], backward: list[Segment], keys: Num
     ring = Op("attn.ring", "all_gather", bytes=keys, axis="cp")
     back = replace(ring, bytes=2 * keys, grad="input")
     return [(forward[0][0], ring), *forward[1:]], [(backward[0][0], back), *backward[1:]]
+
+
+def _exchanged(
+    x: Shape, forward: list[Segment], backward: list[Segment], inputs: Number, output: Number
+) -> tuple[list[Segment], list[Segment]]:
+    """Return attention over all keys for some heads, which the ranks trade their rows for: `inputs` bytes before it, `output` after it.
+
+    The gradients go the same way back. Copies of one tensor run beside the messages of the next, but queries are most of the bytes.
+    """
+    several = 1.0 * (np.asarray(x.cp) > 1)
+
+    def trade(name: str, size: Number, tensors: int, grad: str = "") -> list[Segment]:
+        copies = {"bytes": several * 2 * EXCHANGE_COPIES * size, "launches": several * EXCHANGE_COPIES * tensors}
+        talk = Op(f"attn.{name}.exchange", "all_to_all", bytes=size, axis="cp", grad=grad)
+        return [(Op(f"attn.{name}.copy", "memory", grad=grad, **copies),), (talk,)]
+
+    there = [*trade("inputs", inputs, 3), *forward, *trade("output", output, 1)]
+    return there, [*trade("output", output, 1, "input"), *backward, *trade("inputs", inputs, 3, "input")]
 
 
 def _of_softmax(b: BlockBuilder, x: Shape, heads: Number, what: dict[str, Any]) -> Number:
@@ -168,7 +193,7 @@ def _unfused_core(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: 
 def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
     """Append grouped-query attention: norm, one projection to queries, keys and values, rotary, scores and values, output."""
     h, dim, heads, kv = model.hidden, model.head_dim, model.heads, model.kv_heads
-    norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
+    norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.kept)
     local_heads, local_kv = heads / x.tp, np.maximum(kv / x.tp, 1.0)
     width = (local_heads + 2 * local_kv) * dim
     column_parallel(b, "attn", "attn.qkv", x, h, width)
@@ -216,14 +241,14 @@ def latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -
     h, mla, heads = model.hidden, model.latent, model.heads / x.tp
     assert mla is not None
     qk = mla.nope_dim + mla.rope_dim
-    norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
+    norm(b, "attn.norm", x.split_tokens, h, model, x.split_tokens * h * b.kept)
     latent = mla.kv_rank + mla.rope_dim
     up = ("mla_up_proj",)
     if mla.q_rank:
         b.linear("attn.q_down", x.split_tokens, h, mla.q_rank, saved=x.split_tokens * mla.q_rank * BF16)
-        norm(b, "attn.q_norm", x.split_tokens, mla.q_rank, model, x.split_tokens * mla.q_rank * b.element)
+        norm(b, "attn.q_norm", x.split_tokens, mla.q_rank, model, x.split_tokens * mla.q_rank * b.kept)
     b.linear("attn.kv_down", x.split_tokens, h, latent, saved=x.split_tokens * latent * BF16)
-    norm(b, "attn.kv_norm", x.split_tokens, mla.kv_rank, model, x.split_tokens * mla.kv_rank * b.element)
+    norm(b, "attn.kv_norm", x.split_tokens, mla.kv_rank, model, x.split_tokens * mla.kv_rank * b.kept)
     q_input = mla.q_rank or h
     beside = enter_tp(b, "attn", x, q_input + latent)
     b.linear("attn.q_up", x.tokens, q_input, heads * qk, saved=x.tokens * heads * qk * BF16, modules=up, beside=beside)

@@ -80,6 +80,8 @@ class BlockBuilder:
         ``none``, ``selective`` or ``full``.
     recomputed : frozenset of str
         Modules that selective recompute drops.
+    stops_early : bool
+        Whether full recompute ends with the last activation that is saved, rather than with the layer's output.
     overlap : bool
         Whether collectives of a linear layer's backward run beside its gradients.
     gathered : (str, float)
@@ -91,23 +93,32 @@ class BlockBuilder:
     load : Number
         Tokens that the rank's experts receive, over the mean: what they keep grows with it. FLOP and traffic are for the mean;
         `simulator.pricing.operations.loaded` makes them grow.
+    wide : bool
+        Whether linear layers in low precision keep their inputs in 16 bits.
     """
 
     dtype: str
     element: float
     recompute: str = "none"
     recomputed: frozenset[str] = frozenset()
+    stops_early: bool = False
     overlap: bool = True
     gradient: float = FP32
     kernels: Kernels = Kernels()
     gathered: tuple[str, float] = ("bf16", BF16)
     load: Number = 1.0
+    wide: bool = False
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
     matrices: dict[str, Number] = field(default_factory=dict)
     _entries: list[_Entry] = field(default_factory=list)
     _working: list[tuple[int, Number]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> float:
+        """Bytes of an element of what a linear layer keeps of its input."""
+        return BF16 if self.wide else self.element
 
     def add(self, forward: Iterable[Segment], backward: Iterable[Segment], saved: Number = 0.0, modules: Iterable[str] = ()) -> None:
         """Append a piece: its forward and backward segments, the activations it saves and the modules it belongs to."""
@@ -224,7 +235,9 @@ class BlockBuilder:
         forward = tuple(s for e in self._entries for s in e.forward)
         backward: list[Segment] = []
         if self.recompute == "full":
-            backward += _again(forward)
+            last = max((i for i, e in enumerate(self._entries) if np.any(e.saved)), default=-1)
+            needed = self._entries[: last + 1] if self.stops_early else self._entries
+            backward += _again(s for e in needed for s in e.forward)
         pending, repeated = set(self.recomputed), set[int]()
         for entry in reversed(self._entries):
             due = entry.modules & pending

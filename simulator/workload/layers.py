@@ -12,6 +12,8 @@ DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024 (MLA, fine-grained experts, FP
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from simulator.scenario.job import Job
@@ -25,28 +27,36 @@ from simulator.workload.ops import BF16, FP32, Op
 from simulator.workload.parts import MASK, Shape, builder, column_parallel, enter_tp, leave_tp, norm, residual, row_parallel
 
 #: bytes per logit that wait for the backward, and at the fullest moment of the loss, for each kind of cross-entropy. In
-#: place: the bf16 logits. Fused: their fp32 copy, which becomes the softmax; in steps, the copy less its maximum is another.
-#: Eager: the fp32 log-softmax, and two gradients
-#: beside it; when the logits are gathered, they stay as the output of the last stage, and their bf16 gradient is sliced
+#: place: the bf16 logits. Compiled: the same, and their gradient. Fused: their fp32 copy, which becomes the softmax; in steps, the
+#: copy less its maximum is another. Eager: the fp32 log-softmax, and two gradients beside it; when the logits are gathered, they
+#: stay as the output of the last stage, and their bf16 gradient is sliced. Parallel, PyTorch's eager loss over a vocabulary that is
+#: divided: the log-softmax, the picked ones' gradient, the softmax or its sum with that, and the result
+#: (torch/distributed/tensor/parallel/loss.py, ``_nll_loss_and_log_softmax_backward``)
 LOGIT_BYTES = {
     "in_place": (BF16, BF16),
+    "compiled": (BF16, 2 * BF16),
     "fused": (FP32, BF16 + FP32),
     "vocab_parallel": (FP32, BF16 + 2 * FP32),
     "eager": (FP32, 3 * FP32),
     "gathered": (BF16 + FP32, 3 * FP32 + 2 * BF16),
+    "parallel": (FP32, 4 * FP32),
 }
 #: bytes per logit that each kind moves, forward and backward. In place: read for maximum and sum, read again and overwritten by
-#: the gradient; that times the loss's gradient (transformer_engine/common/triton/cross_entropy.py). Fused: the fp32 copy and its
+#: the gradient; that times the loss's gradient (transformer_engine/common/triton/cross_entropy.py). Compiled: read once for maximum
+#: and sum together (inductor's ``online_softmax``); read again, the gradient written. Fused: the fp32 copy and its
 #: maximum, exponentials in place, their sum, the softmax in place; that times the loss's gradient, and its cast to bf16
 #: (megatron/core/fusions/fused_cross_entropy.py). In steps, the maximum and the difference are passes of their own
 #: (megatron/core/tensor_parallel/cross_entropy.py). Eager: the fp32 copy, the log-softmax (maximum, sum, result); the gradient of
-#: the picked ones (written), that of the log-softmax (read twice for the sum and the result, written), the cast
+#: the picked ones (written), that of the log-softmax (read twice for the sum and the result, written), the cast. Parallel: the copy,
+#: maximum, difference, exponentials, their sum, the result; the picked ones' gradient, softmax, sum and product of those, the cast
 LOSS_BYTES = {
     "in_place": (3 * BF16, 2 * BF16),
+    "compiled": (BF16, 2 * BF16),
     "fused": (BF16 + 6 * FP32, 3 * FP32 + BF16),
     "vocab_parallel": (BF16 + 9 * FP32, 3 * FP32 + BF16),
     "eager": (BF16 + 5 * FP32, 7 * FP32 + BF16),
     "gathered": (BF16 + 5 * FP32, 7 * FP32 + BF16),
+    "parallel": (BF16 + 9 * FP32, 9 * FP32 + BF16),
 }
 #: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order, for
 #: which a map of rows is made first; of moving whole chunks of rows
@@ -103,9 +113,11 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     else:
         column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
     size = x.tokens * local * BF16
-    _activation(b, name, mats, size, cast, x.tokens * local * b.element, (*modules, f"{name}_act"))
+    _activation(b, name, mats, size, cast, x.tokens * local * b.kept, (*modules, f"{name}_act"))
     b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
     row_parallel(b, name, f"{name}.down", x, local, h, modules)
+    if "mlp_gate" in b.recomputed and b.kernels.pointwise == "eager":
+        b.add([], [], x.tokens * h * BF16)  # told to keep this product, eager checkpointing does, although no gradient reads it
     bias = (mats * local + h) if model.mlp_bias else 0
     b.dense_parameters = b.dense_parameters + (mats + 1) * h * local + bias
 
@@ -160,18 +172,18 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
         per_expert,
         h,
         mats * ffn,
-        saved=(copies * x.etp * b.element + saved) * b.load,
+        saved=(copies * x.etp * b.kept + saved) * b.load,
         modules=moe,
         groups=local,
         routed=True,
         arrives=(cast, fused),
     )
     if fused:
-        b.add([], [], taken * ffn * b.element, ("moe", "moe_act"))
+        b.add([], [], taken * ffn * b.kept, ("moe", "moe_act"))
     else:
         if model.clamped:
             _clamp(b, "moe", rows * ffn, ("moe", "moe_act"))
-        _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.element, ("moe", "moe_act"), routed=True)
+        _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.kept, ("moe", "moe_act"), routed=True)
     b.works(taken * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(fused, cast))
     if model.mlp_bias and not fused and "full" not in b.kernels.graphs:  # a graph of everything cannot split by the experts' loads
@@ -200,7 +212,7 @@ def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job, load:
     (latent_attention if model.latent else attention)(b, model, kind, x)
     residual(b, x, model)
     b.add([], [], layer_input, ("attn_out",))  # of the second norm
-    norm(b, "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.element)
+    norm(b, "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.kept)
     if kind.moe:
         _experts(b, model, x, plan.precision, plan.dispatcher)
     else:
@@ -237,7 +249,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     beside = enter_tp(b, "head", x, model.hidden)
     logits, gathered = x.tokens * vocab, plan.framework.cross_entropy == "gathered"
     seen = logits * (x.tp if gathered else 1.0)  # by the loss of this rank
-    kept, most = (size * seen for size in LOGIT_BYTES[plan.framework.cross_entropy])
+    kept, most = _of_loss(LOGIT_BYTES, plan, x, seen)
     b.linear("head.logits", x.tokens, model.hidden, vocab, saved=kept, beside=beside)
     written = 0.0 if plan.framework.weight_gradients == "fused" else model.hidden * vocab * BF16
     b.works(most - kept)
@@ -245,10 +257,21 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
     if gathered:
         b.add([(Op("head.gather", "all_gather", bytes=seen * BF16, axis="tp"),)], [])
-    b.memory("head.loss", *(size * seen for size in LOSS_BYTES[plan.framework.cross_entropy]))
+    b.memory("head.loss", *_of_loss(LOSS_BYTES, plan, x, seen))
     if not model.tied_embeddings:
         b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
     return b.build(x.split_tokens * model.hidden * BF16)
+
+
+def _of_loss(table: Mapping[str, tuple[float, float]], plan: Plan, x: Shape, logits: Number) -> tuple[Number, Number]:
+    """Return the two entries of `table` for the loss that the framework runs, times the `logits` that it sees.
+
+    PyTorch's tensor parallelism leaves the logits divided over the vocabulary, so that its eager loss is the parallel one.
+    """
+    kind = plan.framework.cross_entropy
+    several = np.asarray(x.tp) > 1 if kind == "eager" and x.of_torch else False
+    there, back = (np.where(several, parallel, plain) * logits for parallel, plain in zip(table["parallel"], table[kind], strict=True))
+    return there, back
 
 
 def mtp_layer(model: Model, plan: Plan, job: Job, load: Number = 1.0) -> Block:
@@ -259,7 +282,7 @@ def mtp_layer(model: Model, plan: Plan, job: Job, load: Number = 1.0) -> Block:
     x, b, h = Shape.of(plan, job), builder(plan), model.hidden
     for name in ("mtp.norm_hidden", "mtp.norm_embedding"):
         norm(b, name, x.split_tokens, h, model, x.split_tokens * h * BF16, ())
-    b.linear("mtp.project", x.split_tokens, 2 * h, h, saved=x.split_tokens * 2 * h * b.element)
+    b.linear("mtp.project", x.split_tokens, 2 * h, h, saved=x.split_tokens * 2 * h * b.kept)
     own = b.build(x.split_tokens * 2 * h * BF16)
     layer, loss = transformer_layer(model, model.layer_kinds[-1], plan, job, load), head(model, plan, job)
     shared = model.vocab * h / x.tp if not model.tied_embeddings else 0

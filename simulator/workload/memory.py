@@ -65,27 +65,36 @@ def low_precision_copies(plan: Plan) -> float:
 
     Notes
     -----
-    Scaled along rows for one product and along columns for the other, two copies stay from micro-batch to micro-batch
-    (Transformer Engine's weight cache); weights that are kept in low precision are one of the two. ZeRO-3 casts what it
-    gathers anew.
+    Scaled along rows for one product and along columns for the other, two copies (`Precision.copies`) stay from micro-batch to
+    micro-batch (Transformer Engine's weight cache); weights that are kept in low precision are one of them. ZeRO-3 casts what
+    it gathers anew.
     """
     p, low = plan.precision, ("fp8", "fp4")
     if plan.zero >= 3:
         return 0.0
     if p.parameters in low:
-        return ELEMENT_BYTES[p.parameters]
-    return 2 * ELEMENT_BYTES[p.gemm] if p.gemm in low else 0.0
+        return (p.copies - 1) * ELEMENT_BYTES[p.parameters]
+    return p.copies * ELEMENT_BYTES[p.gemm] if p.gemm in low else 0.0
 
 
 def _gathered(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan) -> Number:
     """Whole weights (ZeRO-3) and whole gradients (ZeRO-2, ZeRO-3) of the largest blocks in turn on each stage.
 
-    Weights of the block that runs and of those gathered ahead of it, gradients of two.
+    Weights of the block that runs and of those gathered ahead of it, gradients of two; of matrices where those go one by one.
     """
     weights = min(ELEMENT_BYTES[plan.precision.parameters], AUTOGRAD)  # cast before they are gathered
     ahead = np.array([min(plan.overlap.prefetch, max(len(stage) - 1, 1)) for stage in stages])
     element = (1 + ahead) * weights * (plan.zero >= 3) + 2 * ELEMENT_BYTES[plan.precision.gradients] * (plan.zero >= 2)
-    return element * _largest(stages, blocks, lambda block: block.dense_parameters + block.expert_parameters)
+    return element * _largest(stages, blocks, _largest_matrix if plan.overlap.by_tensor else _parameters)
+
+
+def _parameters(block: Block) -> Number:
+    return block.dense_parameters + block.expert_parameters
+
+
+def _largest_matrix(block: Block) -> Number:
+    """Return the size of the largest weight matrix, of the whole block where it is one (the embedding)."""
+    return np.maximum.reduce([size for _, size in block.matrices]) if block.matrices else _parameters(block)
 
 
 def _largest(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], size: Callable[[Block], Number]) -> Number:

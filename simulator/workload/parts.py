@@ -72,11 +72,13 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         ELEMENT_BYTES[gemm],
         plan.recompute,
         plan.recomputed,
+        plan.framework.stops_early,
         plan.overlap.tp in (True, "pieces"),
         ELEMENT_BYTES[plan.precision.gradients],
         plan.kernels,
         (plan.precision.gathered, ELEMENT_BYTES[plan.precision.gathered]),
         load,
+        plan.framework.narrow_inputs == "wide",
     )
 
 
@@ -217,4 +219,4 @@ def row_parallel(
 
 def twice(b: BlockBuilder, elements: Number) -> Number:
     """Bytes of a tensor that attention keeps in bf16 and a low-precision linear layer in its own datatype."""
-    return elements * (BF16 + (b.element if b.element < BF16 else 0.0))
+    return elements * (BF16 + (b.kept if b.kept < BF16 else 0.0))

@@ -1,0 +1,52 @@
+"""How the layers of a published row share out over its pipeline stages."""
+
+from __future__ import annotations
+
+import re
+
+from simulator.errors import ProfileError
+from simulator.scenario.model import Model
+from simulator.validation.row import Row
+
+
+def layout_of(row: Row, model: Model, chunks: int) -> str | None:
+    """Return how the layers share out over the stages, None for evenly.
+
+    A layout on the row wins. Megatron's recipes for models that do not divide count embedding and head as one layer
+    each (Llama 405B, Qwen3-235B, BLOOM), or fill every stage and leave the rest to the last (DeepSeek-V3).
+    """
+    printed = re.search(r"pp_layout[= ]([^;\s]+)", row.text("overlap_notes"))
+    if printed:
+        return _checked_layout(expand_layout(printed.group(1)), model, chunks)
+    if chunks == 1 or (model.layers % chunks == 0 and not model.mtp_layers):
+        return None
+    each = -(-model.layers // chunks)
+    rest = model.layers - each * (chunks - 1)
+    if model.latent is not None and rest > 0:
+        row.assume("stages not printed: filled in order, the last with the rest, MTP and head (recipes of DeepSeek-V3)")
+        return "|".join(["E" + _t(each), *[_t(each)] * (chunks - 2), _t(rest) + "m" * model.mtp_layers + "L"])
+    if (model.layers + 2) % chunks == 0 and not model.mtp_layers:
+        row.assume("stages not printed: embedding and head count as one layer each")
+        each = (model.layers + 2) // chunks
+        return "|".join(["E" + _t(each - 1), *[_t(each)] * (chunks - 2), _t(each - 1) + "L"])
+    row.assume("stages not printed: balanced by FLOP")
+    return "balanced"
+
+
+def _t(layers: int) -> str:
+    return f"t*{layers}" if layers > 1 else "t" * layers
+
+
+def expand_layout(text: str) -> str:
+    """Return a layout in Megatron's letters without brackets: ``Et*4|(tttt|)*2tmL`` is ``Et*4|t*4|t*4|tmL``."""
+    text = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m.group(1) * int(m.group(2)), text)
+    text = re.sub(r"t\*(\d+)", lambda m: "t" * int(m.group(1)), text)
+    return re.sub(r"tt+", lambda m: _t(len(m.group(0))), text)
+
+
+def _checked_layout(layout: str, model: Model, chunks: int) -> str:
+    letters = re.sub(r"t\*(\d+)", lambda m: "t" * int(m.group(1)), layout)
+    found = {"layers": letters.count("t"), "MTP layers": letters.count("m"), "chunks": letters.count("|") + 1}
+    if found != {"layers": model.layers, "MTP layers": model.mtp_layers, "chunks": chunks}:
+        raise ProfileError("printed layout contradicts the model or the stages")
+    return layout
