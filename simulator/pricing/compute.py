@@ -14,7 +14,7 @@ _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
 GATHERING = 0.75
 #: what an element costs a kernel of PyTorch that computes its place from the sizes of the tensor, in FLOP that the ordinary cores could
 #: do meanwhile; measured with PyTorch 2.11 on one H100: clamping one half of the columns of a bf16 matrix, or multiplying a matrix and a
-#: column, handles 353 billion elements a second, whatever the matrix, half as many as with rows of their own; in fp32, with twice the
+#: row, handles 353 billion elements a second, whatever the matrix, half as many as with rows of their own; in fp32, with twice the
 #: bytes, 1.2 times fewer
 ADDRESSED_FLOP = 190.0
 #: keys per query at which attention is benchmarked: a causal sequence of 8,192

@@ -94,7 +94,8 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op), kept)
     if op.kind in ("gemm", "grouped_gemm"):
         apart = op.kind == "grouped_gemm" and plan.kernels.experts != "fused"
-        grouped = op.groups * (op.m * op.written if op.grad == "weight" else op.k * ELEMENT_BYTES[op.dtype]) * op.n if apart else 0.0
+        weights = op.n * (op.m * op.written if op.grad == "weight" else op.k * ELEMENT_BYTES[op.dtype])
+        grouped = op.groups * weights * (np.asarray(op.groups) > 1) if apart else 0.0
         whole = compute.whole_vectors(op.m if op.grad == "weight" else op.k, op.n, op.dtype)  # the rest counts tokens: no row
         batched = op.kind == "gemm" and np.any(np.asarray(op.groups) > 1)
         shape = op.m, op.n, op.k, op.groups * op.streams, op.dtype

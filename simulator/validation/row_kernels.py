@@ -86,7 +86,8 @@ def kernels_of(row: Row) -> Kernels:
     if row.has("grouped_gemm=false", "overlap_notes"):
         fields["experts"] = "sequential"
     if row.text("arch") == "moe" and (row.has("cutedsl", "overlap_notes") or "full" in graphs):
-        # loads that the host reads back cannot be captured: a whole step as a graph needs products that read them on the device
+        # loads that the host reads back cannot be captured: a whole step as a graph needs products that read them on the device, also
+        # those of GPT-OSS, clamped and with biases (NVIDIA-NeMo/Megatron-Bridge pull request 4173, NVIDIA/cudnn-frontend issue 256)
         if not row.has("cutedsl", "overlap_notes"):
             row.assume("experts' kernels not printed: fused, because the whole step is a CUDA graph")
         fields["experts"] = "fused"

@@ -61,13 +61,11 @@ LOSS_BYTES = {
 #: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order, for
 #: which a map of rows is made first; of moving whole chunks of rows
 ROUTER_LAUNCHES, PERMUTE_LAUNCHES, SORT_LAUNCHES = (20, 15), (8, 8), (3, 2)
-#: bytes per element that adding the last bias of experts moves, forward and backward, in separate operations of PyTorch: the sum with the
-#: bias times the probability (read twice, write), one tensor of all experts (read, write); backward the tensor again, and sums of the
-#: gradient times the probability and times the bias (read each). Megatron-Core, megatron/core/transformer/moe/experts.py,
-#: ``TEGroupedMLP._apply_bias``
-EXPERT_BIAS_BYTES = (10.0, 8.0)
-#: elements that it addresses one by one: those three products, each of a matrix with a row or a column
-EXPERT_BIAS_ADDRESSED = (1.0, 2.0)
+#: bytes per element that adding the last bias of experts moves, forward and backward, in separate operations of PyTorch: the bias
+#: times the probability (write), the sum (read twice, write), one tensor of all experts (read, write); backward the tensor
+#: again, and the gradient times the probability and times the bias (read, write each), summed up (read each). Megatron-Core,
+#: megatron/core/transformer/moe/experts.py, ``TEGroupedMLP._apply_bias``
+EXPERT_BIAS_BYTES = (12.0, 16.0)
 #: kernels of that for every expert
 EXPERT_BIAS_LAUNCHES = (3, 6)
 #: bytes per element that experts' gated activation moves backward beyond that of a dense MLP: the probabilities that it multiplies in have
@@ -75,11 +73,6 @@ EXPERT_BIAS_LAUNCHES = (3, 6)
 #: the gradient for both of its halves (Megatron-Core, megatron/core/fusions/fused_bias_swiglu.py, ``weighted_swiglu_back``). Measured
 #: with PyTorch 2.11 on one H100: 10.5 times what moving one of the tensors takes where copies need 1.1 times, so 9.5 instead of 5
 PROBABILITY_BYTES = 4.5 * BF16
-#: what clamping adds to a gated activation, forward and backward, per element of its output: elements that PyTorch addresses one by one,
-#: in halves of rows (two clamps; three comparisons and two selections), and bytes to put the halves together again and to join two of the
-#: masks. megatron/core/fusions/fused_bias_geglu.py, ``weighted_bias_quick_geglu_impl``: the clamps and the concatenation are outside
-#: the compiled function. On one H100, PyTorch 2.11, 14.3 and 28.4 times what moving the output takes
-CLAMP_ADDRESSED, CLAMP_BYTES = (2.0, 5.0), (4 * BF16, 4 * BF16 + 3 * MASK)
 
 
 def _activation(
@@ -94,12 +87,6 @@ def _activation(
     if routed and mats == 2 and b.kernels.experts == "grouped":
         back, launches = back + PROBABILITY_BYTES / BF16, (launches[0], launches[1] + 1)
     b.memory(f"{name}.activation", there * size + kept, back * size - kept, saved, modules, routed, launches)
-
-
-def _clamp(b: BlockBuilder, name: str, elements: Number, modules: tuple[str, ...]) -> None:
-    """Clamp the two halves of experts' gated up-projection, each with an output of `elements`, and put them together again."""
-    addressed, joined = (tuple(elements * each for each in both) for both in (CLAMP_ADDRESSED, CLAMP_BYTES))
-    b.memory(f"{name}.clamp", *joined, 2 * elements * BF16 * b.load, modules, True, (3, 7), addressed)
 
 
 def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: tuple[str, ...], kept: Dtype) -> None:
@@ -181,15 +168,12 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     if fused:
         b.add([], [], taken * ffn * b.kept, ("moe", "moe_act"))
     else:
-        if model.clamped:
-            _clamp(b, "moe", rows * ffn, ("moe", "moe_act"))
         _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.kept, ("moe", "moe_act"), routed=True)
     b.works(taken * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(fused, cast))
     if model.mlp_bias and not fused and "full" not in b.kernels.graphs:  # a graph of everything cannot split by the experts' loads
         launches = tuple(1 + each * local for each in EXPERT_BIAS_LAUNCHES)
-        addressed, moved = (tuple(rows * h * each for each in both) for both in (EXPERT_BIAS_ADDRESSED, EXPERT_BIAS_BYTES))
-        b.memory("moe.bias", *moved, modules=moe, routed=True, launches=launches, addressed=addressed)
+        b.memory("moe.bias", *(rows * h * each for each in EXPERT_BIAS_BYTES), modules=moe, routed=True, launches=launches)
     b.collective(scatter, gather, moe)
     b.memory("moe.arrived.unpermute", arrived * BF16, arrived * element, modules=moe, routed=True, launches=sort)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
