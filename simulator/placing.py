@@ -58,7 +58,7 @@ def tier_bytes(scenario: Scenario, traffic: Traffic | None = None) -> pd.DataFra
     Notes
     -----
     A ring enters every block that it lies over once per pass; an all-to-all sends to every member alike, of experts a copy per
-    expert or (deepep) per domain; a pipeline sends to the next stage. The dearest tier is the most oversubscribed one, among equals
+    expert or (others) per domain; a pipeline sends to the next stage. The dearest tier is the most oversubscribed one, among equals
     the innermost, which what leaves the outer ones passes, too.
     """
     plan, cluster, traffic = scenario.plan, scenario.cluster, traffic if traffic is not None else step_traffic(scenario)
@@ -87,7 +87,7 @@ def _copies(scenario: Scenario, domain: np.ndarray) -> float:
     experts = scenario.model.experts
     assert experts is not None
     apart = float(_distinct(domain).mean())
-    return float(expected_destinations(experts, apart)) if scenario.plan.dispatcher == "deepep" else float(experts.top_k)
+    return float(expected_destinations(experts, apart)) if scenario.plan.dispatcher != "alltoall" else float(experts.top_k)
 
 
 def _distinct(block: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ def grid(count: int, seed: int, most: int = 256) -> Iterator[Scenario]:
         tp, zero = one(1, 2), one(0, 1, 2, 3)
         plan = Plan(
             tp=tp, pp=pp, vpp=vpp, ep=one(1, 8) if sparse else 1, schedule=name, dp_shard=8 // tp, zero=zero,
-            dispatcher=one("alltoall", "deepep"), layout="balanced" if spare else None, recompute=one("none", "selective"),
+            dispatcher=one("alltoall", "deepep", "hybridep"), layout="balanced" if spare else None, recompute=one("none", "selective"),
             overlap=Overlap(
                 grad_reduce=one(True, False), param_gather=one(True, False), pp=one(True, False), tp="pieces" if made % 3 == 2 else True,
                 prefetch=made % 4, queued=made % 4 > 1,

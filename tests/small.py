@@ -112,7 +112,7 @@ def scenarios(
     plan = Plan(
         tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp_replicate=replicas, zero=zero, micro_batch=one(1, 2),
         schedule=schedule, layout=layout, recompute=one("none", "selective", "full"), recompute_modules=SELECTIVE,
-        sequence_parallel=split, dispatcher=one("alltoall", "deepep"),
+        sequence_parallel=split, dispatcher=one("alltoall", "deepep", "hybridep"),
         overlap=Overlap(
             grad_reduce=one(True, False), param_gather=one(True, False), tp=one(True, False, *["pieces"] * split), pp=one(True, False),
             prefetch=one(0, 1, 2, 3) if zero == 3 else 1,

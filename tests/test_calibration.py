@@ -218,17 +218,17 @@ def test_a_collective_whose_time_does_not_grow_moves_at_the_fastest_rate_seen():
 
 
 def test_an_h100_runs_as_its_profile_says():
-    """Steps that the profile was not fitted to, measured by ``--check`` half an hour later. In the shortest the GPU waits for its host,
-    whose launches the profile holds as one mean: it comes out 7.9 % too fast."""
+    """Steps that the profile was not fitted to, measured by ``--check`` right after it. In the shortest the GPU waits for its host,
+    whose launches the profile holds as one mean: it comes out 4.5 % too slow."""
     shipped, seen = profile.load("h100"), pd.read_csv(DATA / "h100_steps.csv", index_col="case")
     cases = held_out("cuda")
     assert [case.name for case in cases] == seen.index.tolist()
     blank = ((1,),)
     found = [check.predict(check.Measured(case, (1.0,), {}, (1.0,), blank), shipped) for case in cases]
     error = pd.Series([step.step_time_s for step in found], seen.index) / seen["measured_s"] - 1
-    assert error.abs().mean() < 0.03  # 2.6 %
+    assert error.abs().mean() < 0.025  # 2.2 %
     assert error.drop("h2560-s3072").abs().max() < 0.04
-    assert error.abs().max() < 0.085
+    assert error.abs().max() < 0.05
     memory = pd.Series([step.peak_memory_bytes for step in found], seen.index) / seen["peak_bytes"] - 1
     assert memory.abs().max() < 0.02
 
@@ -385,6 +385,60 @@ def test_a_collective_inside_a_kernel_is_not_the_kernels_on_cuda_either(monkeypa
     assert len(waited) == 2
     assert not recorder.take()
     assert not recorder.calls()
+
+
+def test_a_recorded_gpu_is_kept_busy_while_its_host_is_near(monkeypatch: pytest.MonkeyPatch):
+    """A device that has done everything but the last eight regions gets work before the next one; inside a region it never does."""
+    torch = pytest.importorskip("torch")
+    from simulator.calibration.recorder import BEHIND, Recorder
+
+    done, slept = set(), []
+
+    class Event:
+        number = 0
+
+        def __init__(self, enable_timing: bool):
+            self.name, Event.number = Event.number, Event.number + 1
+
+        def record(self):
+            pass
+
+        def query(self):
+            return self.name in done
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    recorder = Recorder(torch.device("cuda", 0))
+    recorder.on = recorder.ahead = True
+    for number in range(BEHIND + 4):
+        with recorder.region("gemm.forward"):
+            pass
+        assert len(slept) == 1, number  # at first there is nothing to be behind of
+    done.add(2 * 4 + 1)  # the last event of the region that is eight back
+    with recorder.region("loss.forward"), recorder.call("tp", "all_reduce", torch.float32, 64):
+        pass
+    assert len(slept) == 2
+    with recorder.region("gemm.forward"):
+        pass
+    assert len(slept) == 2  # what was done before the host got ahead says nothing
+
+
+def test_the_time_between_kernels_may_be_nothing():
+    """It is the difference of two runs on a GPU; a kernel's time still has to be one."""
+    rows = made_up()
+    nothing = rows["name"] == "between"
+    assert nothing.any()
+    fits = fit.fit_kernels(rows.assign(seconds=rows["seconds"].mask(nothing, -1e-6), cpu_s=rows["cpu_s"].mask(nothing, -1e-6)), "cpu")
+    assert all(found.values["launch_s"] >= 0 for found in fits.values())
+    with pytest.raises(machine.CalibrationError, match="finite and above zero"):
+        fit.fit_kernels(rows.assign(seconds=rows["seconds"].mask(rows["name"] == "gemm.forward", -1e-6)), "cpu")
+
+
+def test_every_probe_has_a_name_of_its_own():
+    """Measurements are kept by name: of two probes of one name only the second would be fitted."""
+    for device in ("cpu", "cuda"):
+        names = [case.name for case in (*probes(device), *joint(2, device), *held_out(device))]
+        assert len(set(names)) == len(names)
 
 
 def test_probes_of_several_ranks_are_not_the_steps_that_prove():

@@ -152,6 +152,7 @@ def test_elements_addressed_one_by_one_as_measured_on_h100():
         (128, False, 5e14),
         (128, True, 4e14),
         (64, False, 5e14 * (64 / 96) / (128 / 160)),
+        (192, True, 4e14 * 0.87),
         (192, False, 5e14),  # no faster than at 128, for which the efficiency holds
     ],
 )

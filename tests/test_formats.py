@@ -85,7 +85,7 @@ def test_torchtitan_there_and_back(data):
     cp = one(1, 2) if shard > 1 else 1
     plan = Plan(
         tp=one(1, 2), cp=cp, pp=pp, vpp=vpp, ep=one(1, 2), dp_replicate=one(1, 2), dp_shard=shard, zero=0 if shard * cp == 1 else one(2, 3),
-        micro_batch=one(1, 2), schedule=schedule, recompute=one("none", "full"), dispatcher=one("alltoall", "deepep"),
+        micro_batch=one(1, 2), schedule=schedule, recompute=one("none", "full"), dispatcher=one("alltoall", "deepep", "hybridep"),
         overlap=Overlap(tp=one("torch", "torch_async")), precision=Precision(gemm=one("bf16", "fp8"), gradient_reduce=one("fp32", "bf16")),
     )  # fmt: skip
     config = torchtitan_config(question(plan))

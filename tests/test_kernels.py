@@ -201,6 +201,24 @@ def host_bound(dispatch_s, graphs=(), **plan):
     return scenario(moe(4, 256, leading=0), 8, Plan(kernels=Kernels(graphs=graphs), **plan), 4, dispatch_s=dispatch_s)
 
 
+@pytest.mark.parametrize(("dispatcher", "held"), [("alltoall", []), ("deepep", []), ("hybridep", ["moe.dispatch"])])
+def test_the_host_launches_beside_all_that_it_does_not_wait_for(dispatcher, held):
+    """It reads what a rank gets before it launches the all-to-all, of HybridEP after; the backward repeats those counts."""
+    block = blocks(moe(1, 256, leading=0), Plan(ep=4, dp_shard=4, dispatcher=dispatcher), job())["layer0"]
+    for segments, apart in ((block.forward, held), (block.backward, [])):
+        beside = [op for segment in host_wait(segments, Kernels()).beside for op in segment]
+        assert [op.name for segment in segments for op in segment if op not in beside] == apart
+
+
+def test_a_dispatch_that_holds_the_host_is_not_beside_its_launches():
+    """A layer of a host that is slower than the device takes its launches, and after them the dispatch."""
+    waits, reads = (simulate_step(host_bound(1e-3, ep=8, dispatcher=d)) for d in ("hybridep", "deepep"))
+    s = host_bound(1e-3, ep=8, dispatcher="hybridep")
+    dispatch = next(op for segment in blocks(s.model, s.plan, s.job)["layer0"].forward for op in segment if op.name == "moe.dispatch")
+    passes = 4 * s.job.global_batch // s.plan.dp  # forwards of four layers
+    assert waits.step_time_s - reads.step_time_s == pytest.approx(passes * float(op_s(dispatch, s.model, s.plan, s.cluster)), rel=1e-6)
+
+
 def test_a_slow_host_sets_the_pace():
     """A layer that computes in microseconds lasts as long as its launches, forward and backward."""
     s = host_bound(1e-3)
@@ -236,10 +254,10 @@ def test_the_loss_moves_what_its_kernels_read_and_write():
     model, loss = dense(2, 256), lambda op: op.bytes if op.name == "head.loss" else 0.0
     logits = SEQUENCE * model.vocab
     moved = {}
-    for how in ("in_place", "fused", "vocab_parallel"):
+    for how in ("in_place", "fused", "vocab_parallel", "half"):
         head = blocks(model, Plan(dp_shard=1, framework={"cross_entropy": how}), job())["head"]
         moved[how] = tuple(total(segments, loss) / logits for segments in (head.forward, head.backward))
-    assert moved == {"in_place": (6, 4), "fused": (26, 14), "vocab_parallel": (38, 14)}
+    assert moved == {"in_place": (6, 4), "fused": (26, 14), "vocab_parallel": (38, 14), "half": (8, 10)}
 
 
 @pytest.mark.parametrize("cp", [1, 2, 8])
@@ -282,3 +300,43 @@ def test_experts_one_after_the_other_are_dense_products():
     alone = replace(single, flop=1e15, bytes=1e6, turns=1.0)
     dense_product = replace(alone, kind="gemm")
     assert op_s(alone, model, s.plan, s.cluster) == op_s(dense_product, model, s.plan, s.cluster)
+
+
+@pytest.mark.parametrize("plan", [{"tp": 2}, {"tp": 2, "pp": 2}])
+def test_a_host_that_waits_hides_no_launches_behind_collectives(plan):
+    """Where launches take longer than all that runs, each pass gets longer by its collectives; the estimate says the same."""
+    model, alone = dense(4, 256), Overlap(tp=False)
+    plans = [Plan(**plan, overlap=alone.model_copy(update={"host_waits": waits})) for waits in (False, True)]
+    hidden, waited = (scenario(model, 8, p, 4, dispatch_s=1e-3) for p in plans)
+    block = blocks(model, hidden.plan, hidden.job)["layer0"]
+    times = [simulate_step(s).step_time_s for s in (hidden, waited)]
+    collectives = [op for segments in (block.forward, block.backward) for segment in segments for op in segment if op.axis == "tp"]
+    each = sum(float(op_s(op, model, hidden.plan, hidden.cluster)) for op in collectives)
+    assert times[1] - times[0] > 4 * 4 / plan.get("pp", 1) * each  # four layers, four micro-batches; embedding and head have theirs
+    assert estimate(waited) == pytest.approx(times[1], rel=0.02)
+
+
+def test_gradients_of_biases_are_sums_over_rows_by_kernels_of_their_own():
+    """Of queries, keys and values, output, up- and down-projection: bf16 rows read once; Transformer Engine's products sum them up."""
+    model = dense(2, 256, attention_bias=True, output_bias=True, mlp_bias=True, gated=False)
+    bias = lambda op: op.bytes if op.name.endswith(".bias") else 0.0  # noqa: E731
+    engine, functions = (layer(Kernels(backward=how), model) for how in ("engine", "functions"))
+    widths = (HEADS + 2 * 4) * WIDTH + model.hidden + model.ffn + model.hidden
+    assert (total(engine.backward, bias), total(functions.backward, bias)) == (2 * TOKENS * widths, 0.0)
+    assert total(engine.forward, bias) == 0.0
+    assert total(layer(Kernels(backward="engine")).backward, bias) == 0.0  # a model without biases
+
+
+def test_unfused_attention_puts_heads_in_order():
+    """Its result is copied forward, and the gradients of queries, keys and values are put together."""
+    block = layer(Kernels(attention="unfused"))
+    moved = lambda name: lambda op: op.bytes if op.name == name else 0.0  # noqa: E731
+    assert total(block.forward, moved("attn.context")) == 2 * 2 * TOKENS * HEADS * WIDTH
+    assert total(block.backward, moved("attn.parts")) == 2 * 2 * TOKENS * (HEADS + 2 * 4) * WIDTH
+
+
+@pytest.mark.parametrize(("tp", "launches"), [(1, (4, 4)), (4, (11, 4))])
+def test_a_divided_embedding_masks_what_other_ranks_hold(tp, launches):
+    block = blocks(dense(2, 256, positions=512), Plan(dp_shard=1, tp=tp), job())["embedding"]
+    kernels = lambda op: op.launches if op.name == "embedding" else 0.0  # noqa: E731
+    assert (total(block.forward, kernels), total(block.backward, kernels)) == launches

@@ -398,6 +398,33 @@ def test_experts_probabilities_have_a_gradient_of_their_own():
     assert (sequential.bytes, sequential.launches) == (5 * rows * EXPERTS.ffn * 2, 1)
 
 
+@pytest.mark.parametrize(
+    ("casts", "there", "ahead", "again"),
+    [
+        # the maximum and the cast of the input, of the gradient, of the weight; the last without its maximum; the input again
+        ("tensorwise", (4, 4), (4, 2, 0), (2, 0)),
+        # casts that find their own maximum; along the columns behind a transposed copy; gradients scaled by a kernel of their own
+        ("rowwise", (2, 2), (6, 6, 4), (6, 4)),
+    ],
+)
+def test_torchaos_casts(casts, there, ahead, again):
+    """Weights are cast for every pass, unless ZeRO gathers them in FP8."""
+    e, weight = ELEMENT_BYTES["fp8"], H * 128
+
+    def moved(**precision) -> list[float]:
+        block = layer(DENSE, False, zero=3, precision={"gemm": "fp8"} | precision, framework={"casts": casts})
+        backward = (only(block.backward, "attn.qkv.cast", grad=grad).bytes for grad in ("input", "weight"))
+        return [only(block.forward, "attn.qkv.cast").bytes, *backward]
+
+    whole, gathered = moved(), moved(parameter_gather="fp8")
+    assert gathered[0] == S * H * (there[0] + e)
+    assert whole[0] - gathered[0] == weight * (there[1] + e)
+    assert gathered[1] == S * 128 * (ahead[0] + 2 * e) + S * H * ahead[2]
+    assert whole[1] - gathered[1] == weight * (ahead[1] + e)
+    assert gathered[2] == S * H * (again[0] + e)
+    assert whole[2] - gathered[2] == weight * again[1]
+
+
 # --- columns of plans ---
 
 DEGREES = st.fixed_dictionaries(
@@ -477,3 +504,15 @@ def test_recompute_that_stops_early_leaves_out_the_last_product_and_what_follows
     assert again[0][: len(again[1])] == again[1]
     assert again[0][len(again[1]) :] == ["mlp.down", "mlp.scatter", "residual"]
     assert early.saved_bytes == whole.saved_bytes
+
+
+def test_modules_that_are_computed_again_stop_early_too():
+    """XLA computes no product again whose result no gradient reads: MaxText keeps query, key and value alone."""
+    modules = ("layernorm", "core_attn", "attn_out", "mlp", "mlp_act")
+    changes = {"recompute": "selective", "recompute_modules": modules}
+    whole, early = (layer(DENSE, False, framework={"stops_early": stops}, **changes) for stops in (False, True))
+    again = [[op.name for segment in block.backward for op in segment if op.grad == "again"] for block in (whole, early)]
+    assert sorted(again[0]) == sorted([*again[1], "mlp.down", "mlp.scatter"])
+    assert {"attn.out", "attn.core"} <= set(again[1])
+    assert "attn.qkv" not in again[1]
+    assert early.saved_bytes == whole.saved_bytes == S * (H + 128) * 2  # the layer's input, then query, key and value

@@ -239,10 +239,11 @@ def test_precision(line, precision):
         ("--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep", "deepep", ()),
         ("--moe-token-dispatcher-type flex --moe-enable-deepep", "deepep", ()),
         ("--moe-token-dispatcher-type flex", "deepep", ()),  # deepep is the default backend
+        ("--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep", "hybridep", ()),
         (
-            "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep",
+            "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
             "deepep",
-            ("--moe-flex-dispatcher-backend hybridep: priced as deepep",),
+            ("--moe-flex-dispatcher-backend ncclep: priced as deepep",),
         ),
         ("--moe-token-dispatcher-type allgather", "alltoall", ("--moe-token-dispatcher-type allgather: priced as alltoall",)),
         ("", "alltoall", ("--moe-token-dispatcher-type is missing, which means allgather: priced as alltoall",)),

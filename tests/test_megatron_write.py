@@ -44,7 +44,7 @@ def sayable(draw: st.DrawFn) -> Plan:
         tp=one(1, 2, 4, 8), cp=one(1, 2, 4), pp=pp, vpp=vpp, ep=one(1, 2, 8), etp=one(1, 2), dp_replicate=one(1, 2), dp_shard=one(1, 4, 16),
         zero=one(0, 1, 2, 3), micro_batch=one(1, 2, 4), schedule=one("interleaved", "interleaved-overlapped") if vpp > 1 else "1f1b",
         layout=one(None, "balanced", letters(pp * vpp)), recompute=recompute, recompute_modules=modules, precision=precision,
-        sequence_parallel=split, dispatcher=one("alltoall", "deepep"),
+        sequence_parallel=split, dispatcher=one("alltoall", "deepep", "hybridep"),
         overlap=Overlap(
             grad_reduce=one(True, False), param_gather=one(True, False), pp=one(True, False), tp=one(True, *["pieces"] * split)
         ),

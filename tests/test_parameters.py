@@ -38,9 +38,10 @@ def test_slopes_are_those_of_estimates_with_a_parameter_moved(runs):
     for row in runs.to_dict("records"):
         scenario = scenario_from_row(row)[0]
         found = slopes(scenario)
+        rests_on = {p.name for p in parameters_of(scenario)}
         for name in NAMES:
             really = np.log(estimate(moved(scenario, name, np.exp(0.05))) / estimate(scenario)) / 0.05
-            assert found[name] == pytest.approx(really, abs=1e-9)
+            assert found[name] == pytest.approx(really if name in rests_on else 0.0, abs=1e-9)
 
 
 def test_faster_parts_never_slow_a_step(runs):
@@ -120,9 +121,27 @@ def test_one_host_of_vtrain_is_read_without_recompute_and_with_heads_cut_into_wh
     own = table[table["source"] == "vTrain ground truth (single node)"]
     eight = scenario_from_row(own[own["tp"].astype(str).isin(("8", "8.0"))].iloc[0])[0]
     assert (eight.model.vocab, eight.plan.recompute) == (8 * 6282, "none")
+    assert (eight.plan.framework.cross_entropy, eight.plan.kernels.accumulation, eight.plan.overlap.host_waits) == ("half", "none", True)
+    assert "collectives" not in eight.cluster.accelerator.in_training
     several = table[(table["source"] == "vTrain ground truth (multi-node)") & (table["tp"].astype(str).isin(("1", "1.0")))]
     padded = scenario_from_row(several.iloc[0])[0]
     assert (padded.model.vocab, padded.plan.recompute) == (50304, "full")
+    assert (padded.plan.kernels.accumulation, padded.plan.overlap.host_waits) == ("separate", False)
+
+
+def test_one_host_of_vtrain_follows_the_formulas_of_its_source_and_not_a_clock():
+    """Two and four replicas differ by 4.79 ms of all-reduce; the rows by what the source's formula makes of its table: -1.48 ms."""
+    table = published_runs()
+    rows = table[(table["source"] == "vTrain ground truth (single node)") & (table["tp"] == "1") & (table["pp"] == "1")]
+    rows = rows[(rows["hidden"] == "2048") & (rows["layers"] == "24") & (rows["mbs"] == "2")].astype(
+        {"gbs": int, "dp": int, "value": float}
+    )
+    by_turns = {(r.dp, r.gbs // (2 * r.dp)): r.value for r in rows.itertuples()}
+    parameters = 24 * (12 * 2048**2 + 13 * 2048) + 2 * 50257 * 2048 + 1024 * 2048
+    mebibytes = round(2 * parameters / 2**20)
+    expected = mebibytes / 1024 * (1 / 197.28 - 1 / 221.86)
+    for turns in (2, 4, 8):
+        assert by_turns[2, turns] - by_turns[4, turns] == pytest.approx(expected, abs=2e-6)
 
 
 def test_the_engine_launches_gradients_at_half_the_cost_of_functions_in_python():

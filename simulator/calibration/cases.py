@@ -76,7 +76,7 @@ class Row:
     spread : float
         Interquartile range over the median.
     cpu_s : float
-        Processor time beside it: of the thread for a kernel, of the process for a collective.
+        Processor time beside it: of the thread for a kernel, on a GPU of the one that launches it; of the process for a collective.
     repeats, turn : int
         How many, and in which turn through all cases.
     """
@@ -104,7 +104,7 @@ def probes(device: str = "cpu", small: bool = False) -> list[Case]:
     if device == "cuda":
         shapes = ((2048, 16, 4, 8, 1024), (4096, 32, 8, 8, 2048), (4096, 32, 8, 32, 1024), (6144, 48, 8, 8, 2560), (3072, 24, 8, 64, 768))
         return [
-            _case(f"probe{i}", model(h, 2, a, kv, e, f, vocab=32768), 2, length)
+            _case(f"probe{i}-s{length}", model(h, 2, a, kv, e, f, vocab=32768), 2, length)
             for i, (h, a, kv, e, f) in enumerate(shapes)
             for length in (2048, 4096)
         ]
@@ -176,7 +176,7 @@ def held_out(device: str = "cpu", small: bool = False) -> list[Case]:
 
 def tiny() -> Case:
     """Return a step so small that a GPU waits for its host to launch every kernel."""
-    return _case("tiny", model(256, 2, 4, 4, 8, 256, vocab=1024), 2, 64)
+    return _case("tiny", model(256, 4, 4, 4, 8, 256, vocab=1024), 2, 64)
 
 
 def _micro_batches(case: Case) -> int:
@@ -246,6 +246,8 @@ class Scan:
         Of attention.
     products, grouped : tuple of (int, int, int)
         m, n, k of a linear layer, and rows per expert, n, k of eight experts, for the roofline.
+    copied : int
+        Elements of 16 bits that are copied in memory: beyond what caches hold.
     """
 
     lengths: tuple[int, ...]
@@ -255,17 +257,18 @@ class Scan:
     width: int
     products: tuple[tuple[int, int, int], ...]
     grouped: tuple[tuple[int, int, int], ...]
+    copied: int
 
 
 SCANS = {
     "cpu": Scan(
         lengths=(128, 192, 256, 384, 512, 640, 760, 768, 1024, 1536), tokens=768, heads=8, kv_heads=4, width=64,
         products=((32, 512, 512), (256, 1024, 512), (512, 1024, 1024), (1024, 1024, 256), (1024, 2048, 1024)),
-        grouped=((32, 512, 512), (256, 1024, 512)),
+        grouped=((32, 512, 512), (256, 1024, 512)), copied=2**24,
     ),
     "cuda": Scan(
         lengths=(512, 1024, 2048, 2560, 4096, 5120, 8192), tokens=2048, heads=32, kv_heads=8, width=128,
         products=((256, 4096, 4096), (2048, 4096, 4096), (4096, 8192, 4096), (8192, 8192, 2048), (8192, 8192, 8192)),
-        grouped=((256, 4096, 2048), (2048, 4096, 4096)),
+        grouped=((256, 4096, 2048), (2048, 4096, 4096)), copied=2**27,
     ),
 }  # fmt: skip

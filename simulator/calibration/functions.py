@@ -45,20 +45,20 @@ class Grouped(torch.autograd.Function):
     """``x_e W_e^T`` for the rows of each local expert."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, counts: Sequence[int], recorder: Recorder) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, counts: Sequence[int], last: Tensor | None, recorder: Recorder) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.counts, ctx.recorder = weight, counts, recorder
+        ctx.weight, ctx.counts, ctx.last, ctx.recorder = weight, counts, last, recorder
         with recorder.region("grouped_gemm.forward"):
-            return kernels.grouped(x, weight.value, counts)
+            return kernels.grouped(x, weight.value, counts, last)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
         (x,) = ctx.saved_tensors
         with ctx.recorder.region("grouped_gemm.input"):
-            into = kernels.grouped_input(g, ctx.weight.value, ctx.counts)
+            into = kernels.grouped_input(g, ctx.weight.value, ctx.counts, ctx.last)
         with ctx.recorder.region("grouped_gemm.weight"):
-            kernels.grouped_weight(g, x, ctx.weight.main, ctx.counts)
-        return into, None, None, None
+            kernels.grouped_weight(g, x, ctx.weight.main, ctx.counts, ctx.last)
+        return into, None, None, None, None
 
 
 class Norm(torch.autograd.Function):

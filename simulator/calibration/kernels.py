@@ -52,34 +52,40 @@ def _fused(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
-def _ends(counts: Sequence[int], x: Tensor) -> Tensor:
-    return torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
+def ends(counts: Sequence[int], device: torch.device) -> Tensor | None:
+    """Return where the rows of each expert end, as one kernel for all experts takes it; None on a CPU.
+
+    From pinned memory, so that the host goes on launching: an ordinary copy waits until the device has done everything.
+    """
+    if device.type != "cuda":
+        return None
+    return torch.tensor(counts, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True).cumsum(0, dtype=torch.int32)
 
 
-def grouped(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return ``x_e W_e^T`` for the rows of every expert; `weight` is (E, out, in), `counts` the rows of each."""
+def grouped(x: Tensor, weight: Tensor, counts: Sequence[int], last: Tensor | None = None) -> Tensor:
+    """Return ``x_e W_e^T`` for the rows of every expert; `weight` is (E, out, in), `counts` the rows of each, `last` their `ends`."""
     if _fused(x):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=_ends(counts, x))
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=last)
     out = x.new_empty((x.shape[0], weight.shape[1]))
     for e, rows in _slices(counts):
         torch.mm(x[rows], weight[e].t(), out=out[rows])
     return out
 
 
-def grouped_input(g: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_input(g: Tensor, weight: Tensor, counts: Sequence[int], last: Tensor | None = None) -> Tensor:
     """Return the gradient of the rows, ``g_e W_e``."""
     if _fused(g):
-        return F.grouped_mm(g, weight, offs=_ends(counts, g))
+        return F.grouped_mm(g, weight, offs=last)
     out = g.new_empty((g.shape[0], weight.shape[2]))
     for e, rows in _slices(counts):
         torch.mm(g[rows], weight[e], out=out[rows])
     return out
 
 
-def grouped_weight(g: Tensor, x: Tensor, main: Tensor, counts: Sequence[int]) -> None:
+def grouped_weight(g: Tensor, x: Tensor, main: Tensor, counts: Sequence[int], last: Tensor | None = None) -> None:
     """Add ``g_e^T x_e`` to the main gradients (E, out, in)."""
     if _fused(g):
-        main.add_(F.grouped_mm(g.t(), x, offs=_ends(counts, g)))
+        main.add_(F.grouped_mm(g.t(), x, offs=last))
         return
     for e, rows in _slices(counts):
         linear_weight(g[rows], x[rows], main[e])
@@ -263,7 +269,7 @@ def order(experts: Tensor, count: int, most: int | None = None) -> tuple[Tensor,
     """
     flat = experts.reshape(-1)
     rows = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=count)
+    counts = flat.new_zeros(count).scatter_add_(0, flat, torch.ones_like(flat))  # bincount makes a GPU's host wait for the largest
     places = torch.empty_like(rows)
     if most is None:
         places[rows] = torch.arange(len(rows), device=rows.device)
@@ -281,7 +287,7 @@ def adamw(
     master: Tensor, first: Tensor, second: Tensor, gradient: Tensor, parameter: Tensor, step: int, lr: float, decay: float = 0.0
 ) -> None:  # fmt: skip
     """Update master weights and moments by one step of AdamW, and round them into `parameter`; betas 0.9 and 0.95."""
-    count = torch.tensor(float(step), device=master.device)
+    count = torch.full((), float(step), device=master.device)
     torch._fused_adamw_(
         [master], [gradient], [first], [second], [], [count],
         lr=lr, beta1=0.9, beta2=0.95, weight_decay=decay, eps=1e-8, amsgrad=False, maximize=False,

@@ -17,7 +17,7 @@ from simulator.calibration.clock import STILL, batch, quartiles, timed, wait
 from simulator.calibration.launch import Tell, device_of
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
-from simulator.calibration.recorder import Spent
+from simulator.calibration.recorder import LEAD_CYCLES, Spent
 from simulator.calibration.together import together
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP
 
@@ -33,7 +33,29 @@ def _over_ranks(value: float) -> float:
     return float(mean) / dist.get_world_size()
 
 
-def repeated(run: Callable[[], object], device: torch.device, at_least_s: float) -> tuple[float, float, float, int]:
+def _by_the_clock(run: Callable[[], object], device: torch.device) -> float:
+    first = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - first
+
+
+def _by_the_device(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the kernels of `run` alone: its host, which launches them, is ahead."""
+    if device.type != "cuda":
+        return _by_the_clock(run, device)
+    torch.cuda._sleep(LEAD_CYCLES)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def repeated(
+    run: Callable[[], object], device: torch.device, at_least_s: float, once: Callable[..., float] = _by_the_clock
+) -> tuple[float, float, float, int]:
     """Return median seconds, spread, processor seconds and repeats of `run`, all ranks together.
 
     Notes
@@ -46,11 +68,7 @@ def repeated(run: Callable[[], object], device: torch.device, at_least_s: float)
     dist.barrier()
     begin, taken, cpu = time.perf_counter(), [], time.process_time()
     while True:
-        for _ in range(LEAST):
-            first = time.perf_counter()
-            run()
-            wait(device)
-            taken.append(time.perf_counter() - first)
+        taken += [once(run, device) for _ in range(LEAST)]
         if _over_ranks(float(time.perf_counter() - begin)) >= at_least_s:
             break
     middle, spread = quartiles(taken)
@@ -61,16 +79,24 @@ def repeated(run: Callable[[], object], device: torch.device, at_least_s: float)
 
 
 def probe(case: Case, world: int, device: torch.device, repeats: int, turn: int) -> Iterator[Row]:
-    """Yield a row for every kind of kernel in the probe, and one for the whole step."""
+    """Yield a row for every kind of kernel in the probe, and one for the whole step.
+
+    On a GPU the whole step is timed without recording, whose events cost the host a tenth of its launches, and its kernels in
+    another run, in which the host is ahead.
+    """
     step = MoEStep(case.model, case.plan, case.job, 0, Options(seed=dist.get_rank(), lr=STILL), device)
     tokens = batch(case, device)
     for _ in range(2):
         step.run(tokens)
-    step.recorder.on = True
+    gpu = device.type == "cuda"
+    step.recorder.ahead = gpu
     taken: dict[str, list[Spent]] = defaultdict(list)
-    step.recorder.take()
     for _ in range(repeats):
+        step.recorder.on = not gpu
         whole = timed(step, tokens, device)
+        if gpu:
+            step.recorder.on = True
+            timed(step, tokens, device)
         found = step.recorder.take()
         for name, spent in found.items():
             taken[name].append(spent)
@@ -143,7 +169,7 @@ def attentions(device: torch.device, world: int, turn: int) -> Iterator[Row]:
         out = run()
         back = partial(torch.autograd.grad, out, qkv, gradient, retain_graph=True)
         for name, call, passes in (("attention.forward", run, 1.0), ("attention.backward", back, ATTENTION_BACKWARD_FLOP)):
-            middle, spread, cpu, repeats = repeated(call, device, KERNEL_S)
+            middle, spread, cpu, repeats = repeated(call, device, KERNEL_S, _by_the_device)
             yield Row(
                 "attention", str((length + 1) / 2), name, world, heads, passes * flop, passes * size, middle, spread, cpu, repeats, turn
             )
@@ -153,27 +179,28 @@ def singles(device: torch.device, world: int, turn: int) -> Iterator[Row]:
     """Yield the rows of products, grouped products, a copy in memory, copies to and from the host, and an empty kernel."""
 
     def row(case: str, name: str, run: Callable[[], object], calls: float, flop: float, size: float) -> Row:
-        middle, spread, cpu, repeats = repeated(run, device, KERNEL_S)
+        middle, spread, cpu, repeats = repeated(run, device, KERNEL_S, _by_the_device)
         return Row("single", case, name, world, calls, flop, size, middle, spread, cpu, repeats, turn)
 
     scan = SCANS[device.type]
     for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for m, n, k in scan.products if label == "bf16" else scan.products[-1:]:
-            x, w = torch.zeros(m, k, dtype=dtype, device=device), torch.zeros(n, k, dtype=dtype, device=device)
+            x, w = torch.randn(m, k, dtype=dtype, device=device), torch.randn(n, k, dtype=dtype, device=device)
             run = partial(kernels.linear, x, w)
             yield row(f"{m}x{n}x{k}", f"product.{label}", run, 1, 2.0 * m * n * k, (m * k + n * k + m * n) * dtype.itemsize)
     for m, n, k in scan.grouped:
-        x, w = torch.zeros(8 * m, k, dtype=torch.bfloat16, device=device), torch.zeros(8, n, k, dtype=torch.bfloat16, device=device)
-        run, size = partial(kernels.grouped, x, w, [m] * 8), 16.0 * (m * k + n * k + m * n)
+        x, w = torch.randn(8 * m, k, dtype=torch.bfloat16, device=device), torch.randn(8, n, k, dtype=torch.bfloat16, device=device)
+        run, size = partial(kernels.grouped, x, w, [m] * 8, kernels.ends([m] * 8, device)), 16.0 * (m * k + n * k + m * n)
         yield row(f"8x{m}x{n}x{k}", "grouped.bf16", run, 8, 16.0 * m * n * k, size)
-    large, other = (torch.zeros(2**24, dtype=torch.bfloat16, device=device) for _ in range(2))
-    yield row("32 MiB", "copy", partial(other.copy_, large), 1, 0, 2.0 * large.nbytes)
+    large, other = (torch.zeros(scan.copied, dtype=torch.bfloat16, device=device) for _ in range(2))
+    yield row(f"{large.nbytes >> 20} MiB", "copy", partial(other.copy_, large), 1, 0, 2.0 * large.nbytes)
     small = torch.zeros(1, device=device)
     yield row("1 element", "launch", partial(small.add_, 1.0), 1, 0, 8)
     if device.type == "cuda":
         pinned = torch.zeros(2**24, dtype=torch.bfloat16).pin_memory()
-        yield row("32 MiB", "to device", partial(large.copy_, pinned), 1, 0, large.nbytes)
-        yield row("32 MiB", "to host", partial(pinned.copy_, large), 1, 0, large.nbytes)
+        there = large[: len(pinned)]
+        yield row("32 MiB", "to device", partial(there.copy_, pinned, non_blocking=True), 1, 0, there.nbytes)
+        yield row("32 MiB", "to host", partial(pinned.copy_, there, non_blocking=True), 1, 0, there.nbytes)
 
 
 def dispatch(device: torch.device, world: int, turn: int) -> Row:

@@ -272,7 +272,8 @@ class Layer(Block):
         most = None if c.options.capacity_factor is None else math.ceil(c.options.capacity_factor * experts.numel() / e.count)
         with c.recorder.region("topk.forward"):
             places, order, counts, dropped = kernels.order(experts, e.count, most)
-            self.routed += counts.cpu()
+            counts = counts.cpu()  # the only time that a layer makes the host wait
+            self.routed += counts
             self.dropped += dropped
             kept = (counts if most is None else counts.clamp(max=most)).tolist()
         rows = Permute.apply(x, order // e.top_k, places, c.recorder)
@@ -322,10 +323,10 @@ class Layer(Block):
         return torch.cat([chunks[i] for i in order])
 
     def _compute(self, rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
-        recorder = self.context.recorder
-        up = Grouped.apply(rows, self.weights["moe.up"], counts, recorder)
+        recorder, last = self.context.recorder, kernels.ends(counts, rows.device)
+        up = Grouped.apply(rows, self.weights["moe.up"], counts, last, recorder)
         act = SwiGLU.apply(up, weights.reshape(-1), recorder)
-        return Grouped.apply(act, self.weights["moe.down"], counts, recorder)
+        return Grouped.apply(act, self.weights["moe.down"], counts, last, recorder)
 
     def balance(self, counts: Tensor) -> None:
         """Move the bias of the router towards the experts that got fewer than the mean of `counts`."""

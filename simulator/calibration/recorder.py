@@ -10,12 +10,17 @@ from typing import NamedTuple
 
 import torch
 
+#: cycles that a GPU is kept busy so that its host gets ahead of it, 1 ms at 2 GHz, whenever it is within so many regions of the host
+LEAD_CYCLES, BEHIND = 2_000_000, 8
 #: the simulator's names of datatypes
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "int64"}
 
 
 class Spent(NamedTuple):
-    """Seconds on the clock, and seconds that the thread computed: less where another process had the core, or it waited."""
+    """Seconds on the clock, and seconds that the thread computed: less where another process had the core, or it waited.
+
+    Of a region on a GPU: seconds of the device, and what launching took its host.
+    """
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -50,12 +55,21 @@ class Recorder:
     -----
     On a CPU kernels run when they are called and the clocks are read around them. On CUDA events are recorded around them
     and read by `take`, so that recording does not wait for the device.
+
+    Attributes
+    ----------
+    on : bool
+        Whether it records.
+    ahead : bool
+        On CUDA, whether the device is kept busy before a region that would else wait for its host between kernels: what is recorded
+        is then the time of the kernels alone, and what the host takes is another figure, `simulator.calibration.measure.dispatch`.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.on = device, False
+        self.device, self.on, self.ahead = device, False, False
         self._spent: dict[str, Spent] = defaultdict(Spent)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event, str | None]] = []  # and the name around it
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event, str | None, float]] = []  # the name around it, the host's time
+        self._led = 0  # events when the host last got ahead
         self._open: list[str] = []
         self._inside: list[Spent] = []
         self._calls: list[tuple[str, int, int | float, str]] = []
@@ -77,13 +91,17 @@ class Recorder:
         if not self.on:
             yield
         elif self.device.type == "cuda":
+            if self.ahead and not self._open:
+                self._lead()
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
             self._open.append(name)
+            begin = time.thread_time()
             yield
+            host_s = time.thread_time() - begin
             self._open.pop()
             last.record()
-            self._events.append((name, first, last, self._open[-1] if self._open else None))
+            self._events.append((name, first, last, self._open[-1] if self._open else None, host_s))
         else:
             self._inside.append(Spent())
             begin = now()
@@ -93,18 +111,26 @@ class Recorder:
             if self._inside:
                 self._inside[-1] = self._inside[-1].plus(took)
 
+    def _lead(self) -> None:
+        """Let the host get ahead of the device, if it is not."""
+        near = max(len(self._events) - BEHIND, self._led)  # none from before the last time: these were done then
+        if not self._events or self._events[near][2].query():
+            torch.cuda._sleep(LEAD_CYCLES)
+            self._led = len(self._events)
+
     def take(self) -> dict[str, Spent]:
         """Return the time per name since the last call, and begin anew."""
         if self._events:
             torch.cuda.synchronize(self.device)
-        for name, first, last, around in self._events:
-            took = Spent(*[first.elapsed_time(last) / 1e3] * 2)
+        for name, first, last, around, host_s in self._events:
+            took = Spent(first.elapsed_time(last) / 1e3, host_s)
             self._spent[name] = self._spent[name].plus(took)
             if around:
                 self._spent[around] = self._spent[around].less(took)
         found = dict(self._spent)
         self._spent.clear()
         self._events.clear()
+        self._led = 0
         self._calls.clear()
         return found
 

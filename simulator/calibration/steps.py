@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from simulator.calibration.cases import Case
 from simulator.calibration.check import WAITING, Measured, part_of
-from simulator.calibration.clock import STILL, batch
+from simulator.calibration.clock import STILL, batch, timed
 from simulator.calibration.launch import Tell, device_of
 from simulator.calibration.moe_model import Options
 from simulator.calibration.moe_step import MoEStep
@@ -73,21 +73,28 @@ def _turn(case: Case, rank: int, device: torch.device, repeats: int) -> tuple[li
     for _ in range(WARM):
         step.run(tokens)
     step.routed()
-    step.recorder.on = True
-    step.recorder.take()
+    gpu = device.type == "cuda"
+    step.recorder.ahead = gpu
     for _ in range(repeats):
+        if gpu:  # the step by itself, and its kernels while the host is ahead; what they leave of the step is waiting for the host
+            step.recorder.on = False
+            taken.append(max(_gathered(timed(step, tokens, device).wall_s)))
+            parts["host"] += taken[-1] / repeats
+        step.recorder.on = True
         everyone = observed(step, tokens, device)
-        taken.append(max(whole.wall_s for _, whole, _ in everyone))
+        if not gpu:
+            taken.append(max(whole.wall_s for _, whole, _ in everyone))
         for times, _, _ in everyone:
             for name, spent in times.items():
                 parts[part_of(name)] += spent.wall_s / repeats / len(everyone)
+                parts["host"] -= gpu * spent.wall_s / repeats / len(everyone)
         if case.plan.pp == 1:  # stages do not call the same: their waiting stays with their messages
             for axis, seconds in waited([calls for *_, calls in everyone]).items():
                 parts[part_of(axis)] -= seconds / repeats
                 parts[WAITING] += seconds / repeats
-    counts = [(layer / repeats).long().tolist() for layer in step.routed()]
+    counts = [(layer / (repeats * (1 + gpu))).long().tolist() for layer in step.routed()]
     step.close()
-    return taken, dict(parts), counts
+    return taken, {name: seconds for name, seconds in parts.items() if seconds or name != "host"}, counts
 
 
 def run(rank: int, world: int, tell: Tell, cases: list[Case], kind: str, turns: int, repeats: int) -> list[Measured]:

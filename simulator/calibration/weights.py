@@ -36,11 +36,11 @@ class Part:
         return tuple(n // self.parts if d == self.dim else n for d, n in enumerate(self.shape))
 
     def initial(self, seed: int, device: torch.device) -> torch.Tensor:
-        """Return the slice of the full matrix, whose values depend on its name and the seed alone: the same under every plan."""
+        """Return the slice of the full matrix, whose values depend on name, seed and kind of device: the same under every plan."""
         if len(self.shape) == 1:
             return torch.ones(self.local, device=device)
-        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + seed)
-        return self.cut(torch.randn(self.shape, generator=generator) * 0.7 * self.shape[-1] ** -0.5).to(device)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(self.name.encode()) + seed)
+        return self.cut(torch.randn(self.shape, generator=generator, device=device).mul_(0.7).mul_(self.shape[-1] ** -0.5))
 
 
 @dataclass

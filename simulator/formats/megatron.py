@@ -212,9 +212,9 @@ def _dispatcher(flags: _Flags) -> dict[str, Any]:
     kind = flags.word("moe-token-dispatcher-type", ("allgather", "alltoall", "flex", "alltoall_seq"))
     backend = flags.word("moe-flex-dispatcher-backend", _DEEPEP)
     if kind == "flex":
-        if backend in ("hybridep", "ncclep"):
+        if backend == "ncclep":
             flags.warn(f"--moe-flex-dispatcher-backend {backend}: priced as deepep")
-        return {"dispatcher": "deepep"}
+        return {"dispatcher": "hybridep" if backend == "hybridep" else "deepep"}
     if _has_experts(flags) and kind in (None, "allgather"):
         what = "--moe-token-dispatcher-type allgather" if kind else "--moe-token-dispatcher-type is missing, which means allgather"
         flags.warn(f"{what}: priced as alltoall")

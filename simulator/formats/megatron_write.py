@@ -139,9 +139,9 @@ def _precision(plan: Plan) -> list[str]:
 
 
 def _dispatcher(plan: Plan) -> list[str]:
-    if plan.dispatcher == "deepep":
-        return ["--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep"]
-    return ["--moe-token-dispatcher-type alltoall"]
+    if plan.dispatcher == "alltoall":
+        return ["--moe-token-dispatcher-type alltoall"]
+    return [f"--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend {plan.dispatcher}"]
 
 
 def _job(job: Job, model: Model) -> list[str]:

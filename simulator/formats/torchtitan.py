@@ -130,7 +130,7 @@ def _degrees(c: _Config) -> dict[str, Any]:
         "etp": c.whole("parallelism", "expert_tensor_parallel_degree", 1),
         "dp_replicate": c.whole("parallelism", "data_parallel_replicate_degree", 1),
         "dp_shard": None if shard in (-1, 0) else shard,
-        "dispatcher": "alltoall" if backend == "standard" else "deepep",
+        "dispatcher": "alltoall" if backend == "standard" else backend,
         "overlap": {"tp": "torch_async" if c.get("parallelism", "enable_async_tensor_parallel") is True else "torch"},
     }
 
@@ -251,7 +251,7 @@ def torchtitan_config(scenario: Scenario) -> dict[str, dict[str, Any]]:
         "pipeline_parallel_degree": plan.pp,
         "expert_parallel_degree": plan.ep,
         "expert_tensor_parallel_degree": plan.etp,
-        "expert_parallel_comm_backend": "deepep" if plan.dispatcher == "deepep" else "standard",
+        "expert_parallel_comm_backend": "standard" if plan.dispatcher == "alltoall" else plan.dispatcher,
     }
     local = job.global_batch // plan.dp
     if plan.pp > 1:

@@ -23,6 +23,9 @@ _KEYS = 4096
 #: weights that nobody has read: 0.7 to 1.1 by the grouped products of 128 to 1,232 rows that MooreThreads/SimuMax @e691807
 #: configs/system/b200_bf16_ceperm.json has measured on B200, 0.3 to 0.5 on one H100 (cuBLAS of CUDA 13.0, four streams, 256 to 2,048 rows)
 COLD_WEIGHTS = 0.75
+#: speed of the backward of heads wider than 128, over that of 128: 0.87 to 0.91 for widths of 192 and 128 on an H100 (cuDNN of
+#: PyTorch 2.11, measured by this project on 2026-11-26), 0.77 to 0.83 on B200 (MooreThreads/SimuMax @e691807)
+_WIDE_BACKWARD = 0.87
 #: queries of one head that a multiprocessor takes at a time, and heads times queries at which attention is benchmarked
 _QUERIES = 128
 _HEADS_QUERIES = 16 * 16384
@@ -161,12 +164,12 @@ def attention_s(
 
     Notes
     -----
-    The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones at
-    no more, at ``keys / (keys + keys_ramp)``, and at ``n / (n + tiles_ramp)`` for n tiles of 128 queries per multiprocessor. In 16 bits
+    The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones no
+    faster, at ``keys / (keys + keys_ramp)``, and at ``n / (n + tiles_ramp)`` for n tiles of 128 queries per multiprocessor. In 16 bits
     the matrix units do no more in attention than in products: both draw the power that sets the clock of a long step (`_sustained`).
     """
     ramp, short = accelerator.head_ramp, accelerator.keys_ramp or 0
-    narrow = np.minimum(width / (width + ramp) * (128 + ramp) / 128, 1.0)
+    narrow = np.where(width > 128, _WIDE_BACKWARD if backward else 1.0, width / (width + ramp) * (128 + ramp) / 128)
     narrow = narrow * keys / (keys + short) * (_KEYS + short) / _KEYS
     idle = (accelerator.tiles_ramp or 0) * accelerator.multiprocessors * _QUERIES
     narrow = narrow * heads_queries / (heads_queries + idle) * (_HEADS_QUERIES + idle) / _HEADS_QUERIES

@@ -18,7 +18,7 @@ from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.schedules import Schedule, by_segments
 from simulator.units import Number
 from simulator.workload.blocks import Block, passes
-from simulator.workload.ops import COMPUTE, HOST, STREAMS, Op, Segment, host_wait
+from simulator.workload.ops import COMPUTE, HOST, Op, Segment, host_wait
 from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gathers, gradient_ops, optimizer_ops, parameter_ops, send_op
 
@@ -96,7 +96,7 @@ def _runs(segments: list[list[tuple[Op, Number]]], launched_s: Number | None) ->
 def slowed(runs: Runs, slow: Number = 1.0) -> Runs:
     """Return runs as they take their time beside communication: kernels `slow` times as long, at last the wait for the host.
 
-    The host launches while all goes on but an expert all-to-all, the only kind on the ``ep`` stream (`hides_launches`).
+    The host launches while all goes on; what it waits for (`Op.holds`) counts among what it has to do.
     """
     found: list[tuple[tuple[str, Number], ...]] = []
     meanwhile: Number = 0.0
@@ -105,8 +105,7 @@ def slowed(runs: Runs, slow: Number = 1.0) -> Runs:
             found.append((("compute", np.maximum(segment[0][1] - meanwhile, 0.0)),))
             continue
         parts = tuple((stream, seconds * slow if stream == "compute" else seconds) for stream, seconds in segment)
-        hiding = [seconds for stream, seconds in parts if stream != STREAMS["ep"]]
-        meanwhile = meanwhile + (_longest(hiding) if hiding else 0.0)
+        meanwhile = meanwhile + _longest([seconds for _, seconds in parts])
         found.append(parts)
     return tuple(found)
 
@@ -182,7 +181,8 @@ def price_blocks(
     def runs(segments: tuple[Segment, ...], priced: Mapping[int, Number]) -> Runs:
         launches = host_wait(segments, plan.kernels).launches
         dispatch_s = 0.0 if cluster.host.dispatch_s is None else cluster.host.dispatch_s
-        launched_s = launches * dispatch_s if np.any(launches) else None
+        held_s = sum((priced[id(op)] for segment in segments for op in segment if op.holds), 0.0)
+        launched_s = launches * dispatch_s + held_s if np.any(launches) else None
         return _runs([[(op, priced[id(op)]) for op in segment] for segment in segments], launched_s)
 
     def one(block: Block) -> BlockPrice:

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 
 from simulator.scenario.facts import Frozen
 
-CrossEntropy = Literal["in_place", "compiled", "fused", "vocab_parallel", "eager", "gathered"]
+CrossEntropy = Literal["in_place", "compiled", "fused", "vocab_parallel", "eager", "half", "gathered"]
 WeightGradients = Literal["fused", "placeholders", "kept", "copied"]
-NarrowInputs = Literal["cast", "wide"]
+Casts = Literal["transformer_engine", "tensorwise", "rowwise"]
 
 #: name -> habits of frameworks that their repositories show; `Framework` itself is today's Megatron
 PRESETS: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "keeps_outputs": True,
         "bucket_elements": 1_000_000_000,
     },
-    "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused", "stops_early": True, "narrow_inputs": "wide"},
+    "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused", "stops_early": True, "casts": "tensorwise"},
 }
 
 
@@ -38,7 +38,8 @@ class Framework(Frozen):
         What the loss keeps of the logits. ``in_place``: their gradient overwrites them (Transformer Engine, Liger);
         ``compiled``: they stay, and one kernel makes their gradient from them (torch.compile, torchtitan pull request 1033);
         ``fused``: one copy in fp32 (Megatron ``--cross-entropy-loss-fusion``); ``vocab_parallel``: two (without that flag);
-        ``eager``: PyTorch's functions one by one; ``gathered``: eager, on logits gathered over tp.
+        ``eager``: PyTorch's functions one by one; ``half``: the same without a copy in fp32; ``gathered``: eager, on logits gathered
+        over tp.
     weight_gradients : str
         ``fused``: added to the main gradients by the matrix product itself, or themselves the main gradients;
         ``placeholders``: likewise, but autograd is shown one tensor per weight shape, which stays (Transformer Engine 2
@@ -51,13 +52,14 @@ class Framework(Frozen):
         Transformer layers per replica whose saved activations wait in the host's memory; their traffic is not priced.
     bucket_elements : int
         Gradient elements that are copied into buckets for their reduction; 0 where they are reduced in place.
-    narrow_inputs : str
-        What a linear layer in low precision keeps of its input for the weight gradient. ``cast``: the input in low precision
-        (Transformer Engine); ``wide``: in 16 bits, to be cast again (torchao, ``matmul_with_hp_or_float8_args``,
-        torchao/float8/float8_linear.py).
+    casts : str
+        How linear layers in low precision cast. ``transformer_engine``: inputs and weights stay in low precision, scaled or laid out for
+        both products. ``tensorwise``, ``rowwise``: torchao with one scale per tensor or per row; inputs stay in 16 bits and are cast
+        again for the weight gradient, weights for every pass (``matmul_with_hp_or_float8_args``, torchao/float8/float8_linear.py).
     stops_early : bool
-        Whether full recompute of a layer ends with the last tensor that its backward needs, which leaves out its last product
-        and what follows (PyTorch's non-reentrant checkpoint since 2.1, ``set_checkpoint_early_stop``); else it repeats all.
+        Whether recompute of a layer or of its modules ends with the last tensor that the backward needs, which leaves out the last
+        product and what follows (PyTorch's non-reentrant checkpoint since 2.1, ``set_checkpoint_early_stop``; XLA, which computes
+        nothing that no one reads); else it repeats all.
     """
 
     cross_entropy: CrossEntropy = "fused"
@@ -65,7 +67,7 @@ class Framework(Frozen):
     keeps_outputs: bool = False
     offloaded_layers: int = Field(default=0, ge=0)
     bucket_elements: int = Field(default=0, ge=0)
-    narrow_inputs: NarrowInputs = "cast"
+    casts: Casts = "transformer_engine"
     stops_early: bool = False
 
     @model_validator(mode="before")

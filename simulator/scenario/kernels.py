@@ -12,7 +12,7 @@ Fusion = Literal["fused", "eager"]
 #: how the experts of a rank are multiplied
 Grouping = Literal["grouped", "fused", "sequential"]
 #: how a weight gradient is added to what earlier micro-batches left
-Accumulation = Literal["fused", "separate"]
+Accumulation = Literal["fused", "separate", "none"]
 #: how the gate and the up-projection of an MLP are multiplied
 Gate = Literal["fused", "separate"]
 #: what launches the kernels of the backward
@@ -53,7 +53,8 @@ class Kernels(Frozen):
         ``sequential``: a dense product for each expert, one after the other (Megatron's ``SequentialMLP``).
     accumulation : str
         ``fused``: the product itself adds a weight gradient to the main gradients (Megatron since 2022, Transformer Engine).
-        ``separate``: it writes the gradient, which a kernel of its own then adds to them.
+        ``separate``: it writes the gradient, which a kernel of its own then adds to them. ``none``: it writes the gradient, and there is
+        nothing to add it to: every micro-batch is a first one, as in a trace.
     gate : str
         ``fused``: gate and up-projection of a dense MLP are one linear layer. ``separate``: two, each with its own tensor-parallel
         collectives (Aleph-Alpha/scaling, src/scaling/core/nn/mlp.py), or with one for both in PyTorch's own tensor parallelism.

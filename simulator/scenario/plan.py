@@ -23,6 +23,7 @@ Schedule = Literal[
 #: schedules that need several model chunks on a rank, and those that need exactly two
 INTERLEAVED, TWO_CHUNKS = ("interleaved", "interleaved-overlapped", "interleaved-zb"), ("zb-v", "v-half", "v-min", "dualpipe", "dualpipev")
 Recompute = Literal["none", "selective", "full"]
+Dispatcher = Literal["alltoall", "deepep", "hybridep"]
 #: parts of a layer whose activations selective recompute may drop, in Megatron's words; mlp_act is moe_act for a dense MLP
 Module = Literal["core_attn", "layernorm", "mlp_act", "moe_act", "mla_up_proj", "mlp", "moe", "attn_out", "mlp_gate", "tp_gather"]
 #: modules that torchtitan's checkpointing by operation computes again: of each layer's products it keeps the first, third, fifth
@@ -63,6 +64,9 @@ class Precision(Frozen):
         What tensor-parallel all-gathers carry ahead of linear layers. None: what those multiply when that is narrower than 16 bits,
         as Transformer Engine casts before it gathers (``gather_along_first_dim``, transformer_engine/pytorch/distributed.py), and
         torchao with one scale per tensor (torchao/float8/float8_tensor_parallel.py), else 16 bits. Sums are scattered in 16 bits.
+    parameter_gather : str or None
+        What ZeRO gathers the parameters of the layers in; None: as they are. In FP8 torchao casts the shards once
+        (``enable_fsdp_float8_all_gather``); embedding and head stay in 16 bits.
     copies : int
         Copies of a weight that narrow products read: 2, scaled along rows or laid out by rows and along columns; 1 where one scale
         serves a whole tensor and the matrix units take either layout, as Blackwell's do in FP8 (``nvte_is_non_tn_fp8_gemm_supported``,
@@ -79,6 +83,7 @@ class Precision(Frozen):
     combine: Dtype = "bf16"
     gradient_reduce: Dtype = "fp32"
     gather: Dtype | None = None
+    parameter_gather: Dtype | None = None
     copies: Literal[1, 2] = 2
 
     @property
@@ -156,6 +161,8 @@ class Overlap(Frozen):
         persistent matrix products hold every multiprocessor until they end, and push a collective that comes later behind them
         (NVIDIA-NeMo/Megatron-Bridge scripts/performance/perf_plugins.py, on ``CUDA_DEVICE_MAX_CONNECTIONS``). False on Blackwell, or
         with multiprocessors set aside.
+    host_waits : bool
+        Whether the host waits for tensor-parallel collectives, as where these were timed apart from the kernels.
     pp : bool
         Send to other stages beside the next action. False starts it only when the message has left, as Megatron does without
         interleaving or with ``--no-overlap-p2p-communication``.
@@ -169,6 +176,7 @@ class Overlap(Frozen):
     prefetch: int = Field(default=1, ge=0)
     by_tensor: bool = False
     queued: bool = False
+    host_waits: bool = False
     pp: bool = True
 
 
@@ -257,7 +265,8 @@ class Plan(Frozen, _Degrees):
     sequence_parallel : bool
         Split norms and residuals over tp, as Megatron does.
     dispatcher : str
-        ``alltoall`` sends one copy per expert; ``deepep`` sends one per host that a token visits and fans out inside.
+        ``alltoall`` sends one copy per expert; ``deepep`` sends one per host that a token visits and fans out inside; ``hybridep``
+        does the same, and its host waits for what arrived before it launches more.
     pxn : bool
         All-to-all crosses to the rail of its target over the scale-up links of the source's host (NCCL's PXN).
     placement : Placement
@@ -288,7 +297,7 @@ class Plan(Frozen, _Degrees):
     recompute: Recompute = "none"
     recompute_modules: tuple[Module, ...] = ("core_attn",)
     sequence_parallel: bool = True
-    dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    dispatcher: Dispatcher = "alltoall"
     context_parallel: Literal["ring", "all_gather", "all_to_all"] = "ring"
     precision: Precision = Precision()
     reserve: Reserve = Reserve()

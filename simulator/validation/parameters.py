@@ -45,8 +45,10 @@ _PARTS = {
 _WHERE_LISTED = ("collectives",)
 #: seconds per launch: what a C++ loop needs at least, and what no eager framework exceeds
 _DISPATCH = (5e-6, 200e-6, 0.7)
-#: what is known without the rows: kernels are as fast as in benchmarks, a framework needs 40 us to launch one
-_KNOWN = {"dispatch_s": 40e-6}
+#: what is known without the rows: kernels are as fast as in benchmarks, a framework needs 60 us to launch one. A bare linear layer of
+#: Transformer Engine, two launches, takes 100 us on Grace (NVIDIA/TransformerEngine issue 2053), Megatron's modules around it add to that:
+#: rows on H100 alone and rows on B200 alone, whose hosts have like processors, say 60 and 67
+_KNOWN = {"dispatch_s": 60e-6}
 #: weight of a row that is not complete
 _NOTHING = 1e-9
 #: step of the finite differences, in the logarithm
@@ -69,11 +71,14 @@ NAMES = (*(f"in_training.{name}" for name in _PARTS), "dispatch_s")
 
 
 def slopes(scenario: Scenario) -> dict[str, float]:
-    """Return ``d ln(step) / d ln(parameter)`` of the estimate for every one of `NAMES`: one estimate for a column of values."""
+    """Return ``d ln(step) / d ln(parameter)`` of the estimate for every one of `NAMES`: one estimate for a column of values.
+
+    It is 0 for parameters that the scenario does not rest on (`parameters_of`).
+    """
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
     count = 1 + len(NAMES)
     moved = {name: np.where(np.arange(count) == i, np.exp(_STEP), 1.0) for i, name in enumerate(NAMES, start=1)}
-    parts = {name: cluster.accelerator.in_training.get(name, 1.0) * moved[f"in_training.{name}"] for name in _PARTS}
+    parts = {p.name.split(".")[1]: p.start * moved[p.name] for p in parameters_of(scenario) if p.name != "dispatch_s"}
     dispatch = cluster.host.dispatch_s
     host = cluster.host.model_copy(update={"dispatch_s": None if dispatch is None else dispatch * moved["dispatch_s"]})
     accelerator = cluster.accelerator.model_copy(update={"in_training": parts})
@@ -124,7 +129,7 @@ def row_slopes(rows: pd.DataFrame, processes: int = 1) -> pd.DataFrame:
 
 def _by_silicon(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame, list[Parameter]]]:
     for silicon, group in table.groupby("silicon"):
-        known = [name for name in NAMES if f"start.{name}" in group and group[f"start.{name}"].notna().all()]
+        known = [name for name in NAMES if f"start.{name}" in group and group[f"start.{name}"].notna().any()]
         ranges = {f"in_training.{name}": bounds for name, bounds in _PARTS.items()} | {"dispatch_s": _DISPATCH}
         starts = [float(group[f"start.{name}"].median()) for name in known]
         units = ["s" if name == "dispatch_s" else "1" for name in known]

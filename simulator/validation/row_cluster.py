@@ -10,6 +10,7 @@ from simulator.scenario.cluster import Accelerator, Cluster, Fabric, Host
 from simulator.scenario.facts import Facts, Source
 from simulator.scenario.profiles import ACCELERATORS, FABRICS, HOSTS
 from simulator.validation.row import Row
+from simulator.validation.row_kernels import TRACED
 
 T = TypeVar("T", bound=Facts)
 
@@ -128,6 +129,9 @@ def capped(profile: Accelerator, power_w: float) -> dict[str, float]:
 
 
 def _accelerator(row: Row, printed: str, profile: Accelerator) -> Accelerator:
+    if row.has(TRACED, "source"):
+        row.assume("collectives as fast as in their benchmark, which they come from (trace/a100)")
+        profile = profile.model_copy(update={"in_training": {k: v for k, v in profile.in_training.items() if k != "collectives"}})
     if printed in _UNSURE:
         row.assume(_UNSURE[printed])
     if printed not in _VARIANTS:

@@ -10,6 +10,11 @@ from simulator.validation.row import Row
 
 #: sources on Megatron-LM of 2021 or forks of it: no --gradient-accumulation-fusion, no asynchronous all-reduce of an input gradient
 BEFORE_2022 = "vTrain|SC'21|BLOOM|MT-NLG"
+#: rows that are no measured steps: the sum of the kernels of one layer, of embedding and of head, traced on one GPU with the gaps
+#: between them, and of a table of all-reduces. To 1 us the differences between their data-parallel degrees are those of the source's
+#: own formulas, also of the one for more than 1 GiB, which takes the bus bandwidth for the rate of the buffer whatever the ranks
+#: (VIA-Research/vTrain @f8dda84 src/predictor.py, ``compute_comm_time``, and trace/a100)
+TRACED = r"vTrain ground truth \(single"
 #: sources of one software generation -> its kernels and why
 _STACKS: list[tuple[str, dict[str, Any], str]] = [
     (
@@ -26,6 +31,11 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
         "vTrain|SC'21|Korthikanti|MT-NLG|Zero Bubble|BLOOM|MosaicML|InternEvo|Aleph-Alpha",
         {"backward": "engine"},
         "gradients by PyTorch's engine",
+    ),
+    (
+        TRACED,
+        {"accumulation": "none"},
+        "a trace of one layer between embedding and head, gradients set to None before (VIA-Research/vTrain @f8dda84 src/trainer.py)",
     ),
     ("BLOOM", {"attention": "unfused"}, "Megatron-DeepSpeed before FlashAttention: scores in memory, fused softmax, no dropout"),
     ("MosaicML", {"attention": "flash1", "pointwise": "eager"}, "llm-foundry of 2023: first FlashAttention in Triton, eager PyTorch"),

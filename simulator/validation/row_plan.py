@@ -10,7 +10,7 @@ from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Overlap, Plan, Precision, TensorParallel
 from simulator.validation.row import Row
-from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, kernels_of
+from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, TRACED, kernels_of
 from simulator.validation.row_layout import layout_of
 from simulator.validation.row_software import framework_of
 
@@ -19,12 +19,11 @@ _NOT_MODELLED = {
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
     r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
-    r"fp8 all-gather": "FP8 parameter gather",
     r"paged[_ ]stash": "paged stash of activations",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
 #: words for tensor-parallel collectives in pieces beside their products
-_IN_PIECES = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True"
+_IN_PIECES = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|overlap of DP, TP and PP communication enabled"
 #: source, models and datatypes left out -> recipes that turn tensor-parallel communication overlap on although the table of their
 #: source prints nothing, or prints the configuration file that the launch script overrides (Nemotron-4 340B of 24.11.1); it is off
 #: for DeepSeek-V3, Grok-1 and Qwen3-235B on H100
@@ -55,10 +54,6 @@ _ALLTOALL_RECIPE = "QWEN3_235B_A22B_PRETRAIN_CONFIG_(H100|B200)"
 _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
 #: sources whose Megatron-LM could not yet reduce gradients beside the backward
 _NO_GRADIENT_OVERLAP = r"SC'21|MegaScale \(NSDI|Korthikanti|Zero Bubble"
-#: vTrain's configurations of one host say ``use_checkpoint``, yet its rows are sums to 0.01 %, of parts per step, per micro-batch, per
-#: layer and per both, in which every pipeline stage takes as long per layer as the last one; that one never computes anything again
-#: (VIA-Research/vTrain @f8dda84 src/predictor.py, ``create_layer_graph``). With recompute their products would need 99 % of the peak
-_NO_RECOMPUTE = r"vTrain ground truth \(single"
 #: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
 _BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama"
 
@@ -92,6 +87,9 @@ def plan_of(row: Row, model: Model) -> Plan:
     elif model.experts is not None and (row.has(_PAIRED, "overlap_notes", "notes") or row.has(FULL_ITERATION_RECIPE, "provenance")):
         schedule, table = _paired(row, degrees, schedule)
     overlap = _overlap(row, degrees, sequence_parallel)
+    if row.has(TRACED, "source"):
+        row.assume("collectives timed apart from the kernels: nothing is launched meanwhile (src/predictor.py)")
+        overlap = overlap.model_copy(update={"host_waits": True})
     if schedule != "dualpipe" and row.has("A100|H[128]00", "gpu"):
         overlap = overlap.model_copy(update={"queued": True})  # DeepSeek's kernels leave multiprocessors to communication
     return Plan(
@@ -216,7 +214,8 @@ def _paired(row: Row, degrees: dict[str, int], schedule: str) -> tuple[str, str 
 
 def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
     printed = row.default("recompute", "none", row.text("recompute"))
-    if row.has(_NO_RECOMPUTE, "source"):
+    if row.has(TRACED, "source"):
+        # the configurations say use_checkpoint; with recompute their products would need 99 % of the peak
         row.assume("no recompute: stages take as long per layer as the last one, which never recomputes in this source's own model")
         return "none", ("core_attn",)
     if printed == "none":
@@ -274,14 +273,12 @@ def _dispatcher(row: Row, model: Model) -> str:
     if row.has("node-limited", "overlap_notes"):
         row.assume("dispatcher: one copy per host, fanned out there (node-limited routing)")
         return "deepep"
-    if row.has(FULL_ITERATION_RECIPE, "provenance"):
-        return "deepep"
-    if not row.has("deepep|hybridep", "overlap_notes", "notes"):
+    if row.has(FULL_ITERATION_RECIPE, "provenance") or row.has("hybridep", "overlap_notes", "notes"):
+        return "hybridep"
+    if not row.has("deepep", "overlap_notes", "notes"):
         if not row.has("dispatcher|all-?to-?all", "overlap_notes", "notes"):
             row.assume("dispatcher not printed: alltoall")
         return "alltoall"
-    if row.has("hybridep", "overlap_notes", "notes"):
-        row.assume("HybridEP priced as DeepEP")
     return "deepep"
 
 
@@ -300,6 +297,8 @@ def _precision(row: Row) -> Precision:
     if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
         row.assume("tensor-parallel gathers in bf16: torchao casts before them only for tensorwise scaling (torchao/float8/README.md)")
         fields["gather"] = "bf16"
+    if row.has("fp8 all-gather", "precision"):
+        fields["parameter_gather"] = "fp8"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
         fields["parameters"] = "fp8"
     if row.has("1x128 act", "precision"):
@@ -337,7 +336,7 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
     if row.has("SC'21", "source") and row.whole("zero_stage") == 3:
         row.assume("ZeRO-3 as DeepSpeed's of early 2021: matrix by matrix, from lists of tensors, gathers waited for (its issue 1069)")
         return Overlap(tp=tp, prefetch=0, by_tensor=True)
-    if row.has(_NO_GRADIENT_OVERLAP, "source"):
+    if row.has(_NO_GRADIENT_OVERLAP, "source") and not row.has("DDP=torch", "overlap_notes"):
         # --overlap-grad-reduce came at the end of 2023; MegaScale's ablation adds it to its baseline
         row.assume("gradient reduction not printed: after the backward (Megatron-LM before 2024)")
         return Overlap(grad_reduce=False, param_gather=False, tp=tp)

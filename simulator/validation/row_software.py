@@ -7,6 +7,7 @@ from typing import Any
 
 from simulator.scenario.framework import PRESETS, Framework
 from simulator.validation.row import Row
+from simulator.validation.row_kernels import TRACED
 
 #: sources of one software -> its habits, and how they are known
 _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
@@ -26,9 +27,15 @@ _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
         "loss on gathered logits, 16-bit gradients copied to a flat fp32 shard, stage outputs kept (Aleph-Alpha/scaling)",
     ),
     ("torchtitan|fms-fsdp", PRESETS["fsdp"], "PyTorch FSDP with eager cross-entropy, which torchtitan could not compile before 2025"),
+    (
+        "dgxc-benchmarking/(?:maxtext|paxml)",
+        {"cross_entropy": "compiled", "weight_gradients": "fused", "stops_early": True},
+        "XLA: one kernel for the loss, and nothing computed again that no gradient reads",
+    ),
     ("MosaicML", PRESETS["fsdp"] | {"cross_entropy": "in_place"}, "PyTorch FSDP with llm-foundry's fused cross-entropy"),
     ("BLOOM|MT-NLG", PRESETS["deepspeed"], "Megatron-DeepSpeed: flat fp32 copies, stage outputs and default buckets kept"),
     ("Zero Bubble|Korthikanti|SC'21|vTrain|MegaScale", PRESETS["megatron-2022"], "Megatron-LM before Transformer Engine"),
+    (TRACED, {"cross_entropy": "half"}, "PyTorch's cross-entropy in 16 bits (VIA-Research/vTrain @f8dda84 src/trainer.py)"),
 ]
 #: torchtitan's pages of June 2025: since its pull request 1033 (April) the loss is compiled wherever the model is
 _COMPILED_LOSS = r"torchtitan/benchmarks/\S*_2025-?06"
@@ -48,6 +55,8 @@ def framework_of(row: Row) -> Framework:
             "recompute repeats whole layers: the PURE rows are of early 2023 and PyTorch 1.13; the DEFAULT ones of that August are up to "
             "7 % faster than PyTorch 2.0.1 in llm-foundry's torches.md @beb8dee, which a last product less explains: a nightly of 2.1"
         )
+    if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
+        habits["casts"] = "rowwise"
     offloaded = re.search(r"cpu_offload_layers=(\d+)", row.text("overlap_notes"))
     if offloaded:
         habits["offloaded_layers"] = int(offloaded.group(1))

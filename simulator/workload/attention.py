@@ -14,7 +14,7 @@ from simulator.scenario.model import LayerKind, Model
 from simulator.units import Number
 from simulator.workload.blocks import BlockBuilder
 from simulator.workload.ops import BF16, FP32, Op, Segment, gemm
-from simulator.workload.parts import MASK, Shape, column_parallel, enter_tp, norm, row_parallel, twice
+from simulator.workload.parts import MASK, Shape, bias_gradients, column_parallel, enter_tp, norm, row_parallel, twice
 
 #: bytes of the softmax that unfused attention saves per score: in 16 bits, or in fp32 and cast
 SCORE_SAVED: dict[str, float] = {"unfused": BF16, "eager": FP32 + BF16}
@@ -79,7 +79,7 @@ def _core_attention(
     backward, the gradients of both pass. Fused, the query's gradient is summed up in fp32.
     """
     fused = b.kernels.attention not in SCORE_BYTES
-    cores = _fused_core(x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim)
+    cores = _fused_core(x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim, kv_width)
     if x.context_parallel == "all_to_all":
         forward, backward = _exchanged(x, *cores, x.tokens * (heads * qk_dim + kv_width) * BF16, x.tokens * heads * v_dim * BF16)
     else:
@@ -166,13 +166,16 @@ def _merge(x: Shape, size: Number, direction: str) -> Segment:
     return (Op("attn.ring.merge", "memory", bytes=moved, grad="" if direction == "forward" else "input", launches=launches),)
 
 
-def _unfused_core(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int) -> tuple[list[Segment], list[Segment]]:
+def _unfused_core(
+    b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int, kv_width: Number
+) -> tuple[list[Segment], list[Segment]]:
     """Return scores, softmax and weighted values as kernels of their own; nothing that the mask hides is left out.
 
     Notes
     -----
     With S = T s heads scores: two products of 2 S d FLOP forward, four backward. Softmax and dropout read and write S
-    elements, see `SCORE_BYTES`.
+    elements, see `SCORE_BYTES`. The result is copied into the order of the output projection's rows, and the gradients of queries, keys
+    and values into one tensor (Megatron-LM, megatron/model/transformer.py: ``permute(...).contiguous()``, ``split``).
     """
     scores, products, rows = x.tokens * x.sequence * heads, x.tokens / x.sequence * x.cp * heads, x.sequence / x.cp
     there, back = (_of_softmax(b, x, heads, {name: both[i] for name, both in SCORE_BYTES.items()}) for i in (0, 1))
@@ -184,10 +187,13 @@ def _unfused_core(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: 
         return (replace(op, kind="gemm", launches=1.0),)  # one batch without weights: as fast as a single product
 
     softmax = Op("attn.core.softmax", "memory", bytes=scores * (there + drop), launches=launches)
+    mixed = x.tokens * (heads * qk_dim + kv_width)
+    context = Op("attn.context", "memory", bytes=2 * BF16 * x.tokens * heads * v_dim)
+    parts = Op("attn.parts", "memory", bytes=2 * BF16 * mixed, grad="input")
     values, keys = product("values", v_dim, x.sequence, "input"), product("scores", x.sequence, qk_dim, "input")
-    forward = [product("scores", qk_dim, x.sequence), (softmax,), product("values", x.sequence, v_dim)]
+    forward = [product("scores", qk_dim, x.sequence), (softmax,), product("values", x.sequence, v_dim), (context,)]
     gradient = replace(softmax, bytes=scores * (back + drop), grad="input")
-    return forward, [values, product("values", x.sequence, v_dim, "input"), (gradient,), keys, keys]
+    return forward, [values, product("values", x.sequence, v_dim, "input"), (gradient,), keys, keys, (parts,)]
 
 
 def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
@@ -207,8 +213,11 @@ def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
     else:
         _rotary(b, rotated, x.tokens * width * BF16, scaled=model.scaled_rotary)
     _core_attention(b, x, model, local_heads, dim, dim, 2 * local_kv * dim, kind.window)
-    b.add([], [], twice(b, x.tokens * local_heads * dim))  # attention's output, the projection's input
+    dropped = ("core_attn",) if {"core_attn", "attn_out"} <= b.recomputed else ()  # with its own product and its only reader
+    b.add([], [], twice(b, x.tokens * local_heads * dim), dropped)  # attention's output, the projection's input
+    bias_gradients(b, "attn.qkv", x.tokens * width * model.attention_bias)
     row_parallel(b, "attn", "attn.out", x, local_heads * dim, h, ("attn_out",))
+    bias_gradients(b, "attn.out", x.split_tokens * h * model.output_bias)
     b.dense_parameters = b.dense_parameters + h * width + local_heads * dim * h
     b.dense_parameters = b.dense_parameters + (width if model.attention_bias else 0) + (h if model.output_bias else 0)
     b.dense_parameters = b.dense_parameters + (2 * dim if model.qk_norm else 0) + (local_heads if model.sinks else 0)

@@ -24,6 +24,15 @@ from simulator.workload.ops import (
     one_by_one,
 )
 
+#: times that torchao's casts read or write an element in 16 bits: of an input, of the same for the weight gradient, of an output's
+#: gradient, of a weight forward, of the same backward. With one scale per tensor the maximum is a pass of its own, whose result is
+#: kept; with one per row a cast finds its own, but along the columns copies the transpose first (torchao/testing/training/
+#: roofline_utils.py, ``get_tensor_memory_traffic_ovhd_s``; measured: pytorch/pytorch issue 130015)
+TORCHAO_CASTS = {"tensorwise": (2, 1, 2, 2, 1), "rowwise": (1, 3, 3, 1, 3)}
+#: times that torchao reads or writes a gradient in 16 bits beside the product that makes it: with one scale per row a kernel of its own
+#: scales what cuBLAS has multiplied without (pytorch/ao pull request 1377 and issue 2184)
+TORCHAO_RESCALES = {"tensorwise": 0, "rowwise": 2}
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -59,6 +68,14 @@ class Block:
     working_bytes: Number = 0.0
     matrices: tuple[tuple[str, Number], ...] = ()
 
+    def waited_for(self, axis: str) -> Block:
+        """Return the block with a host that waits for the collectives of an axis before it launches what follows."""
+        forward, backward = (
+            tuple(tuple(replace(op, holds=op.holds or op.axis == axis) for op in segment) for segment in segments)
+            for segments in (self.forward, self.backward)
+        )
+        return replace(self, forward=forward, backward=backward)
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -93,8 +110,10 @@ class BlockBuilder:
     load : Number
         Tokens that the rank's experts receive, over the mean: what they keep grows with it. FLOP and traffic are for the mean;
         `simulator.pricing.operations.loaded` makes them grow.
-    wide : bool
-        Whether linear layers in low precision keep their inputs in 16 bits.
+    casts : str
+        Who casts for linear layers in low precision, as in `simulator.scenario.framework.Framework`.
+    cast_weights : bool
+        Whether weights arrive in 16 bits and are cast for every pass.
     """
 
     dtype: str
@@ -107,7 +126,8 @@ class BlockBuilder:
     kernels: Kernels = Kernels()
     gathered: tuple[str, float] = ("bf16", BF16)
     load: Number = 1.0
-    wide: bool = False
+    casts: str = "transformer_engine"
+    cast_weights: bool = False
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
@@ -118,7 +138,7 @@ class BlockBuilder:
     @property
     def kept(self) -> float:
         """Bytes of an element of what a linear layer keeps of its input."""
-        return BF16 if self.wide else self.element
+        return BF16 if self.casts in TORCHAO_CASTS else self.element
 
     def add(self, forward: Iterable[Segment], backward: Iterable[Segment], saved: Number = 0.0, modules: Iterable[str] = ()) -> None:
         """Append a piece: its forward and backward segments, the activations it saves and the modules it belongs to."""
@@ -207,22 +227,45 @@ class BlockBuilder:
             backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
         if e < BF16:
             host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
-            in_cast, back = (0.0 if known else (NVFP4_READS if d == "fp4" else 1) * BF16 + e for known in arrives)
-            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[0] * k * in_cast, **host),))
-            back = back + e if back else 2 * e  # the column-wise one reads the row-wise one where only that arrives
-            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=groups * m / shared[1] * n * back, grad="input", **host),))
-            again = Op(f"{name}.cast", "memory", bytes=groups * m * k * 2 * e, grad="weight", **host)
+            sizes = groups * m / shared[0] * k, groups * m * k, groups * m / shared[1] * n, groups * k * n * (1.0 * self.cast_weights)
+            there_b, again_b, back_b = self._cast_bytes(d, e, sizes, arrives)
+            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=there_b, **host),))
+            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=back_b, grad="input", **host),))
+            again = Op(f"{name}.cast", "memory", bytes=again_b, grad="weight", **host)
             backward.insert(next(i for i, ops in enumerate(backward) if any(op is wgrad for op in ops)), (again,))
         self.add(forward, backward, saved, modules)
+
+    def _cast_bytes(self, dtype: str, e: float, sizes: tuple[Number, ...], arrives: tuple[bool, bool]) -> tuple[Number, Number, Number]:
+        """Return the bytes that casts move forward, ahead of the weight gradient and ahead of the input gradient.
+
+        `sizes` are elements: of the input as it is cast forward and as it is cast again, of the output's gradient, of the weight.
+        """
+        taken, again, back, weight = sizes
+        if self.casts in TORCHAO_CASTS:
+            there, later, grads, forward, backward = (BF16 * times for times in TORCHAO_CASTS[self.casts])
+            scaled = BF16 * TORCHAO_RESCALES[self.casts]  # the gradients of the input and of the weight
+            ahead = back * (grads + 2 * e) + weight * (backward + e) + again * scaled
+            return taken * (there + e) + weight * (forward + e), again * (later + e) + weight * scaled, ahead
+        in_cast, out_cast = (0.0 if known else (NVFP4_READS if dtype == "fp4" else 1) * BF16 + e for known in arrives)
+        out_cast = out_cast + e if out_cast else 2 * e  # the column-wise one reads the row-wise one where only that arrives
+        return taken * in_cast, again * 2 * e, back * out_cast
 
     def collective(self, forward: Op, backward: Op, modules: Iterable[str] = ()) -> None:
         """Append a collective and the one that its gradient needs."""
         self.add([(forward,)], [(replace(backward, grad="input"),)], modules=modules)
 
-    def exchange(self, name: str, forward: Number, backward: Number, modules: Iterable[str] = ()) -> None:
-        """Append an expert all-to-all that carries `forward` and `backward` bytes per copy of the local tokens."""
+    def exchange(self, name: str, forward: Number, backward: Number, modules: Iterable[str] = (), holds: bool = False) -> None:
+        """Append an expert all-to-all that carries `forward` and `backward` bytes per copy of the local tokens.
+
+        The host waits for it forward if it `holds`; its gradient repeats what was counted then.
+        """
         there, back = (Op(name, "all_to_all", bytes=size, axis="ep", routed=True) for size in (forward, backward))
-        self.collective(there, back, modules)
+        self.collective(replace(there, holds=holds), back, modules)
+
+    def _repeat(self, entries: list[_Entry]) -> list[Segment]:
+        """Return the segments that compute entries again: all of them, or up to the last one that leaves something to a gradient."""
+        last = max((i for i, e in enumerate(entries) if np.any(e.saved)), default=-1)
+        return _again(s for e in (entries[: last + 1] if self.stops_early else entries) for s in e.forward)
 
     def build(self, layer_input: Number) -> Block:
         """Return the block.
@@ -235,15 +278,13 @@ class BlockBuilder:
         forward = tuple(s for e in self._entries for s in e.forward)
         backward: list[Segment] = []
         if self.recompute == "full":
-            last = max((i for i, e in enumerate(self._entries) if np.any(e.saved)), default=-1)
-            needed = self._entries[: last + 1] if self.stops_early else self._entries
-            backward += _again(s for e in needed for s in e.forward)
+            backward += self._repeat(self._entries)
         pending, repeated = set(self.recomputed), set[int]()
         for entry in reversed(self._entries):
             due = entry.modules & pending
             if due:
                 several = [e for e in self._entries if e.modules & due and id(e) not in repeated]
-                backward += _again(s for e in several for s in e.forward)
+                backward += self._repeat(several)
                 repeated.update(map(id, several))
                 pending -= due
             backward += entry.backward

@@ -64,13 +64,13 @@ def copies(experts: Experts, dispatcher: str, ranks: Number, inside: Number, dom
     Parameters
     ----------
     dispatcher : str
-        ``alltoall`` sends a copy per expert; ``deepep`` one per remote domain, fanned out there to the ranks that hold
+        ``alltoall`` sends a copy per expert; the others one per remote domain, fanned out there to the ranks that hold
         its experts, and one per rank at home.
     ranks, inside, domains : Number
         Ranks of the expert group, how many of them share a domain, and how many domains there are.
     """
     remote = 1.0 - 1.0 / domains
-    if dispatcher == "deepep":
+    if dispatcher != "alltoall":
         return expected_destinations(experts, domains) * remote, expected_destinations(experts, ranks) * (1.0 - 1.0 / inside)
     return experts.top_k * remote, experts.top_k * (inside - 1) / ranks
 
@@ -82,7 +82,7 @@ def rows_sorted(experts: Experts, dispatcher: str, ranks: Number) -> tuple[Numbe
     ----------
     dispatcher : str
         ``alltoall`` writes the copies of each token in the order of all experts, sends them, and sorts what came from every
-        rank by local expert. ``deepep`` sends tokens as they are, one to each rank, where they are copied to its experts.
+        rank by local expert. The others send tokens as they are, one to each rank, where they are copied to its experts.
     ranks : Number
         Ranks of the expert group.
 
@@ -97,7 +97,7 @@ def rows_sorted(experts: Experts, dispatcher: str, ranks: Number) -> tuple[Numbe
     all-to-all dispatcher; DeepEP, csrc/hybrid_ep/extension/permute.cu.
     """
     ranks = np.asarray(ranks, dtype=float)
-    if dispatcher == "deepep":
+    if dispatcher != "alltoall":
         return 0.0 * ranks, expected_destinations(experts, ranks) + experts.top_k
     again = (ranks > 1) & (experts.count > ranks)
     return 1.0 + experts.top_k + 0.0 * ranks, np.where(again, 2.0 * experts.top_k, 0.0)

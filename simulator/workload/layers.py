@@ -24,7 +24,7 @@ from simulator.workload.attention import attention, latent_attention
 from simulator.workload.blocks import Block, BlockBuilder
 from simulator.workload.experts import rows_sorted
 from simulator.workload.ops import BF16, FP32, Op
-from simulator.workload.parts import MASK, Shape, builder, column_parallel, enter_tp, leave_tp, norm, residual, row_parallel
+from simulator.workload.parts import MASK, Shape, bias_gradients, builder, column_parallel, enter_tp, leave_tp, norm, residual, row_parallel
 
 #: bytes per logit that wait for the backward, and at the fullest moment of the loss, for each kind of cross-entropy. In
 #: place: the bf16 logits. Compiled: the same, and their gradient. Fused: their fp32 copy, which becomes the softmax; in steps, the
@@ -38,6 +38,7 @@ LOGIT_BYTES = {
     "fused": (FP32, BF16 + FP32),
     "vocab_parallel": (FP32, BF16 + 2 * FP32),
     "eager": (FP32, 3 * FP32),
+    "half": (BF16, 3 * BF16),
     "gathered": (BF16 + FP32, 3 * FP32 + 2 * BF16),
     "parallel": (FP32, 4 * FP32),
 }
@@ -47,17 +48,33 @@ LOGIT_BYTES = {
 #: maximum, exponentials in place, their sum, the softmax in place; that times the loss's gradient, and its cast to bf16
 #: (megatron/core/fusions/fused_cross_entropy.py). In steps, the maximum and the difference are passes of their own
 #: (megatron/core/tensor_parallel/cross_entropy.py). Eager: the fp32 copy, the log-softmax (maximum, sum, result); the gradient of
-#: the picked ones (written), that of the log-softmax (read twice for the sum and the result, written), the cast. Parallel: the copy,
-#: maximum, difference, exponentials, their sum, the result; the picked ones' gradient, softmax, sum and product of those, the cast
+#: the picked ones (written), that of the log-softmax (read twice for the sum and the result, written), the cast. Half: these in
+#: 16 bits, without copy and cast. Parallel: the copy, maximum, difference, exponentials, their sum, the result; the picked ones'
+#: gradient, softmax, sum and product of those, the cast
 LOSS_BYTES = {
     "in_place": (3 * BF16, 2 * BF16),
     "compiled": (BF16, 2 * BF16),
     "fused": (BF16 + 6 * FP32, 3 * FP32 + BF16),
     "vocab_parallel": (BF16 + 9 * FP32, 3 * FP32 + BF16),
     "eager": (BF16 + 5 * FP32, 7 * FP32 + BF16),
+    "half": (4 * BF16, 5 * BF16),
     "gathered": (BF16 + 5 * FP32, 7 * FP32 + BF16),
     "parallel": (BF16 + 9 * FP32, 9 * FP32 + BF16),
 }
+#: kernels of each kind of loss, forward and backward, from the same files
+LOSS_LAUNCHES = {
+    "in_place": (2, 1),
+    "compiled": (1, 1),
+    "fused": (14, 4),
+    "vocab_parallel": (16, 5),
+    "eager": (3, 4),
+    "half": (2, 3),
+    "gathered": (3, 4),
+    "parallel": (9, 6),
+}
+#: kernels that find, replace and set to zero what the vocabulary of another rank holds (megatron/core/tensor_parallel/layers.py,
+#: ``VocabParallelEmbedding``); that look up learned positions, add them and drop out
+MASKED_LAUNCHES, POSITION_LAUNCHES = 7, 3
 #: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order, for
 #: which a map of rows is made first; of moving whole chunks of rows
 ROUTER_LAUNCHES, PERMUTE_LAUNCHES, SORT_LAUNCHES = (20, 15), (8, 8), (3, 2)
@@ -99,10 +116,12 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
         column_parallel(b, own, f"{name}.up", x, h, local, modules, saved / 2, gathers=not x.of_torch)
     else:
         column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
+    bias_gradients(b, f"{name}.up", x.tokens * mats * local * model.mlp_bias)
     size = x.tokens * local * BF16
     _activation(b, name, mats, size, cast, x.tokens * local * b.kept, (*modules, f"{name}_act"))
     b.works(mats * size + x.tokens * h * BF16)  # gradients of the up-projection's output and of the layer's
     row_parallel(b, name, f"{name}.down", x, local, h, modules)
+    bias_gradients(b, f"{name}.down", x.split_tokens * h * model.mlp_bias)
     if "mlp_gate" in b.recomputed and b.kernels.pointwise == "eager":
         b.add([], [], x.tokens * h * BF16)  # told to keep this product, eager checkpointing does, although no gradient reads it
     bias = (mats * local + h) if model.mlp_bias else 0
@@ -140,12 +159,12 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     cast = precision.dispatch == b.dtype != "bf16"
     sent, arrived = (x.split_tokens * h * rows for rows in rows_sorted(e, dispatcher, x.ep))
     element = ELEMENT_BYTES[precision.dispatch if cast else "bf16"]
-    sort = tuple(n * (arrived > 0) for n in (PERMUTE_LAUNCHES if dispatcher == "deepep" else SORT_LAUNCHES))
+    sort = tuple(n * (arrived > 0) for n in (SORT_LAUNCHES if dispatcher == "alltoall" else PERMUTE_LAUNCHES))
     if cast:
         b.memory("moe.dispatch.cast", x.split_tokens * h * (BF16 + b.element), 0.0, modules=moe)
     b.memory("moe.permute", sent * element, sent * BF16, modules=moe, launches=PERMUTE_LAUNCHES)
     out, back = (x.split_tokens * h * ELEMENT_BYTES[p] for p in (precision.dispatch, precision.combine))
-    b.exchange("moe.dispatch", out, back, moe)
+    b.exchange("moe.dispatch", out, back, moe, holds=dispatcher == "hybridep")
     b.memory("moe.arrived.permute", arrived * element, arrived * BF16, modules=moe, routed=True, launches=sort)
     gather, scatter = (
         Op("moe.etp", kind, bytes=copies * x.etp * BF16, axis="etp", routed=True) for kind in ("all_gather", "reduce_scatter")
@@ -209,7 +228,9 @@ def embedding(model: Model, plan: Plan, job: Job) -> Block:
     """Return the block of the input embedding, vocabulary split over tp."""
     x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, kernels=plan.kernels)
     size = x.tokens * model.hidden * BF16
-    b.memory("embedding", 2 * size, 2 * size)
+    masked = MASKED_LAUNCHES * (np.asarray(plan.tp) > 1)
+    learned = POSITION_LAUNCHES * (model.positions > 0)
+    b.memory("embedding", 2 * size, 2 * size, launches=(1 + learned + masked, 1 + learned))
     leave_tp(b, "embedding", x, model.hidden)
     b.dense_parameters = model.vocab * model.hidden / x.tp + model.positions * model.hidden
     b.works(b.dense_parameters * BF16)  # its gradient is written out before it is added
@@ -241,7 +262,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
     if gathered:
         b.add([(Op("head.gather", "all_gather", bytes=seen * BF16, axis="tp"),)], [])
-    b.memory("head.loss", *_of_loss(LOSS_BYTES, plan, x, seen))
+    b.memory("head.loss", *_of_loss(LOSS_BYTES, plan, x, seen), launches=_of_loss(LOSS_LAUNCHES, plan, x, 1.0))
     if not model.tied_embeddings:
         b.dense_parameters = b.dense_parameters + model.vocab * model.hidden / x.tp
     return b.build(x.split_tokens * model.hidden * BF16)

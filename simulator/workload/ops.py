@@ -75,6 +75,8 @@ class Op:
         `flop` and `bytes` are its own.
     listed : bool
         Of a collective: every rank's part is a tensor of its own, which a kernel copies from or to the buffer that travels.
+    holds : bool
+        Whether the host waits for its end before it launches more.
     written : Number
         Of a GEMM: bytes that its epilogue moves per element of the result; adding to a main gradient reads it, too.
     addressed : Number
@@ -102,6 +104,7 @@ class Op:
     written: Number = BF16
     listed: bool = False
     addressed: Number = 0.0
+    holds: bool = False
 
     @property
     def stream(self) -> str:
@@ -130,18 +133,16 @@ Segment = tuple[Op, ...]
 def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     """Return what the last kernel of `segments` waits for: the host, which launches them one after the other.
 
-    It launches while kernels and collectives run, but not during an expert all-to-all, whose sizes it has to read first.
+    It launches while kernels and collectives run, but not during one whose result it waits for (`Op.holds`): the forward dispatch of
+    HybridEP, after which it reads how many rows to sort (deepseek-ai/DeepEP @0237ba6 csrc/hybrid_ep/executor/executor.cu). Megatron's
+    own all-to-all and DeepEP have it read the counts before they send (megatron/core/transformer/moe/token_dispatcher.py,
+    ``cuda_sync_point``); the backward repeats them.
     """
     ops = [op for segment in segments for op in segment if op.kind in COMPUTE and not kernels.captured(op.name)]
     cost = {"input": ENGINE_LAUNCH, "weight": ENGINE_LAUNCH} if kernels.backward == "engine" else {}
     launches = sum((op.launches * cost.get(op.grad, 1.0) for op in ops if np.any(op.bytes) or np.any(op.addressed)), 0.0)
-    beside = tuple(tuple(op for op in segment if hides_launches(op)) for segment in segments)
+    beside = tuple(tuple(op for op in segment if not op.holds) for segment in segments)
     return Op(HOST, HOST, launches=launches, beside=tuple(filter(None, beside)), routed=any(op.routed for op in ops))
-
-
-def hides_launches(op: Op) -> bool:
-    """Return whether the host goes on launching while `op` runs."""
-    return op.kind in COMPUTE or not op.routed
 
 
 def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float, grad: str = "", **more: Any) -> Op:

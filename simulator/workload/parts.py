@@ -78,7 +78,8 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         plan.kernels,
         (plan.precision.gathered, ELEMENT_BYTES[plan.precision.gathered]),
         load,
-        plan.framework.narrow_inputs == "wide",
+        plan.framework.casts,
+        plan.precision.parameter_gather not in ("fp8", "fp4"),
     )
 
 
@@ -102,6 +103,15 @@ def residual(b: BlockBuilder, x: Shape, model: Model) -> None:
     """Add a branch to the residual stream; dropout writes a mask and reads it back."""
     size, mask = x.split_tokens * model.hidden * BF16, x.split_tokens * model.hidden * MASK if b.kernels.dropout else 0.0
     b.memory("residual", 3 * size + mask, 3 * size + mask, mask)
+
+
+def bias_gradients(b: BlockBuilder, name: str, elements: Number) -> None:
+    """Sum gradients over the rows of a linear layer's result by a kernel of its own; Transformer Engine's products do it themselves.
+
+    A bias that is added behind its product (Megatron's ``skip_bias_add``) has such a sum, too, behind the kernel that adds it.
+    """
+    if b.kernels.backward != "functions":
+        b.memory(f"{name}.bias", 0.0, BF16 * elements, launches=(0, 1))
 
 
 def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple[str, ...] = ()) -> tuple[Op | None, Op | None]:

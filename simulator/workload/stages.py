@@ -39,7 +39,8 @@ def blocks(model: Model, plan: Plan, job: Job, load: Number = 1.0) -> dict[str, 
         found[f"layer{i}"] = transformer_layer(model, kind, plan, job, load)
     if model.mtp_layers:
         found["mtp"] = mtp_layer(model, plan, job, load)
-    return found | {"head": head(model, plan, job)}
+    found["head"] = head(model, plan, job)
+    return {name: block.waited_for("tp") for name, block in found.items()} if plan.overlap.host_waits else found
 
 
 def sequence(model: Model) -> list[str]:

@@ -157,7 +157,8 @@ def gradient_ops(block: Block, plan: Plan) -> tuple[Op, ...]:
 
 def parameter_ops(block: Block, plan: Plan) -> tuple[Op, ...]:
     """Return the collectives that gather a block's parameters from their shards."""
-    element = ELEMENT_BYTES[plan.precision.parameters]
+    kept, cast = plan.precision.parameters, plan.precision.parameter_gather
+    element = ELEMENT_BYTES[cast if cast and block.matrices else kept]  # embedding and head are no linear layers in low precision
     dense, expert = block.dense_parameters * element, block.expert_parameters * element
     by_tensor = _by_tensor(block, plan)
     return (
