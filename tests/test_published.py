@@ -211,6 +211,8 @@ def test_layers_that_columns_alone_describe(runs):
     assert set(windowed.model.windows) == {128, None}
     proxy, _ = scenario_from_row(row(runs, "dsv3-gb300-gke-256-2048-ep32-4d"))
     assert proxy.plan.layout == "Et*4|" + "t*4|" * 14 + "tmL"
+    scripted, _ = scenario_from_row(row(runs, "dgxc-v25.05.05-dsv3-h100-bf16-512"))
+    assert scripted.plan.layout == "Et*7|" + "t*8|" * 6 + "t*6mL"
 
 
 def test_shards_within_the_data_parallel_group(runs):

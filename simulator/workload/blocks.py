@@ -167,10 +167,11 @@ class BlockBuilder:
         modules: Iterable[str] = (),
         routed: bool = False,
         launches: tuple[Number, Number] = (1, 1),
+        addressed: tuple[Number, Number] = (0.0, 0.0),
     ) -> None:
-        """Append bandwidth-bound kernels that move `forward` and `backward` bytes, and as many `launches`."""
-        there = Op(name, "memory", bytes=forward, routed=routed, launches=launches[0])
-        back = Op(name, "memory", bytes=backward, grad="input", routed=routed, launches=launches[1])
+        """Append bandwidth-bound kernels that move `forward` and `backward` bytes, and as many `launches` and elements `addressed`."""
+        there = Op(name, "memory", bytes=forward, routed=routed, launches=launches[0], addressed=addressed[0])
+        back = Op(name, "memory", bytes=backward, grad="input", routed=routed, launches=launches[1], addressed=addressed[1])
         self.add([(there,)], [(back,)], saved, modules)
 
     def linear(

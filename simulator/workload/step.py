@@ -105,7 +105,7 @@ def fused(segments: Iterable[Segment], plan: Plan, of: tuple[str, str] = ("", ""
             run.clear()
 
     for segment in segments:
-        ops = [op for op in segment if op.flop or op.bytes or (op.kind == HOST and op.launches)]
+        ops = [op for op in segment if op.flop or op.bytes or op.addressed or (op.kind == HOST and op.launches)]
         ops = [op for op in ops if not op.axis or group(plan, op.axis).size > 1]
         if len(ops) == 1 and ops[0].kind in COMPUTE:
             run.append(ops[0])
