@@ -15,6 +15,7 @@ from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Overlap, Plan, Precisio
 from simulator.simulate import simulate_step
 from simulator.workload.ops import host_wait, total
 from simulator.workload.stages import blocks
+from simulator.workload.step import gradient_ops
 from tests.small import dense, job, moe, scenario
 
 MODEL = dense(2, 256)  # 8 heads of 32, 4 of them for keys and values
@@ -340,3 +341,10 @@ def test_a_divided_embedding_masks_what_other_ranks_hold(tp, launches):
     block = blocks(dense(2, 256, positions=512), Plan(dp_shard=1, tp=tp), job())["embedding"]
     kernels = lambda op: op.launches if op.name == "embedding" else 0.0  # noqa: E731
     assert (total(block.forward, kernels), total(block.backward, kernels)) == launches
+
+
+@pytest.mark.parametrize(("zero", "whole", "kind"), [(0, False, "all_reduce"), (1, False, "reduce_scatter"), (1, True, "all_reduce")])
+def test_gradients_meet_as_the_framework_reduces_them(zero, whole, kind):
+    plan = Plan(dp_shard=8, zero=zero, framework={"reduces_whole": whole})
+    ops = [op for op in gradient_ops(blocks(MODEL, plan, job())["layer0"], plan) if op.axis == "dp"]
+    assert [op.kind for op in ops] == [kind]
