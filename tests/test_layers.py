@@ -506,6 +506,16 @@ def test_recompute_that_stops_early_leaves_out_the_last_product_and_what_follows
     assert early.saved_bytes == whole.saved_bytes
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_a_layer_of_which_a_share_is_computed_again_is_the_average(share):
+    """In seconds and in bytes kept; what lives while one is computed again is that of a whole layer."""
+    none, part, whole = (layer(MOE, True, recompute=how, recompute_share=s) for how, s in (("none", 1), ("full", share), ("full", 1)))
+    seconds = [sum(op_s(op, MOE, Plan(dp_shard=1), H100) for segment in block.backward for op in segment) for block in (none, part, whole)]
+    assert seconds[1] == pytest.approx((1 - share) * seconds[0] + share * seconds[2], rel=1e-9)
+    assert part.saved_bytes == pytest.approx((1 - share) * none.saved_bytes + share * whole.saved_bytes, rel=1e-12)
+    assert part.recompute_bytes == whole.recompute_bytes
+
+
 def test_modules_that_are_computed_again_stop_early_too():
     """XLA computes no product again whose result no gradient reads: MaxText keeps query, key and value alone."""
     modules = ("layernorm", "core_attn", "attn_out", "mlp", "mlp_act")

@@ -268,12 +268,25 @@ def test_layouts_lose_their_brackets():
         ("selective(layernorm,moe_act)", ("selective", ("layernorm", "moe_act"))),
         ("selective(default:core_attn)", ("selective", ("core_attn",))),
         ("selective (per-op SAC)", ("selective", EVERY_OTHER_PRODUCT)),
-        ("full(block,num_layers=5)", ("none", ("core_attn",))),
+        ("full(block,num_layers=5)", ("full", ("core_attn",))),
     ],
 )
 def test_recompute_in_the_words_of_sources(runs, printed, expected):
     model = scenario_from_row(row(runs, "mbridge-25.11-llama3_8b-h100-fp8_cs-8"))[0].model
     assert _recompute(Row({"recompute": printed, "pp": "1"}), model) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("mbridge-25.11-llama3_8b-h100-fp8_cs-8", 5 / 32),  # full(block,num_layers=5)
+        ("tt-a100-llama2_13b-selective", 0.5),  # selective (every 2nd layer)
+        ("tt-a100-llama3_70b-full", 1.0),
+    ],
+)
+def test_a_share_of_the_layers_is_computed_again(runs, name, share):
+    plan = scenario_from_row(row(runs, name))[0].plan
+    assert (plan.recompute, plan.recompute_share) == ("full", share)
 
 
 def test_a_recipe_with_a_whole_iteration_as_a_graph_does_nothing_again(runs):

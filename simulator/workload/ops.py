@@ -140,7 +140,9 @@ def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     """
     ops = [op for segment in segments for op in segment if op.kind in COMPUTE and not kernels.captured(op.name)]
     cost = {"input": ENGINE_LAUNCH, "weight": ENGINE_LAUNCH} if kernels.backward == "engine" else {}
-    launches = sum((op.launches * cost.get(op.grad, 1.0) for op in ops if np.any(op.bytes) or np.any(op.addressed)), 0.0)
+    ops = [op for op in ops if np.any(op.bytes) or np.any(op.addressed)]
+    # fewer turns than one: what only a share of the layers runs
+    launches = sum((op.launches * np.minimum(op.turns, 1.0) * cost.get(op.grad, 1.0) for op in ops), 0.0)
     beside = tuple(tuple(op for op in segment if not op.holds) for segment in segments)
     return Op(HOST, HOST, launches=launches, beside=tuple(filter(None, beside)), routed=any(op.routed for op in ops))
 
