@@ -101,7 +101,7 @@ def _activation(
     eager = (2, 4) if b.kernels.pointwise == "eager" else (0, 0)
     there, back = mats + 1 + eager[0], 2 * mats + 1 + eager[1]
     launches = (2, 3) if b.kernels.pointwise == "eager" else (1, 1)
-    if routed and mats == 2 and b.kernels.experts == "grouped":
+    if routed and mats == 2 and b.kernels.experts == "grouped" and b.kernels.glue:
         back, launches = back + PROBABILITY_BYTES / BF16, (launches[0], launches[1] + 1)
     b.memory(f"{name}.activation", there * size + kept, back * size - kept, saved, modules, routed, launches)
 
@@ -151,7 +151,8 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     moe = ("moe",)
     scores = x.split_tokens * e.count * FP32
     # backward, the gradients of what the router, the experts and shared experts read are summed up
-    b.memory("moe.input", 0.0, 3 * x.split_tokens * h * BF16 * (2 if e.shared_ffn else 1), launches=(0, 2 if e.shared_ffn else 1))
+    if b.kernels.glue:
+        b.memory("moe.input", 0.0, 3 * x.split_tokens * h * BF16 * (2 if e.shared_ffn else 1), launches=(0, 2 if e.shared_ffn else 1))
     b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
     b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES)
     copies = received * h
