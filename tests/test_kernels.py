@@ -15,6 +15,7 @@ from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Overlap, Plan, Precisio
 from simulator.simulate import simulate_step
 from simulator.workload.ops import host_wait, total
 from simulator.workload.stages import blocks
+from simulator.workload.step import gradient_ops
 from tests.small import dense, job, moe, scenario
 
 MODEL = dense(2, 256)  # 8 heads of 32, 4 of them for keys and values
@@ -160,7 +161,7 @@ def test_graphs_take_launches_from_the_host():
     block = layer(Kernels(), moe(2, 256, leading=0))
     launches = {graphs: host_wait(block.forward, Kernels(graphs=graphs)).launches for graphs in ((), ("attn",), ("moe_router",), ("full",))}
     assert launches["full",] == 0
-    assert launches[()] - launches["attn",] == 1 + 2 + 1 + 1 + 2  # norm, two linear layers, rotary embedding, attention
+    assert launches[()] - launches["attn",] == 1 + 2 + 1 + 1 + 1 + 2  # norm, two linear layers, split, rotary embedding, attention
     assert launches[()] - launches["moe_router",] == 2 + 20
 
 
@@ -349,3 +350,10 @@ def test_losses_for_the_log_pass_over_the_logits_again():
     logged = total(block.forward, lambda op: op.bytes if op.name == "head.metrics" else 0.0)
     assert logged == 2 * 14 * SEQUENCE * model.vocab
     assert block.saved_bytes == blocks(model, Plan(dp_shard=1), job())["head"].saved_bytes
+
+
+@pytest.mark.parametrize(("zero", "whole", "kind"), [(0, False, "all_reduce"), (1, False, "reduce_scatter"), (1, True, "all_reduce")])
+def test_gradients_meet_as_the_framework_reduces_them(zero, whole, kind):
+    plan = Plan(dp_shard=8, zero=zero, framework={"reduces_whole": whole})
+    ops = [op for op in gradient_ops(blocks(MODEL, plan, job())["layer0"], plan) if op.axis == "dp"]
+    assert [op.kind for op in ops] == [kind]

@@ -371,6 +371,33 @@ def test_fp8_layers():
     assert only(block.forward, "router").dtype == only(head(MOE, plan, JOB).forward, "head.logits").dtype == "bf16"
 
 
+def test_grouped_queries_are_copied_out_of_the_joint_projection():
+    """Four heads of 16, two keys: S x 64 elements copied; joined backward are S x 128. One key per query needs no copy."""
+    split = only(layer(DENSE, False).forward, "attn.split"), only(layer(DENSE, False).backward, "attn.split")
+    assert (split[0].addressed, split[0].launches, split[1].bytes) == (S * 64, 1, 2 * S * 128 * 2)
+    alone = only(layer(DENSE.model_copy(update={"kv_heads": 4}), False).forward, "attn.split")
+    assert (alone.addressed, alone.launches) == (0, 0)
+
+
+def test_rotary_embedding_with_a_factor_is_not_fused():
+    """Megatron's own: rows of 6 heads of 16; 5 and 7 passes, 3.9 times every element one by one."""
+    scaled = layer(DENSE.model_copy(update={"scaled_rotary": True}), False)
+    there, back = only(scaled.forward, "attn.rotary"), only(scaled.backward, "attn.rotary")
+    assert (there.bytes, back.bytes) == (5 * S * 96 * 2, 7 * S * 96 * 2)
+    assert there.addressed == back.addressed == pytest.approx(3.9 * S * 96)
+    assert only(layer(DENSE, False).forward, "attn.rotary").addressed == 0
+
+
+def test_experts_probabilities_have_a_gradient_of_their_own():
+    """Backward 9.5 instead of 5 times the output of the activation; fused, or sequential with the probabilities elsewhere, none."""
+    rows = S * EXPERTS.top_k
+    grouped, sequential = (
+        only(layer(MOE, True, kernels=Kernels(experts=how)).backward, "moe.activation") for how in ("grouped", "sequential")
+    )
+    assert (grouped.bytes, grouped.launches) == (9.5 * rows * EXPERTS.ffn * 2, 2)
+    assert (sequential.bytes, sequential.launches) == (5 * rows * EXPERTS.ffn * 2, 1)
+
+
 @pytest.mark.parametrize(
     ("casts", "there", "ahead", "again"),
     [
@@ -477,6 +504,16 @@ def test_recompute_that_stops_early_leaves_out_the_last_product_and_what_follows
     assert again[0][: len(again[1])] == again[1]
     assert again[0][len(again[1]) :] == ["mlp.down", "mlp.scatter", "residual"]
     assert early.saved_bytes == whole.saved_bytes
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_a_layer_of_which_a_share_is_computed_again_is_the_average(share):
+    """In seconds and in bytes kept; what lives while one is computed again is that of a whole layer."""
+    none, part, whole = (layer(MOE, True, recompute=how, recompute_share=s) for how, s in (("none", 1), ("full", share), ("full", 1)))
+    seconds = [sum(op_s(op, MOE, Plan(dp_shard=1), H100) for segment in block.backward for op in segment) for block in (none, part, whole)]
+    assert seconds[1] == pytest.approx((1 - share) * seconds[0] + share * seconds[2], rel=1e-9)
+    assert part.saved_bytes == pytest.approx((1 - share) * none.saved_bytes + share * whole.saved_bytes, rel=1e-12)
+    assert part.recompute_bytes == whole.recompute_bytes
 
 
 def test_modules_that_are_computed_again_stop_early_too():

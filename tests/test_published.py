@@ -211,6 +211,8 @@ def test_layers_that_columns_alone_describe(runs):
     assert set(windowed.model.windows) == {128, None}
     proxy, _ = scenario_from_row(row(runs, "dsv3-gb300-gke-256-2048-ep32-4d"))
     assert proxy.plan.layout == "Et*4|" + "t*4|" * 14 + "tmL"
+    scripted, _ = scenario_from_row(row(runs, "dgxc-v25.05.05-dsv3-h100-bf16-512"))
+    assert scripted.plan.layout == "Et*7|" + "t*8|" * 6 + "t*6mL"
 
 
 def test_shards_within_the_data_parallel_group(runs):
@@ -266,12 +268,25 @@ def test_layouts_lose_their_brackets():
         ("selective(layernorm,moe_act)", ("selective", ("layernorm", "moe_act"))),
         ("selective(default:core_attn)", ("selective", ("core_attn",))),
         ("selective (per-op SAC)", ("selective", EVERY_OTHER_PRODUCT)),
-        ("full(block,num_layers=5)", ("none", ("core_attn",))),
+        ("full(block,num_layers=5)", ("full", ("core_attn",))),
     ],
 )
 def test_recompute_in_the_words_of_sources(runs, printed, expected):
     model = scenario_from_row(row(runs, "mbridge-25.11-llama3_8b-h100-fp8_cs-8"))[0].model
     assert _recompute(Row({"recompute": printed, "pp": "1"}), model) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("mbridge-25.11-llama3_8b-h100-fp8_cs-8", 5 / 32),  # full(block,num_layers=5)
+        ("tt-a100-llama2_13b-selective", 0.5),  # selective (every 2nd layer)
+        ("tt-a100-llama3_70b-full", 1.0),
+    ],
+)
+def test_a_share_of_the_layers_is_computed_again(runs, name, share):
+    plan = scenario_from_row(row(runs, name))[0].plan
+    assert (plan.recompute, plan.recompute_share) == ("full", share)
 
 
 def test_a_recipe_with_a_whole_iteration_as_a_graph_does_nothing_again(runs):

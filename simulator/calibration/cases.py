@@ -37,7 +37,7 @@ def model(
 
 def plan(**degrees: int) -> Plan:
     """Return a plan of the executable step."""
-    return Plan.model_validate({"dp_shard": 1, "reserve": NO_RESERVE, "overlap": IN_TURN} | degrees)
+    return Plan.model_validate({"dp_shard": 1, "reserve": NO_RESERVE, "overlap": IN_TURN, "kernels": {"glue": False}} | degrees)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,17 @@ _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
 #: speed of kernels that gather or scatter rows, over that of kernels that stream: 0.50 and 0.51 of the memory bandwidth for
 #: permutes forward and backward, 0.67 for others, measured on B200 (MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json)
 GATHERING = 0.75
+#: what an element costs a kernel of PyTorch that computes its place from the sizes of the tensor, in FLOP that the ordinary cores could
+#: do meanwhile; measured with PyTorch 2.11 on one H100: clamping one half of the columns of a bf16 matrix, or multiplying a matrix and a
+#: row, handles 353 billion elements a second, whatever the matrix, half as many as with rows of their own; in fp32, with twice the
+#: bytes, 1.2 times fewer
+ADDRESSED_FLOP = 190.0
 #: keys per query at which attention is benchmarked: a causal sequence of 8,192
 _KEYS = 4096
+#: share of the time to move their weights, or the gradients of these, that products of a group take longer by, because each begins with
+#: weights that nobody has read: 0.7 to 1.1 by the grouped products of 128 to 1,232 rows that MooreThreads/SimuMax @e691807
+#: configs/system/b200_bf16_ceperm.json has measured on B200, 0.3 to 0.5 on one H100 (cuBLAS of CUDA 13.0, four streams, 256 to 2,048 rows)
+COLD_WEIGHTS = 0.75
 #: speed of the backward of heads wider than 128, over that of 128: 0.87 to 0.91 for widths of 192 and 128 on an H100 (cuDNN of
 #: PyTorch 2.11, measured by this project on 2026-11-26), 0.77 to 0.83 on B200 (MooreThreads/SimuMax @e691807)
 _WIDE_BACKWARD = 0.87
@@ -86,7 +95,7 @@ def gemm_s(
     k: Number,
     groups: Number,
     dtype: str,
-    grouped: bool,
+    grouped: Number,
     accelerator: Accelerator,
     whole: Number = True,
     batched: bool = False,
@@ -102,8 +111,8 @@ def gemm_s(
         Shape of one product, and how many there are.
     dtype : str
         Datatype of the inputs.
-    grouped : bool
-        Whether the products have weights of their own and a kernel each, side by side.
+    grouped : Number
+        Bytes of the weights or of their gradients where the products have their own and a kernel each, side by side; else 0.
     whole : Number
         Whether rows are `whole_vectors`; if not, it is slower.
     batched : bool
@@ -120,13 +129,14 @@ def gemm_s(
     run_as = _run_as(accelerator, dtype)
     rate = accelerator.peak_flop_per_s[run_as] * accelerator.gemm_efficiency[run_as]
     rate = rate * _in_training(accelerator, "gemm_low" if run_as in ("fp8", "fp4") else "gemm")
-    if grouped:
+    if np.any(grouped):
         beside = accelerator.grouped_gemm_efficiency * _in_training(accelerator, "grouped")
         rate = rate * np.where(np.asarray(groups) > 1, beside, 1.0)  # one alone is a plain product
     ordinary = accelerator.peak_flop_per_s["fp32"] * accelerator.gemm_efficiency["fp32"] if batched else RAGGED * rate
     rate = np.where(whole, rate, np.minimum(ordinary, rate))
     share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator, run_as, written), 1e-9)
-    return _launched(np.maximum(flop / (rate * share), _streamed(size, accelerator)), flop, accelerator)
+    cold = COLD_WEIGHTS * _streamed(grouped, accelerator)
+    return _launched(np.maximum(flop / (rate * share) + cold, _streamed(size, accelerator)), flop, accelerator)
 
 
 def attention_s(
@@ -179,20 +189,23 @@ def _sustained(accelerator: Accelerator) -> float:
     return accelerator.gemm_efficiency[_run_as(accelerator, "bf16")] * _in_training(accelerator, "gemm")
 
 
-def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0, gathers: bool = False) -> Number:
+def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0, gathers: bool = False, addressed: Number = 0.0) -> Number:
     """Return seconds of `launches` kernels that are bound by device memory: `size` bytes at the sustained bandwidth.
 
     Parameters
     ----------
     gathers : bool
         Whether they gather or scatter rows (`GATHERING`).
+    addressed : Number
+        Elements of those kernels that compute every place, which takes longer than their bytes (`ADDRESSED_FLOP`).
 
     Notes
     -----
     ``launches * launch + bytes / bandwidth``: each starts when the one before it has drained, so that nothing streams meanwhile.
     """
-    seconds = launches * accelerator.launch_s + _streamed(size, accelerator) / (GATHERING if gathers else 1.0)
-    return np.where(np.asarray(size) > 0, seconds, 0.0)
+    computed = addressed * ADDRESSED_FLOP / accelerator.peak_flop_per_s["fp32"]
+    seconds = launches * accelerator.launch_s + _streamed(size, accelerator) / (GATHERING if gathers else 1.0) + computed
+    return np.where(np.asarray(size + addressed) > 0, seconds, 0.0)
 
 
 def host_wait_s(launches: Number, meanwhile_s: Number, dispatch_s: float | None) -> Number:

@@ -13,7 +13,7 @@ from simulator.pricing import compute
 from simulator.scenario.cluster import Cluster, InTraining
 from simulator.scenario.mesh import placed
 from simulator.scenario.model import Model
-from simulator.scenario.plan import Plan
+from simulator.scenario.plan import ELEMENT_BYTES, Plan
 from simulator.units import Number
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP
 from simulator.workload.experts import copies
@@ -93,7 +93,9 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         kept = cluster.accelerator.in_training.get(training_part(kernel_name(op)), 1.0)
         return compute.measured_s(op.flop, op.bytes, op.groups, cost, keys_of(op), kept)
     if op.kind in ("gemm", "grouped_gemm"):
-        grouped = op.kind == "grouped_gemm" and plan.kernels.experts != "fused"
+        apart = op.kind == "grouped_gemm" and plan.kernels.experts != "fused"
+        weights = op.n * (op.m * op.written if op.grad == "weight" else op.k * ELEMENT_BYTES[op.dtype])
+        grouped = op.groups * weights * (np.asarray(op.groups) > 1) if apart else 0.0
         whole = compute.whole_vectors(op.m if op.grad == "weight" else op.k, op.n, op.dtype)  # the rest counts tokens: no row
         batched = op.kind == "gemm" and np.any(np.asarray(op.groups) > 1)
         shape = op.m, op.n, op.k, op.groups * op.streams, op.dtype
@@ -102,7 +104,7 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         width, backward = (op.k + op.n) / 2, op.grad == "input"
         seen, rows = keys_of(op), op.m * op.groups
         return compute.attention_s(op.flop, op.bytes, width, seen, rows, backward, cluster.accelerator, plan.kernels.attention)
-    return compute.memory_s(op.bytes, cluster.accelerator, op.launches, gathers=op.name.endswith("permute"))
+    return compute.memory_s(op.bytes, cluster.accelerator, op.launches, gathers=op.name.endswith("permute"), addressed=op.addressed)
 
 
 class Known:
@@ -121,7 +123,7 @@ class Known:
             return op_s(op, *self._of)
         numbers = (
             np.asarray(getattr(op, name))
-            for name in ("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written")
+            for name in ("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written", "addressed")
         )
         words = (op.name, op.kind, op.axis, op.dtype, op.grad if op.grad in ("input", "weight") else "")  # again is forward
         key = (*words, *((value.dtype.char, value.shape, value.tobytes()) for value in numbers))
@@ -197,7 +199,8 @@ def loaded(op: Op, load: Number) -> Op:
     if op.kind == HOST:
         return replace(op, beside=tuple(tuple(loaded(o, load) if o.routed else o for o in segment) for segment in op.beside))
     deeper = op.grad == "weight"
-    return replace(op, flop=op.flop * load, bytes=op.bytes * load, m=op.m * (1.0 if deeper else load), k=op.k * (load if deeper else 1.0))
+    sizes = {name: getattr(op, name) * load for name in ("flop", "bytes", "addressed")}
+    return replace(op, **sizes, m=op.m * (1.0 if deeper else load), k=op.k * (load if deeper else 1.0))
 
 
 def segments_s(segments: Iterable[Segment], model: Model, plan: Plan, cluster: Cluster, graph: bool = False, slow: float = 1.0) -> Number:

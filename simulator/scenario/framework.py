@@ -50,6 +50,8 @@ class Framework(Frozen):
         Whether a pipeline stage keeps the output that it sent on until its backward; Megatron frees it.
     offloaded_layers : int
         Transformer layers per replica whose saved activations wait in the host's memory; their traffic is not priced.
+    reduces_whole : bool
+        Whether ZeRO-1 all-reduces gradients, of which every rank then keeps its shard, instead of reduce-scattering them.
     bucket_elements : int
         Gradient elements that are copied into buckets for their reduction; 0 where they are reduced in place.
     casts : str
@@ -68,6 +70,7 @@ class Framework(Frozen):
     weight_gradients: WeightGradients = "placeholders"
     keeps_outputs: bool = False
     offloaded_layers: int = Field(default=0, ge=0)
+    reduces_whole: bool = False
     bucket_elements: int = Field(default=0, ge=0)
     casts: Casts = "transformer_engine"
     metrics: int = Field(default=0, ge=0)

@@ -61,6 +61,9 @@ class Kernels(Frozen):
     backward : str
         ``functions``: autograd functions in Python, as Transformer Engine's, whose kernels cost the host as much as forward ones.
         ``engine``: PyTorch's own gradients, which its engine launches from C++.
+    glue : bool
+        Whether kernels of their own copy queries out of a joint projection, join its gradients, sum up those of one input and find
+        those of routing probabilities (Megatron); not in the steps of `simulator.calibration`, whose measured kernels hold that.
     graphs : tuple of str
         Parts of a layer whose kernels are captured in CUDA graphs, so that the host does not launch them one by one.
     """
@@ -73,6 +76,7 @@ class Kernels(Frozen):
     accumulation: Accumulation = "fused"
     gate: Gate = "fused"
     backward: Backward = "functions"
+    glue: bool = True
     graphs: tuple[Graph, ...] = ()
 
     def captured(self, name: str) -> bool:

@@ -262,6 +262,8 @@ class Plan(Frozen, _Degrees):
     recompute_modules : tuple of str
         In Megatron's words; and ``attn_out`` and ``mlp_gate``, the output projection of attention and the gate's (of `kernels` that
         keep the gate apart), ``tp_gather``, the gathered rows of tensor parallelism.
+    recompute_share : float
+        Share of the layers that full recompute covers; every layer counts as their average.
     sequence_parallel : bool
         Split norms and residuals over tp, as Megatron does.
     dispatcher : str
@@ -296,6 +298,7 @@ class Plan(Frozen, _Degrees):
     layout: str | None = None
     recompute: Recompute = "none"
     recompute_modules: tuple[Module, ...] = ("core_attn",)
+    recompute_share: float = Field(default=1.0, gt=0, le=1)
     sequence_parallel: bool = True
     dispatcher: Dispatcher = "alltoall"
     context_parallel: Literal["ring", "all_gather", "all_to_all"] = "ring"

@@ -11,7 +11,7 @@ _CAUSES = {
     r"^mbridge-26\.06\.01-gptoss": "a known regression of that release",
     r"^dgxc-v25\.05\.05-dsv3-gb200": "an early port to GB200, scores in memory: later releases run the same model three times as fast",
     r"^mlm-recipe-qwen3_235b-h100": "measured again at 302 instead of 214 TFLOP/s: NVIDIA/Megatron-LM pull request 5728",
-    r"^vtrain-s-": "no measured step: sums of 32 traces of one layer, whose hosts took 1.4 to 2.8 ms to launch its forward",
+    r"^vtrain-s-": "no measured step: the sum of one trace's kernels and gaps, in which the host launched at a speed of its own",
     r"^mpt-.*h100": "Triton's FlashAttention of early 2023, written for the A100, on an H100",
 }
 

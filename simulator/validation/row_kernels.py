@@ -95,9 +95,9 @@ def kernels_of(row: Row) -> Kernels:
         fields["attention"] = "flash_fp8"
     if row.has("grouped_gemm=false", "overlap_notes"):
         fields["experts"] = "sequential"
-    plain = not row.text("model").startswith("GPT-OSS")  # the fused kernels know no clamped activation with biases
-    if row.text("arch") == "moe" and plain and (row.has("cutedsl", "overlap_notes") or "full" in graphs):
-        # loads that the host reads back cannot be captured: a whole step as a graph needs products that read them on the device
+    if row.text("arch") == "moe" and (row.has("cutedsl", "overlap_notes") or "full" in graphs):
+        # loads that the host reads back cannot be captured: a whole step as a graph needs products that read them on the device, also
+        # those of GPT-OSS, clamped and with biases (NVIDIA-NeMo/Megatron-Bridge pull request 4173, NVIDIA/cudnn-frontend issue 256)
         if not row.has("cutedsl", "overlap_notes"):
             row.assume("experts' kernels not printed: fused, because the whole step is a CUDA graph")
         fields["experts"] = "fused"

@@ -101,6 +101,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         layout=layout_of(row, model, degrees["pp"] * (1 if schedule == "dualpipe" else degrees["vpp"])),
         recompute=recompute,
         recompute_modules=modules,
+        recompute_share=_recomputed_share(row, model) if recompute == "full" else 1.0,
         sequence_parallel=sequence_parallel,
         dispatcher=_dispatcher(row, model),
         context_parallel=_context_parallel(row),
@@ -212,6 +213,14 @@ def _paired(row: Row, degrees: dict[str, int], schedule: str) -> tuple[str, str 
     return "table", f"0F0 {pairs} 0B{micro_batches - 1}\n"
 
 
+def _recomputed_share(row: Row, model: Model) -> float:
+    """Return the share of the layers that full recompute covers."""
+    if row.has("every 2nd layer", "recompute"):
+        return 0.5
+    block = re.match(r"full\(block,num_layers=(\d+)\)", row.text("recompute"))
+    return min(1.0, int(block.group(1)) * row.need("pp") / model.layers) if block else 1.0
+
+
 def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
     printed = row.default("recompute", "none", row.text("recompute"))
     if row.has(TRACED, "source"):
@@ -224,14 +233,7 @@ def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
         # NVIDIA-NeMo/Megatron-Bridge pull request 3983: recompute_modules=[], which sets granularity but leaves nothing to do again
         row.assume("recompute: none, which the recipe with a full-iteration CUDA graph lists")
         return "none", ("core_attn",)
-    block = re.match(r"full\(block,num_layers=(\d+)\)", printed)
-    if block and int(block.group(1)) * row.need("pp") < model.layers / 2:
-        row.assume(f"not modelled: full recompute of only {block.group(1)} layers of a stage (taken as none)")
-        return "none", ("core_attn",)
-    if printed.startswith("full"):
-        return "full", ("core_attn",)
-    if "every 2nd layer" in printed:
-        row.assume("not modelled: full recompute of every 2nd layer (taken as all)")
+    if printed.startswith("full") or "every 2nd layer" in printed:
         return "full", ("core_attn",)
     listed = re.search(r"\((?:default:)?([^)]*)\)", printed)
     words = [w.strip().replace("RMSNorm", "layernorm") for w in listed.group(1).split(",")] if listed else []

@@ -23,8 +23,9 @@ _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "Aleph-Alpha",
-        {"cross_entropy": "gathered", "weight_gradients": "copied", "keeps_outputs": True},
-        "loss on gathered logits, 16-bit gradients copied to a flat fp32 shard, stage outputs kept (Aleph-Alpha/scaling)",
+        {"cross_entropy": "gathered", "weight_gradients": "copied", "keeps_outputs": True, "reduces_whole": True},
+        "loss on gathered logits, 16-bit gradients all-reduced in fp32 and copied to a flat shard, stage outputs kept (Aleph-Alpha/scaling "
+        "@7848929 src/scaling/core/optimizer/allreduce.py)",
     ),
     ("torchtitan|fms-fsdp", PRESETS["fsdp"], "PyTorch FSDP with eager cross-entropy, which torchtitan could not compile before 2025"),
     (
@@ -50,7 +51,8 @@ def framework_of(row: Row) -> Framework:
     """Return the framework of a published row; what the row does not print is added to its assumptions."""
     habits = row.of_source(_SOFTWARE, "framework")
     if habits.get("bucket_elements") and "bf16" in row.text("precision"):
-        habits["weight_gradients"] = "kept"
+        # DeepSpeed's bf16 optimizer all-reduces its fp32 gradients (deepspeed/runtime/pipe/engine.py, ``_bf16_reduce_grads``)
+        habits |= {"weight_gradients": "kept", "reduces_whole": True}
     if row.has(_COMPILED_LOSS, "provenance") and row.has("torch.compile", "overlap_notes"):
         row.assume("loss compiled with the model: torchtitan pull request 1033")
         habits["cross_entropy"] = "compiled"

@@ -114,6 +114,8 @@ class BlockBuilder:
         Who casts for linear layers in low precision, as in `simulator.scenario.framework.Framework`.
     cast_weights : bool
         Whether weights arrive in 16 bits and are cast for every pass.
+    share : float
+        Share of such layers that full recompute covers; the block is their average.
     """
 
     dtype: str
@@ -128,6 +130,7 @@ class BlockBuilder:
     load: Number = 1.0
     casts: str = "transformer_engine"
     cast_weights: bool = False
+    share: float = 1.0
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
@@ -164,10 +167,11 @@ class BlockBuilder:
         modules: Iterable[str] = (),
         routed: bool = False,
         launches: tuple[Number, Number] = (1, 1),
+        addressed: tuple[Number, Number] = (0.0, 0.0),
     ) -> None:
-        """Append bandwidth-bound kernels that move `forward` and `backward` bytes, and as many `launches`."""
-        there = Op(name, "memory", bytes=forward, routed=routed, launches=launches[0])
-        back = Op(name, "memory", bytes=backward, grad="input", routed=routed, launches=launches[1])
+        """Append bandwidth-bound kernels that move `forward` and `backward` bytes, and as many `launches` and elements `addressed`."""
+        there = Op(name, "memory", bytes=forward, routed=routed, launches=launches[0], addressed=addressed[0])
+        back = Op(name, "memory", bytes=backward, grad="input", routed=routed, launches=launches[1], addressed=addressed[1])
         self.add([(there,)], [(back,)], saved, modules)
 
     def linear(
@@ -277,7 +281,7 @@ class BlockBuilder:
         forward = tuple(s for e in self._entries for s in e.forward)
         backward: list[Segment] = []
         if self.recompute == "full":
-            backward += self._repeat(self._entries)
+            backward += [tuple(_partly(op, self.share) for op in segment) for segment in self._repeat(self._entries)]
         pending, repeated = set(self.recomputed), set[int]()
         for entry in reversed(self._entries):
             due = entry.modules & pending
@@ -289,9 +293,17 @@ class BlockBuilder:
             backward += entry.backward
         everything = sum(e.saved for e in self._entries)
         kept = sum(e.saved for e in self._entries if not e.modules & self.recomputed)
-        saved = layer_input if self.recompute == "full" else kept
-        sizes = (self.dense_parameters, self.expert_parameters, saved, everything - saved, self.weight_bytes, self._fullest())
+        saved, dropped = kept, everything - kept
+        if self.recompute == "full":
+            dropped = everything - layer_input
+            saved = everything - self.share * dropped
+        sizes = (self.dense_parameters, self.expert_parameters, saved, dropped, self.weight_bytes, self._fullest())
         return Block(forward, tuple(backward), *sizes, matrices=tuple(self.matrices.items()))
+
+
+def _partly(op: Op, share: float) -> Op:
+    """Return an operation that a share of the layers has, as their average."""
+    return op if share == 1 else replace(op, flop=op.flop * share, bytes=op.bytes * share, turns=op.turns * share)
 
 
 def _again(segments: Iterable[Segment]) -> list[Segment]:

@@ -79,6 +79,9 @@ class Op:
         Whether the host waits for its end before it launches more.
     written : Number
         Of a GEMM: bytes that its epilogue moves per element of the result; adding to a main gradient reads it, too.
+    addressed : Number
+        Of memory-bound kernels: elements of those kernels, beside the ones that `bytes` counts, whose places PyTorch computes one by
+        one, because rows are parts of longer ones or meet a row or a column (`simulator.pricing.compute.ADDRESSED_FLOP`).
     """
 
     name: str
@@ -100,6 +103,7 @@ class Op:
     streams: Number = 1.0
     written: Number = BF16
     listed: bool = False
+    addressed: Number = 0.0
     holds: bool = False
 
     @property
@@ -136,7 +140,9 @@ def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     """
     ops = [op for segment in segments for op in segment if op.kind in COMPUTE and not kernels.captured(op.name)]
     cost = {"input": ENGINE_LAUNCH, "weight": ENGINE_LAUNCH} if kernels.backward == "engine" else {}
-    launches = sum((op.launches * cost.get(op.grad, 1.0) for op in ops if np.any(op.bytes)), 0.0)
+    ops = [op for op in ops if np.any(op.bytes) or np.any(op.addressed)]
+    # fewer turns than one: what only a share of the layers runs
+    launches = sum((op.launches * np.minimum(op.turns, 1.0) * cost.get(op.grad, 1.0) for op in ops), 0.0)
     beside = tuple(tuple(op for op in segment if not op.holds) for segment in segments)
     return Op(HOST, HOST, launches=launches, beside=tuple(filter(None, beside)), routed=any(op.routed for op in ops))
 

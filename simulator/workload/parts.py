@@ -80,6 +80,7 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         load,
         plan.framework.casts,
         plan.precision.parameter_gather not in ("fp8", "fp4"),
+        plan.recompute_share,
     )
 
 

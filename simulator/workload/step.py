@@ -105,7 +105,7 @@ def fused(segments: Iterable[Segment], plan: Plan, of: tuple[str, str] = ("", ""
             run.clear()
 
     for segment in segments:
-        ops = [op for op in segment if op.flop or op.bytes or (op.kind == HOST and op.launches)]
+        ops = [op for op in segment if op.flop or op.bytes or op.addressed or (op.kind == HOST and op.launches)]
         ops = [op for op in ops if not op.axis or group(plan, op.axis).size > 1]
         if len(ops) == 1 and ops[0].kind in COMPUTE:
             run.append(ops[0])
@@ -130,12 +130,12 @@ def _by_tensor(block: Block, plan: Plan) -> dict[str, dict[str, Any]]:
 def gradient_ops(block: Block, plan: Plan) -> tuple[Op, ...]:
     """Return the collectives that sum a block's gradients over its replicas.
 
-    ZeRO shards reduce-scatter over the sharding group, then the replicas of a shard all-reduce it, then the two copies of
-    the model in a DualPipe pipeline share it out.
+    ZeRO shards reduce-scatter over the sharding group, or all-reduce and keep a shard (`Framework.reduces_whole`), then the replicas of
+    a shard all-reduce it, then the two copies of the model in a DualPipe pipeline share it out.
     """
     dtype = plan.precision.gradient_reduce
     element = ELEMENT_BYTES[dtype]
-    kind = "reduce_scatter" if plan.zero else "all_reduce"
+    kind = "reduce_scatter" if plan.zero and not plan.framework.reduces_whole else "all_reduce"
     ops = []
     by_tensor = _by_tensor(block, plan)
     for axis, parameters, shard in (("dp", block.dense_parameters, plan.shard), ("edp", block.expert_parameters, plan.expert_shard)):
