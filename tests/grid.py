@@ -9,7 +9,8 @@ from small import H100, SCHEDULES, Small, dense, moe
 
 from simulator.feasibility import structure
 from simulator.scenario.job import Job
-from simulator.scenario.plan import INTERLEAVED, TWO_CHUNKS, Overlap, Plan
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import INTERLEAVED, TWO_CHUNKS, Plan
 from simulator.scenario.scenario import Scenario
 
 PAIRED = ("dualpipe", "dualpipev", "interleaved-overlapped")

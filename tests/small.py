@@ -11,7 +11,8 @@ from simulator.scenario.facts import Source
 from simulator.scenario.job import Job
 from simulator.scenario.kernels import Kernels
 from simulator.scenario.model import Experts, Model
-from simulator.scenario.plan import INTERLEAVED, TWO_CHUNKS, Overlap, Plan
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import INTERLEAVED, TWO_CHUNKS, Plan
 from simulator.scenario.profiles import CLUSTERS
 from simulator.scenario.scenario import Scenario
 

@@ -14,7 +14,8 @@ from simulator.errors import PlanError, ProfileError
 from simulator.formats.deepspeed import deepspeed_config, deepspeed_text, plan_from_deepspeed
 from simulator.formats.launch import SOFTWARE
 from simulator.formats.torchtitan import plan_from_torchtitan, torchtitan_config, torchtitan_text
-from simulator.scenario.plan import Overlap, Plan, Precision
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import Plan, Precision
 from simulator.scenario.scenario import Scenario
 
 TITAN = """

@@ -11,7 +11,8 @@ from simulator.lower_bound import bound
 from simulator.pricing.compute import host_wait_s
 from simulator.pricing.operations import op_s, segments_s
 from simulator.scenario.kernels import Kernels
-from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Overlap, Plan, Precision
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Plan, Precision
 from simulator.simulate import simulate_step
 from simulator.workload.ops import host_wait, total
 from simulator.workload.stages import blocks

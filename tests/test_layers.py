@@ -16,7 +16,8 @@ from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.job import Job
 from simulator.scenario.kernels import Kernels
 from simulator.scenario.model import Experts, LatentAttention, Model
-from simulator.scenario.plan import COLUMNS, ELEMENT_BYTES, EVERY_OTHER_PRODUCT, Overlap, Plan, PlanColumns, Precision
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import COLUMNS, ELEMENT_BYTES, EVERY_OTHER_PRODUCT, Plan, PlanColumns, Precision
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP, attended
 from simulator.workload.blocks import Block
 from simulator.workload.layers import embedding, head, transformer_layer

@@ -7,7 +7,8 @@ import yaml
 
 from simulator.errors import PlanError
 from simulator.formats.megatron import plan_from_megatron
-from simulator.scenario.plan import Overlap, Plan, Precision
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import Plan, Precision
 
 #: flags that keep the importer quiet, so that a test sees only the warnings of its own flags
 QUIET = "--bf16 --micro-batch-size 1 --moe-token-dispatcher-type alltoall "

@@ -13,8 +13,9 @@ from simulator.errors import PlanError
 from simulator.formats.launch import SOFTWARE
 from simulator.formats.megatron import plan_from_megatron
 from simulator.formats.megatron_write import megatron_command, megatron_flags
+from simulator.scenario.overlap import Overlap
 from simulator.scenario.placement import ORDER, PIPELINE_INSIDE, Placement
-from simulator.scenario.plan import Overlap, Plan, Precision
+from simulator.scenario.plan import Plan, Precision
 from simulator.scenario.profiles import MODELS
 from simulator.scenario.scenario import Scenario
 

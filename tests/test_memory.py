@@ -17,7 +17,8 @@ from simulator.feasibility import check, memory, minimum_accelerators
 from simulator.scenario.framework import PRESETS
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
-from simulator.scenario.plan import ELEMENT_BYTES, EVERY_OTHER_PRODUCT, Overlap, Plan, Precision, Reserve
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import ELEMENT_BYTES, EVERY_OTHER_PRODUCT, Plan, Precision, Reserve
 from simulator.scenario.scenario import Scenario
 from simulator.schedules import schedule
 from simulator.simulate import classify, node_seconds, simulate_step

@@ -15,7 +15,8 @@ from small import dense, moe, scenario
 import simulator as sim
 from simulator import plots
 from simulator.plots.timeline import _classes
-from simulator.scenario.plan import Overlap, Plan
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import Plan
 from simulator.schedules import actions, schedule
 from simulator.workload.memory import PARTS
 

@@ -11,7 +11,8 @@ from simulator.closed_forms import estimate
 from simulator.lower_bound import bound
 from simulator.pricing.operations import op_s
 from simulator.pricing.stage_times import beside
-from simulator.scenario.plan import Overlap, Plan
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import Plan
 from simulator.simulate import simulate_step
 from simulator.workload.ops import Op
 from simulator.workload.stages import blocks

@@ -10,7 +10,8 @@ import yaml
 
 from simulator.errors import ProfileError
 from simulator.scenario.job import Job
-from simulator.scenario.plan import Overlap, Plan, Precision
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import Plan, Precision
 from simulator.scenario.profiles import CLUSTERS, MODELS, read_yaml, save_yaml, write_atomically
 from simulator.scenario.scenario import Scenario
 

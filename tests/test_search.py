@@ -19,8 +19,9 @@ from simulator.planning.search import search
 from simulator.planning.space import CHUNKS, CONTEXT, EXPERT_TENSOR, MICRO_BATCHES, SCHEDULES, Space, grouped, legal_table, numbered
 from simulator.pricing.operations import Known
 from simulator.scenario.model import Model
+from simulator.scenario.overlap import Overlap
 from simulator.scenario.placement import ORDER, PIPELINE_INSIDE
-from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Overlap, Plan, PlanColumns, Precision
+from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Plan, PlanColumns, Precision
 from simulator.scenario.profiles import CLUSTERS
 from simulator.schedules import SCHEDULES as EVERY
 from simulator.simulate import simulate_step

@@ -11,7 +11,8 @@ from small import Small, dense, moe, scenario
 from simulator.closed_forms import estimate
 from simulator.lower_bound import bound
 from simulator.pricing.operations import op_s
-from simulator.scenario.plan import Overlap, Plan
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import Plan
 from simulator.simulate import classify, simulate_step
 from simulator.workload.build import build_step
 from simulator.workload.ops import Op

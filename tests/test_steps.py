@@ -8,7 +8,8 @@ from small import dense, job, moe, scenario
 
 from simulator.engine.events import run
 from simulator.errors import PlanError
-from simulator.scenario.plan import Overlap, Plan
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import Plan
 from simulator.simulate import simulate_step, simulate_steps
 from simulator.workload.build import build_step
 from simulator.workload.classes import rank_classes

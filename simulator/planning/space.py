@@ -14,8 +14,9 @@ from pydantic import Field, field_validator
 from simulator.errors import PlanError, Problem, nearest
 from simulator.scenario.facts import Frozen
 from simulator.scenario.model import Model
+from simulator.scenario.overlap import Overlap
 from simulator.scenario.placement import ORDER, PIPELINE_INSIDE, Placement
-from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Module, Overlap, Plan, PlanColumns, Precision, Schedule
+from simulator.scenario.plan import COLUMNS, INTERLEAVED, TWO_CHUNKS, Module, Plan, PlanColumns, Precision, Schedule
 from simulator.scenario.scenario import Scenario
 from simulator.workload.stages import StageBlocks, stages_of
 

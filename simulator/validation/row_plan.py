@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 from simulator.errors import ProfileError
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
-from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Overlap, Plan, Precision, TensorParallel
+from simulator.scenario.overlap import Overlap, TensorParallel
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Plan, Precision
 from simulator.validation.row import Row
 from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, TRACED, kernels_of
 from simulator.validation.row_layout import layout_of

@@ -11,7 +11,8 @@ import numpy as np
 
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
-from simulator.scenario.plan import ELEMENT_BYTES, Plan, TensorParallel
+from simulator.scenario.overlap import TensorParallel
+from simulator.scenario.plan import ELEMENT_BYTES, Plan
 from simulator.units import Number
 from simulator.workload.blocks import BlockBuilder
 from simulator.workload.ops import BF16, FP32, Op, Segment

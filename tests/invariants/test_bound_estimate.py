@@ -10,7 +10,8 @@ from small import dense, moe, scenario, scenarios
 from simulator.closed_forms import estimate
 from simulator.feasibility import check
 from simulator.lower_bound import bound
-from simulator.scenario.plan import Overlap, Plan
+from simulator.scenario.overlap import Overlap
+from simulator.scenario.plan import Plan
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 
