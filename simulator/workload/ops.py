@@ -22,6 +22,11 @@ EXPERT_LAUNCH = 0.2
 #: what a kernel costs the host that PyTorch's engine launches for a gradient, over one of a forward in Python: a plain GPT layer of
 #: some 13 operations forward and twice as many backward takes 245 and 275 us (PyTorch 2.13 on one core, tensors of a few elements)
 ENGINE_LAUNCH = 0.5
+#: operations that every stack writes in plain PyTorch, so that its engine launches their gradients
+PLAIN = ("router.topk", "residual")
+#: what a CUDA graph of parts of a layer costs the host each way: a copy of what it is given and its replay (``Graphed`` of
+#: NVIDIA/TransformerEngine transformer_engine/pytorch/graph.py; Megatron captures one per layer)
+GRAPH_LAUNCHES = 2
 #: pieces that a product is cut into to be reduce-scattered beside itself (Transformer Engine's ``pipeline`` method with its
 #: default ``num_splits``, transformer_engine/pytorch/module/base.py); where its rows arrive, one for each rank of the ring
 SPLITS = 4
@@ -138,13 +143,20 @@ def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     own all-to-all and DeepEP have it read the counts before they send (megatron/core/transformer/moe/token_dispatcher.py,
     ``cuda_sync_point``); the backward repeats them.
     """
-    ops = [op for segment in segments for op in segment if op.kind in COMPUTE and not kernels.captured(op.name)]
-    cost = {"input": ENGINE_LAUNCH, "weight": ENGINE_LAUNCH} if kernels.backward == "engine" else {}
+    ops = [op for segment in segments for op in segment if op.kind in COMPUTE]
+    replays = "full" not in kernels.graphs and any(kernels.captured(op.name) for op in ops)
+    ops = [op for op in ops if not kernels.captured(op.name)]
     ops = [op for op in ops if np.any(op.bytes) or np.any(op.addressed)]
     # fewer turns than one: what only a share of the layers runs
-    launches = sum((op.launches * np.minimum(op.turns, 1.0) * cost.get(op.grad, 1.0) for op in ops), 0.0)
+    launches = sum((op.launches * np.minimum(op.turns, 1.0) * _cost(op, kernels) for op in ops), GRAPH_LAUNCHES * float(replays))
     beside = tuple(tuple(op for op in segment if not op.holds) for segment in segments)
     return Op(HOST, HOST, launches=launches, beside=tuple(filter(None, beside)), routed=any(op.routed for op in ops))
+
+
+def _cost(op: Op, kernels: Kernels) -> float:
+    """Return what a launch of `op` costs the host, over one of a forward in Python."""
+    by_engine = op.grad in ("input", "weight") and (kernels.backward == "engine" or op.name in PLAIN)
+    return ENGINE_LAUNCH if by_engine else 1.0
 
 
 def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float, grad: str = "", **more: Any) -> Op:
