@@ -164,16 +164,18 @@ def test_graphs_take_launches_from_the_host():
     launches = {graphs: host_wait(block.forward, Kernels(graphs=graphs)).launches for graphs in ((), ("attn",), ("moe_router",), ("full",))}
     assert launches["full",] == 0
     replay = 2  # the copy of what the graph is given, and itself
-    assert launches[()] - launches["attn",] == 1 + 2 + 1 + 1 + 1 + 2 - replay  # norm, two linear layers, split, rotary embedding, attention
-    assert launches[()] - launches["moe_router",] == 2 + 20 - replay
+    assert launches[()] - launches["attn",] == pytest.approx(
+        1 + 2 + 1 + 1 + 1 + 2 - replay
+    )  # norm, two linear layers, split, rotary embedding, attention
+    assert launches[()] - launches["moe_router",] == pytest.approx(2 + 20 - replay)
 
 
-def test_a_loop_over_experts_costs_the_host_a_fifth_of_a_launch_each():
-    """Eight experts: two products forward, four backward, each 2 launches and 8 fifths."""
+def test_a_loop_over_experts_costs_the_host_a_seventh_of_a_launch_each():
+    """Eight experts: two products forward, four backward, each 2 launches and 8 times 0.14."""
     block = layer(Kernels(), moe(2, 256, leading=0))
     grouped = lambda op: op.launches if op.kind == "grouped_gemm" else 0.0  # noqa: E731
-    assert total(block.forward, grouped) == pytest.approx(2 * (2 + 8 / 5), rel=1e-14)
-    assert total(block.backward, grouped) == pytest.approx(4 * (2 + 8 / 5), rel=1e-14)
+    assert total(block.forward, grouped) == pytest.approx(2 * (2 + 8 * 0.14), rel=1e-14)
+    assert total(block.backward, grouped) == pytest.approx(4 * (2 + 8 * 0.14), rel=1e-14)
 
 
 # --- experts in one kernel ---

@@ -17,8 +17,8 @@ BF16, FP32 = 2.0, 4.0
 LINEAR_LAUNCHES = 2
 #: what one expert's product costs the host, over a kernel that the framework launches: Transformer Engine loops over the experts
 #: in C++, but allocates and describes tensors for each. 64 experts take 1.2 ms forward, two products each, and 2.1 ms backward,
-#: four each (NVIDIA/TransformerEngine issue 2897, on GB200): 8 to 9 us, a fifth of the 40 us that hosts are assumed to need
-EXPERT_LAUNCH = 0.2
+#: four each (NVIDIA/TransformerEngine issue 2897, on GB200): 8 to 9 us, a seventh of the 60 us that hosts need for those
+EXPERT_LAUNCH = 0.14
 #: what a kernel costs the host that PyTorch's engine launches for a gradient, over one of a forward in Python: a plain GPT layer of
 #: some 13 operations forward and twice as many backward takes 245 and 275 us (PyTorch 2.13 on one core, tensors of a few elements)
 ENGINE_LAUNCH = 0.5
