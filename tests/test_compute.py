@@ -172,7 +172,7 @@ def test_attention_of_few_heads_leaves_multiprocessors_idle():
 
 def test_attention_of_few_keys_and_in_8_bits():
     """cuDNN on GB200, causal: 2048 to 32768 tokens at 0.68 to 1.10 of the speed of 8192 forward, 0.71 to 1.03 both ways."""
-    gb200 = ACCELERATORS.load("gb200-186")
+    gb200 = ACCELERATORS.load("gb200-186").model_copy(update={"in_training": {"gemm": 1.2}})  # a burst: no power is short
     speed = {s: 1 / attention_s(1e15, 1e6, 128, (s + 1) / 2, BENCHMARKED, True, gb200) for s in (2048, 4096, 8192, 32768)}
     assert [speed[s] / speed[8192] for s in (2048, 4096, 32768)] == pytest.approx([0.754, 0.902, 1.089], abs=1e-3)
     low = attention_s(1e15, 1e6, 128, 4096, BENCHMARKED, True, gb200, "flash_fp8")
