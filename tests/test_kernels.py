@@ -262,7 +262,7 @@ def test_the_loss_moves_what_its_kernels_read_and_write():
     for how in ("in_place", "fused", "vocab_parallel", "half"):
         head = blocks(model, Plan(dp_shard=1, framework={"cross_entropy": how}), job())["head"]
         moved[how] = tuple(total(segments, loss) / logits for segments in (head.forward, head.backward))
-    assert moved == {"in_place": (6, 4), "fused": (26, 14), "vocab_parallel": (38, 14), "half": (8, 10)}
+    assert moved == {"in_place": (6, 4), "fused": (26, 14), "vocab_parallel": (38, 14), "half": (8, 12)}
 
 
 @pytest.mark.parametrize("cp", [1, 2, 8])
@@ -333,11 +333,12 @@ def test_gradients_of_biases_are_sums_over_rows_by_kernels_of_their_own():
 
 
 def test_unfused_attention_puts_heads_in_order():
-    """Its result is copied forward, and the gradients of queries, keys and values are put together."""
+    """Its result is copied forward, and the gradients of queries, keys and values are put together, once."""
     block = layer(Kernels(attention="unfused"))
     moved = lambda name: lambda op: op.bytes if op.name == name else 0.0  # noqa: E731
     assert total(block.forward, moved("attn.context")) == 2 * 2 * TOKENS * HEADS * WIDTH
-    assert total(block.backward, moved("attn.parts")) == 2 * 2 * TOKENS * (HEADS + 2 * 4) * WIDTH
+    assert total(block.backward, moved("attn.split")) == 2 * 2 * TOKENS * (HEADS + 2 * 4) * WIDTH
+    assert total(block.backward, moved("attn.split")) == total(layer(Kernels()).backward, moved("attn.split"))
 
 
 @pytest.mark.parametrize(("tp", "launches"), [(1, (4, 4)), (4, (11, 4))])
@@ -370,3 +371,16 @@ def test_the_engine_launches_the_gradients_of_what_is_written_in_plain_pytorch()
     plain = sum(float(op.launches) for op in ops if op.name in ("router.topk", "residual"))
     assert plain == 15 + 2
     assert host_wait(block.backward, Kernels()).launches == pytest.approx(sum(float(op.launches) for op in ops) - plain / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("experts", ["grouped", "sequential"])
+def test_recompute_of_a_share_of_the_layers_costs_the_host_that_share_of_its_launches(experts):
+    def launches(**plan):
+        model = moe(2, 256, leading=0)
+        return host_wait(
+            blocks(model, Plan(dp_shard=1, kernels=Kernels(experts=experts), **plan), job())["layer0"].backward, Kernels()
+        ).launches
+
+    none, every, half = launches(), launches(recompute="full"), launches(recompute="full", recompute_share=0.5)
+    assert half == pytest.approx((none + every) / 2, rel=1e-12)
+    assert none < half

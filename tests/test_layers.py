@@ -444,9 +444,10 @@ KINDS = st.fixed_dictionaries(
         "zero": st.sampled_from([0, 1, 2, 3]),
         "recompute": st.sampled_from(["none", "selective", "full"]),
         "sequence_parallel": st.booleans(),
-        "dispatcher": st.sampled_from(["alltoall", "deepep"]),
+        "recompute_share": st.sampled_from([1.0, 0.5]),
+        "dispatcher": st.sampled_from(["alltoall", "deepep", "hybridep"]),
         "precision": st.sampled_from([Precision(), Precision(gemm="fp8", dispatch="fp8")]),
-        "overlap": st.builds(Overlap, tp=st.sampled_from([False, True, "pieces", "torch", "torch_async"])),
+        "overlap": st.builds(Overlap, tp=st.sampled_from([False, True, "pieces", "torch", "torch_async"]), by_tensor=st.booleans()),
     }
 ).filter(lambda kinds: kinds["sequence_parallel"] or isinstance(kinds["overlap"].tp, bool))
 

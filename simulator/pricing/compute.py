@@ -24,7 +24,8 @@ _KEYS = 4096
 #: configs/system/b200_bf16_ceperm.json has measured on B200, 0.3 to 0.5 on one H100 (cuBLAS of CUDA 13.0, four streams, 256 to 2,048 rows)
 COLD_WEIGHTS = 0.75
 #: speed of the backward of heads wider than 128, over that of 128: 0.87 to 0.91 for widths of 192 and 128 on an H100 (cuDNN of
-#: PyTorch 2.11, measured by this project on 2026-11-26), 0.77 to 0.83 on B200 (MooreThreads/SimuMax @e691807)
+#: PyTorch 2.11, measured by this project on 2026-11-26); 0.77 to 0.83 on B200 (MooreThreads/SimuMax @e691807), in tables whose other
+#: figures scatter as much, so that one figure serves both
 _WIDE_BACKWARD = 0.87
 #: queries of one head that a multiprocessor takes at a time, and heads times queries at which attention is benchmarked
 _QUERIES = 128

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from simulator.scenario.facts import Frozen
 
@@ -48,7 +48,8 @@ class Overlap(Frozen):
         (NVIDIA-NeMo/Megatron-Bridge scripts/performance/perf_plugins.py, on ``CUDA_DEVICE_MAX_CONNECTIONS``). False on Blackwell, or
         with multiprocessors set aside.
     host_waits : bool
-        Whether the host waits for tensor-parallel collectives, as where these were timed apart from the kernels.
+        Whether the host waits for tensor-parallel collectives before it launches what follows, as where these were timed apart from
+        the kernels (vTrain's traces); with nothing beside them, so `tp` is False.
     pp : bool
         Send to other stages beside the next action. False starts it only when the message has left, as Megatron does without
         interleaving or with ``--no-overlap-p2p-communication``.
@@ -64,3 +65,9 @@ class Overlap(Frozen):
     queued: bool = False
     host_waits: bool = False
     pp: bool = True
+
+    @model_validator(mode="after")
+    def _waits_for_what_runs_alone(self) -> Overlap:
+        if self.host_waits and self.tp is not False:
+            raise ValueError(f"overlap.host_waits with overlap.tp: {self.tp} runs kernels beside what the host waits for; write tp: false")
+        return self

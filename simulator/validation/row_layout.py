@@ -22,7 +22,7 @@ def layout_of(row: Row, model: Model, chunks: int) -> str | None:
         return None
     each = -(-model.layers // chunks)
     rest = model.layers - each * (chunks - 1)
-    if row.has("dgxc-benchmarking", "source") and model.latent is not None and (model.layers + 3) % chunks == 0:
+    if row.has("dgxc-benchmarking", "source") and model.latent is not None and (model.layers + 3) % chunks == 0 and each > 2:
         # num_layers_in_first_pipeline_stage and _last_ of NVIDIA/NeMo scripts/performance/llm/pretrain_deepseek_v3.py @0349f23
         row.assume("stages not printed: a layer less in the first, two less and MTP and head in the last (NeMo's script)")
         return "|".join(["E" + _t(each - 1), *[_t(each)] * (chunks - 2), _t(each - 2) + "m" * model.mtp_layers + "L"])

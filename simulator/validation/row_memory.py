@@ -72,7 +72,8 @@ def _filled(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> 
     known = next((v for k, v in _DIMENSIONS_OF.items() if own.text("model").startswith(k)), None)
     if known is not None:
         missing = {name: value for name, value in known.items() if not own.text(name)}
-        return _assumed({**cells, **missing}, [f"{', '.join(missing)} not printed: those of its published configuration"])
+        said = [f"{', '.join(missing)} not printed: those of its published configuration"] if missing else []
+        return _assumed({**cells, **missing}, said)
     like = next((r for r in runs.values() if r["model"] == own.text("model") and r["hidden"] == own.text("hidden")), None)
     if like is None:
         return _assumed(dict(cells), [])

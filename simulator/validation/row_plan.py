@@ -167,9 +167,11 @@ def _zero(row: Row) -> int:
 
 def _said_chunks(row: Row, model: Model, pp: int) -> int | None:
     """Return the model chunks of a pipeline rank that only the notes of a row tell, None when they do not."""
+    alone = row.has("every layer is its own chunk", "notes")
     if row.has("Llama 3 Herd", "source"):
         row.assume("virtual stages: a layer each, as the first has only the embedding and the last only the output (section 3.3.2)")
-    if row.has("every layer is its own chunk", "notes") or row.has("Llama 3 Herd", "source"):
+        alone = True
+    if alone:
         return (model.layers + 2) // pp  # embedding and head count as a layer each
     said = re.search(r"vpp not in the table \((\d+) for 175B", row.text("notes"))
     if said and row.text("model") == "GPT 175B":
@@ -219,7 +221,7 @@ def _recomputed_share(row: Row, model: Model) -> float:
     if row.has("every 2nd layer", "recompute"):
         return 0.5
     block = re.match(r"full\(block,num_layers=(\d+)\)", row.text("recompute"))
-    return min(1.0, int(block.group(1)) * row.need("pp") / model.layers) if block else 1.0
+    return min(1.0, int(block.group(1)) * row.need("pp") * (row.whole("vpp") or 1) / model.layers) if block else 1.0
 
 
 def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:

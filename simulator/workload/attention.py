@@ -187,13 +187,11 @@ def _unfused_core(
         return (replace(op, kind="gemm", launches=1.0),)  # one batch without weights: as fast as a single product
 
     softmax = Op("attn.core.softmax", "memory", bytes=scores * (there + drop), launches=launches)
-    mixed = x.tokens * (heads * qk_dim + kv_width)
     context = Op("attn.context", "memory", bytes=2 * BF16 * x.tokens * heads * v_dim)
-    parts = Op("attn.parts", "memory", bytes=2 * BF16 * mixed, grad="input")
     values, keys = product("values", v_dim, x.sequence, "input"), product("scores", x.sequence, qk_dim, "input")
     forward = [product("scores", qk_dim, x.sequence), (softmax,), product("values", x.sequence, v_dim), (context,)]
     gradient = replace(softmax, bytes=scores * (back + drop), grad="input")
-    return forward, [values, product("values", x.sequence, v_dim, "input"), (gradient,), keys, keys, (parts,)]
+    return forward, [values, product("values", x.sequence, v_dim, "input"), (gradient,), keys, keys]
 
 
 def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:

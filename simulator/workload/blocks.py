@@ -98,7 +98,7 @@ class BlockBuilder:
     recomputed : frozenset of str
         Modules that selective recompute drops.
     stops_early : bool
-        Whether full recompute ends with the last activation that is saved, rather than with the layer's output.
+        Whether recompute, of a layer or of modules, ends with the last activation that is saved, rather than with the output.
     overlap : bool
         Whether collectives of a linear layer's backward run beside its gradients.
     gathered : (str, float)
@@ -303,7 +303,7 @@ class BlockBuilder:
 
 def _partly(op: Op, share: float) -> Op:
     """Return an operation that a share of the layers has, as their average."""
-    return op if share == 1 else replace(op, flop=op.flop * share, bytes=op.bytes * share, turns=op.turns * share)
+    return op if share == 1 else replace(op, flop=op.flop * share, bytes=op.bytes * share, turns=op.turns * share, share=share)
 
 
 def _again(segments: Iterable[Segment]) -> list[Segment]:

@@ -57,7 +57,7 @@ LOSS_BYTES = {
     "fused": (BF16 + 6 * FP32, 3 * FP32 + BF16),
     "vocab_parallel": (BF16 + 9 * FP32, 3 * FP32 + BF16),
     "eager": (BF16 + 5 * FP32, 7 * FP32 + BF16),
-    "half": (4 * BF16, 5 * BF16),
+    "half": (4 * BF16, 6 * BF16),
     "gathered": (BF16 + 5 * FP32, 7 * FP32 + BF16),
     "parallel": (BF16 + 9 * FP32, 9 * FP32 + BF16),
 }

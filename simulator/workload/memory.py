@@ -94,7 +94,7 @@ def _parameters(block: Block) -> Number:
 
 def _largest_matrix(block: Block) -> Number:
     """Return the size of the largest weight matrix, of the whole block where it is one (the embedding)."""
-    return np.maximum.reduce([size for _, size in block.matrices]) if block.matrices else _parameters(block)
+    return np.maximum.reduce(np.broadcast_arrays(*(size for _, size in block.matrices))) if block.matrices else _parameters(block)
 
 
 def _largest(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], size: Callable[[Block], Number]) -> Number:

@@ -17,7 +17,8 @@ BF16, FP32 = 2.0, 4.0
 LINEAR_LAUNCHES = 2
 #: what one expert's product costs the host, over a kernel that the framework launches: Transformer Engine loops over the experts
 #: in C++, but allocates and describes tensors for each. 64 experts take 1.2 ms forward, two products each, and 2.1 ms backward,
-#: four each (NVIDIA/TransformerEngine issue 2897, on GB200): 8 to 9 us, a seventh of the 60 us that hosts need for those
+#: four each (NVIDIA/TransformerEngine issue 2897, on GB200): 8.2 to 9.4 us, 0.14 to 0.16 of the 60 us that hosts are assumed to
+#: need for those; that share stays where the 60 us are fitted
 EXPERT_LAUNCH = 0.14
 #: what a kernel costs the host that PyTorch's engine launches for a gradient, over one of a forward in Python: a plain GPT layer of
 #: some 13 operations forward and twice as many backward takes 245 and 275 us (PyTorch 2.13 on one core, tensors of a few elements)
@@ -75,6 +76,8 @@ class Op:
         aside for it. Of a kernel: it runs on the others only.
     turns : Number
         How often the same is done, one after the other: `flop` and `bytes` are of all turns, the shape of one.
+    share : Number
+        Share of the layers that has it, of whose average it is; `flop`, `bytes` and `turns` are of that share, launches are not.
     streams : Number
         Of a GEMM: how many like it run side by side on streams of their own, so that their tiles fill the multiprocessors together;
         `flop` and `bytes` are its own.
@@ -105,6 +108,7 @@ class Op:
     beside: tuple[Segment, ...] = ()
     apart: Any = False
     turns: Number = 1.0
+    share: Number = 1.0
     streams: Number = 1.0
     written: Number = BF16
     listed: bool = False
@@ -147,8 +151,7 @@ def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     replays = "full" not in kernels.graphs and any(kernels.captured(op.name) for op in ops)
     ops = [op for op in ops if not kernels.captured(op.name)]
     ops = [op for op in ops if np.any(op.bytes) or np.any(op.addressed)]
-    # fewer turns than one: what only a share of the layers runs
-    launches = sum((op.launches * np.minimum(op.turns, 1.0) * _cost(op, kernels) for op in ops), GRAPH_LAUNCHES * float(replays))
+    launches = sum((op.launches * op.share * _cost(op, kernels) for op in ops), GRAPH_LAUNCHES * float(replays))
     beside = tuple(tuple(op for op in segment if not op.holds) for segment in segments)
     return Op(HOST, HOST, launches=launches, beside=tuple(filter(None, beside)), routed=any(op.routed for op in ops))
 
