@@ -56,7 +56,7 @@ def _by_the_device(run: Callable[[], object], device: torch.device) -> float:
 def repeated(
     run: Callable[[], object], device: torch.device, at_least_s: float, once: Callable[..., float] = _by_the_clock
 ) -> tuple[float, float, float, int]:
-    """Return median seconds, spread, processor seconds and repeats of `run`, all ranks together.
+    """Return median seconds, spread, processor seconds and repeats of `run`, all ranks together; `once` times a single run.
 
     Notes
     -----

@@ -76,10 +76,9 @@ def _turn(case: Case, rank: int, device: torch.device, repeats: int) -> tuple[li
     gpu = device.type == "cuda"
     step.recorder.ahead = gpu
     for _ in range(repeats):
-        if gpu:  # the step by itself, and its kernels while the host is ahead; what they leave of the step is waiting for the host
+        if gpu:  # the step by itself first: its kernels are recorded while the host is ahead
             step.recorder.on = False
             taken.append(max(_gathered(timed(step, tokens, device).wall_s)))
-            parts["host"] += taken[-1] / repeats
         step.recorder.on = True
         everyone = observed(step, tokens, device)
         if not gpu:
@@ -87,14 +86,16 @@ def _turn(case: Case, rank: int, device: torch.device, repeats: int) -> tuple[li
         for times, _, _ in everyone:
             for name, spent in times.items():
                 parts[part_of(name)] += spent.wall_s / repeats / len(everyone)
-                parts["host"] -= gpu * spent.wall_s / repeats / len(everyone)
         if case.plan.pp == 1:  # stages do not call the same: their waiting stays with their messages
             for axis, seconds in waited([calls for *_, calls in everyone]).items():
                 parts[part_of(axis)] -= seconds / repeats
                 parts[WAITING] += seconds / repeats
-    counts = [(layer / (repeats * (1 + gpu))).long().tolist() for layer in step.routed()]
+    if gpu:  # what kernels and collectives leave of the step is waiting for the host; less than nothing is noise
+        parts["host"] = sum(taken) / repeats - sum(parts.values())
+    runs = 2 * repeats if gpu else repeats
+    counts = [(layer / runs).long().tolist() for layer in step.routed()]
     step.close()
-    return taken, {name: seconds for name, seconds in parts.items() if seconds or name != "host"}, counts
+    return taken, dict(parts), counts
 
 
 def run(rank: int, world: int, tell: Tell, cases: list[Case], kind: str, turns: int, repeats: int) -> list[Measured]:

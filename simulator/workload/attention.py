@@ -79,7 +79,7 @@ def _core_attention(
     backward, the gradients of both pass. Fused, the query's gradient is summed up in fp32.
     """
     fused = b.kernels.attention not in SCORE_BYTES
-    cores = _fused_core(x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim, kv_width)
+    cores = _fused_core(x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim)
     if x.context_parallel == "all_to_all":
         forward, backward = _exchanged(x, *cores, x.tokens * (heads * qk_dim + kv_width) * BF16, x.tokens * heads * v_dim * BF16)
     else:
@@ -166,16 +166,14 @@ def _merge(x: Shape, size: Number, direction: str) -> Segment:
     return (Op("attn.ring.merge", "memory", bytes=moved, grad="" if direction == "forward" else "input", launches=launches),)
 
 
-def _unfused_core(
-    b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int, kv_width: Number
-) -> tuple[list[Segment], list[Segment]]:
+def _unfused_core(b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int) -> tuple[list[Segment], list[Segment]]:
     """Return scores, softmax and weighted values as kernels of their own; nothing that the mask hides is left out.
 
     Notes
     -----
     With S = T s heads scores: two products of 2 S d FLOP forward, four backward. Softmax and dropout read and write S
-    elements, see `SCORE_BYTES`. The result is copied into the order of the output projection's rows, and the gradients of queries, keys
-    and values into one tensor (Megatron-LM, megatron/model/transformer.py: ``permute(...).contiguous()``, ``split``).
+    elements, see `SCORE_BYTES`. The result is copied into the order of the output projection's rows (Megatron-LM,
+    megatron/model/transformer.py: ``permute(...).contiguous()``).
     """
     scores, products, rows = x.tokens * x.sequence * heads, x.tokens / x.sequence * x.cp * heads, x.sequence / x.cp
     there, back = (_of_softmax(b, x, heads, {name: both[i] for name, both in SCORE_BYTES.items()}) for i in (0, 1))
