@@ -23,7 +23,7 @@ Graph = Literal["attn", "moe_router", "moe_preprocess", "moe", "mlp", "full"]
 #: beginnings of the names of the operations that each scope captures
 _SCOPES: dict[str, tuple[str, ...]] = {
     "attn": ("attn",),
-    "moe_router": ("router",),
+    "moe_router": ("mlp.norm", "router"),  # the norm of an MoE layer is captured with its router, that of a dense layer is not
     "moe_preprocess": ("moe.permute", "moe.dispatch"),
     "moe": ("router", "moe.", "shared."),
     "mlp": ("mlp.",),

@@ -101,10 +101,10 @@ def norm(
     b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
 
 
-def residual(b: BlockBuilder, x: Shape, model: Model) -> None:
+def residual(b: BlockBuilder, x: Shape, model: Model, name: str = "residual") -> None:
     """Add a branch to the residual stream; dropout writes a mask and reads it back."""
     size, mask = x.split_tokens * model.hidden * BF16, x.split_tokens * model.hidden * MASK if b.kernels.dropout else 0.0
-    b.memory("residual", 3 * size + mask, 3 * size + mask, mask)
+    b.memory(name, 3 * size + mask, 3 * size + mask, mask)
 
 
 def bias_gradients(b: BlockBuilder, name: str, elements: Number) -> None:
