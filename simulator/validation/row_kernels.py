@@ -119,6 +119,10 @@ def _graphs(row: Row) -> tuple[str, ...]:
         words = " ".join(part for part in scope.groups() if part)
         names = {"attn": "attn", "moe_router|router": "moe_router", "preprocess": "moe_preprocess", r"\bmlp": "mlp"}
         return tuple(name for pattern, name in names.items() if re.search(pattern, words))
+    if re.search(r"\bcuda_graphs\b", notes) and re.search("token-?drop", notes):
+        # NVIDIA/Megatron-LM core/transformer/cuda_graphs.py: experts that all get their capacity are captured with their layer
+        row.assume("scope of CUDA graphs not printed: whole layers, whose experts are padded to their capacity")
+        return ("attn", "moe", "mlp")
     if re.search(r"\bcuda_graphs\b", notes):
         row.assume("scope of CUDA graphs not printed: attention")
         return ("attn",)
