@@ -389,6 +389,16 @@ def test_rotary_embedding_with_a_factor_is_not_fused():
     assert only(layer(DENSE, False).forward, "attn.rotary").addressed == 0
 
 
+def test_latent_rotary_embedding_that_no_kernel_fuses():
+    """4 heads: of 4 + 8 elements of a query 4 turn, at 5.3 places each; 2 x 12 are joined, 12 values copied; backward 12 + 20 joined."""
+    block = layer(MLA, False, kernels=Kernels(latent_rotary="eager"))
+    there, back, rows = only(block.forward, "attn.rotary"), only(block.backward, "attn.rotary"), S * 4
+    assert (there.bytes, back.bytes) == (5 * rows * 4 * 2, 7 * rows * 4 * 2)
+    assert there.addressed == pytest.approx(rows * (4 * 5.3 + 1.4 * 2 * 12 + 12))
+    assert back.addressed == pytest.approx(rows * (4 * 5.3 + 1.4 * (12 + 20) + 4))
+    assert only(layer(MLA, False).forward, "attn.rotary").addressed == 0
+
+
 def test_experts_probabilities_have_a_gradient_of_their_own():
     """Backward 9.5 instead of 5 times the output of the activation; fused, or sequential with the probabilities elsewhere, none."""
     rows = S * EXPERTS.top_k

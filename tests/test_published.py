@@ -310,6 +310,11 @@ def test_attention_that_only_the_recipe_tells(runs, name, attention):
     assert scenario_from_row(row(runs, name))[0].plan.kernels.attention == attention
 
 
+@pytest.mark.parametrize(("name", "rotary"), [("dgxc-v25.05.05-dsv3-h100-bf16-512", "eager"), (PAPER, "fused")])
+def test_latent_rotary_embedding_of_a_release(runs, name, rotary):
+    assert scenario_from_row(row(runs, name))[0].plan.kernels.latent_rotary == rotary
+
+
 def test_products_of_experts_and_keys_as_their_sources_have_them(runs):
     kernels = scenario_from_row(row(runs, "dgxc-v25.02.02-grok1-h100-bf16-8"))[0].plan.kernels
     assert kernels.experts == "sequential"
