@@ -191,6 +191,9 @@ def test_tensor_parallel_of_pytorch():
         assert sent["torch_async"] == pytest.approx(sent["torch"], rel=1e-12)
     ops = [op for segment in layer(DENSE, False, overlap=Overlap(tp="torch"), **plan).forward for op in segment]
     assert [float(op.bytes) for op in ops if op.name.endswith(".copy")] == [2 * 2.0 * S * H] * 4
+    laid_out = layer(DENSE, False, overlap=Overlap(tp="kept"), **plan)  # the same without these copies
+    assert [op.name for segment in laid_out.forward for op in segment] == [op.name for op in ops if not op.name.endswith(".copy")]
+    assert laid_out.saved_bytes == kept
     together = layer(DENSE, False, overlap=Overlap(tp="torch_async"), **plan)
     beside = [op.kind for s in (*together.forward, *together.backward) for op in s if op.axis == "tp" and len(s) > 1]
     assert beside == ["all_gather", "reduce_scatter"] * 2 + ["all_gather"] * 2  # no sum of gradients

@@ -407,6 +407,15 @@ def test_tensor_parallel_overlap_as_recipes_set_it(runs, name, tp):
     assert any("in pieces" in text for text in assumptions) == (tp == "pieces")
 
 
+def test_layers_and_rows_as_scaling_shares_them_out(runs):
+    """Its partition counts embedding, final norm and head as layers: 83 of them on 8 stages, three of which take one more."""
+    scenario, assumptions = scenario_from_row(row(runs, "aa-131657"))
+    assert scenario.plan.layout == "Et*10|t*11|t*11|t*10|t*10|t*10|t*10|t*8L"
+    assert scenario.plan.overlap.tp == "kept"
+    assert any("final norm" in text for text in assumptions)
+    assert scenario_from_row(row(runs, "aa-131813"))[0].plan.overlap.tp is False  # the same without sequence parallelism
+
+
 def test_one_nvlink_domain_holds_a_job_that_fits(runs):
     small, _ = scenario_from_row(row(runs, "mbridge-26.02-gptoss120b-gb200-bf16-64"))
     assert small.cluster.host.scale_up_domain == 64
