@@ -311,6 +311,11 @@ def test_attention_that_only_the_recipe_tells(runs, name, attention):
     assert scenario_from_row(row(runs, name))[0].plan.kernels.attention == attention
 
 
+@pytest.mark.parametrize(("name", "rotary"), [("dgxc-v25.05.05-dsv3-h100-bf16-512", "eager"), (PAPER, "fused")])
+def test_latent_rotary_embedding_of_a_release(runs, name, rotary):
+    assert scenario_from_row(row(runs, name))[0].plan.kernels.latent_rotary == rotary
+
+
 def test_products_of_experts_and_keys_as_their_sources_have_them(runs):
     kernels = scenario_from_row(row(runs, "dgxc-v25.02.02-grok1-h100-bf16-8"))[0].plan.kernels
     assert kernels.experts == "sequential"
@@ -440,6 +445,15 @@ def test_tensor_parallel_overlap_as_recipes_set_it(runs, name, tp):
     scenario, assumptions = scenario_from_row(row(runs, name))
     assert scenario.plan.overlap.tp == tp
     assert any("in pieces" in text for text in assumptions) == (tp == "pieces")
+
+
+def test_layers_and_rows_as_scaling_shares_them_out(runs):
+    """Its partition counts embedding, final norm and head as layers: 83 of them on 8 stages, three of which take one more."""
+    scenario, assumptions = scenario_from_row(row(runs, "aa-131657"))
+    assert scenario.plan.layout == "Et*10|t*11|t*11|t*10|t*10|t*10|t*10|t*8L"
+    assert scenario.plan.overlap.tp == "kept"
+    assert any("final norm" in text for text in assumptions)
+    assert scenario_from_row(row(runs, "aa-131813"))[0].plan.overlap.tp is False  # the same without sequence parallelism
 
 
 def test_one_nvlink_domain_holds_a_job_that_fits(runs):

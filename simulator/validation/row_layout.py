@@ -18,7 +18,15 @@ def layout_of(row: Row, model: Model, chunks: int) -> str | None:
     printed = re.search(r"pp_layout[= ]([^;\s]+)", row.text("overlap_notes"))
     if printed:
         return _checked_layout(expand_layout(printed.group(1)), model, chunks)
-    if chunks == 1 or (model.layers % chunks == 0 and not model.mtp_layers):
+    if chunks == 1:
+        return None
+    if row.has("Aleph-Alpha", "source"):
+        # ``pipe_partition_uniform`` of src/scaling/core/nn/parallel_module/pipeline_partitioning.py @7848929, its default
+        row.assume("stages not printed: embedding, final norm and head count as one layer each, the first stages take what is left over")
+        each, more = divmod(model.layers + 3, chunks)
+        held = [each + (stage < more) for stage in range(chunks)]
+        return "|".join(["E" + _t(held[0] - 1), *map(_t, held[1:-1]), _t(held[-1] - 2) + "L"])
+    if model.layers % chunks == 0 and not model.mtp_layers:
         return None
     each = -(-model.layers // chunks)
     rest = model.layers - each * (chunks - 1)
