@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import pandas as pd
@@ -388,12 +389,13 @@ def test_a_printed_rate_is_a_step_by_the_sources_count_of_flop(runs):
         ("zoo-q235-h100-16384-fb", {"recompute_modules": ("layernorm", "moe"), "micro_batch": 1}),
         ("mbridge-25.11-dsv3-gb300-bf16-256", {"dispatcher": "hybridep", "recompute_modules": ("mla_up_proj",)}),
         ("mbridge-26.02.01-llama3_70b-gb300-fp8_mx-64", {"vpp": 5}),
+        ("jaxtb-175b-h100-tebf16", {"recompute": "full", "recompute_share": 1.0}),
     ],
 )
 def test_scripts_fill_in_what_their_tables_leave_out(runs, name, found):
     scenario, said = scenario_from_row(row(runs, name))
     assert {field: getattr(scenario.plan, field) for field in found} == found
-    assert any("not printed" in text and ("recipe" in text or "Megatron" in text or "folded" in text) for text in said)
+    assert any("not printed" in text and re.search("recipe|Megatron|folded|paxml", text) for text in said)
 
 
 def test_scripts_never_change_what_is_printed(runs):
@@ -401,6 +403,21 @@ def test_scripts_never_change_what_is_printed(runs):
     filled = with_scripts(Row(published | {"etp": "1", "mbs": "2"}))
     assert (filled.text("etp"), filled.text("mbs")) == ("1", "2")
     assert with_scripts(Row(row(runs, "bloom-738"))).assumptions == []
+
+
+def test_utilisation_of_hardware_and_model_say_how_much_is_computed_again(runs):
+    scenario, said = scenario_from_row(row(runs, "fms-13b-h100"))  # 0.46 of the hardware, 0.43 of the model
+    assert (scenario.plan.recompute, scenario.plan.recompute_share) == ("full", pytest.approx(3 * (0.46 / 0.43 - 1)))
+    assert any("21 % of the layers" in text for text in said)
+    assert scenario_from_row(row(runs, "fms-70b-a100"))[0].plan.recompute_share == 1.0  # 0.74 over 0.55: more than a third
+    without = row(runs, "fms-13b-h100") | {"other_metrics": "mfu=0.43"}
+    assert scenario_from_row(without)[0].plan.recompute == "selective"
+
+
+def test_submissions_that_name_no_datatype_train_in_8_bits(runs):
+    scenario, said = scenario_from_row(row(runs, "mlperf-v5.1-llama31_8b-supermicro-as-8126gs-nb3rt"))
+    assert scenario.plan.precision.gemm == "fp8"
+    assert any(text.startswith("precision not printed: FP8") for text in said)
 
 
 def test_experts_with_a_capacity_run_from_graphs_of_whole_layers(runs):

@@ -216,10 +216,28 @@ def _paired(row: Row, degrees: dict[str, int], schedule: str) -> tuple[str, str 
     return "table", f"0F0 {pairs} 0B{micro_batches - 1}\n"
 
 
+def _counted(row: Row) -> float | None:
+    """Return the share of the layers that a source computes again by its own count, None when it prints none.
+
+    Notes
+    -----
+    A third of the FLOP of a step are forward, so hardware and model utilisation differ by a third of what is computed again::
+
+        share = 3 (HFU / MFU - 1)
+    """
+    printed = [re.search(rf"\b{name}=(\d*\.?\d+)", row.text("other_metrics")) for name in ("mfu", "hfu")]
+    if not all(printed) or "fraction not stated" not in row.text("recompute"):
+        return None
+    mfu, hfu = (float(found.group(1)) for found in printed if found)
+    return min(1.0, max(0.0, 3 * (hfu / mfu - 1)))
+
+
 def _recomputed_share(row: Row, model: Model) -> float:
     """Return the share of the layers that full recompute covers."""
     if row.has("every 2nd layer", "recompute"):
         return 0.5
+    if _counted(row) is not None:
+        return _counted(row)
     block = re.match(r"full\(block,num_layers=(\d+)\)", row.text("recompute"))
     return min(1.0, int(block.group(1)) * row.need("pp") * (row.whole("vpp") or 1) / model.layers) if block else 1.0
 
@@ -236,7 +254,12 @@ def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
         # NVIDIA-NeMo/Megatron-Bridge pull request 3983: recompute_modules=[], which sets granularity but leaves nothing to do again
         row.assume("recompute: none, which the recipe with a full-iteration CUDA graph lists")
         return "none", ("core_attn",)
-    if printed.startswith("full") or "every 2nd layer" in printed:
+    counted = _counted(row)
+    if counted:
+        row.assume(
+            f"recompute of {100 * counted:.0f} % of the layers: a third of it is how far hardware utilisation exceeds that of the model"
+        )
+    if counted or printed.startswith("full") or "every 2nd layer" in printed:
         return "full", ("core_attn",)
     listed = re.search(r"\((?:default:)?([^)]*)\)", printed)
     words = [w.strip().replace("RMSNorm", "layernorm") for w in listed.group(1).split(",")] if listed else []

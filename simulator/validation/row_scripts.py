@@ -48,6 +48,21 @@ _SCRIPTS = [
         f"{_ZOO} @0993e66 best_practice/Mixtral/run_mixtral_8x22B.sh, the authors' own",
     ),
     Script(
+        {"source": "JAX-Toolbox Pax", "model": "5B|175B", "recompute": "^$"},
+        {"recompute": "full"},
+        "google/paxml @04516ac contrib/gpu/scripts_gpu/configs.py on tasks/lm/model_params.py: SAVE_NOTHING where layers repeat",
+    ),
+    Script(
+        {"source": "JAX-Toolbox Pax", "precision": "^bf16"},
+        {"overlap_notes": "kernel=fused"},
+        "NVIDIA/JAX-Toolbox rosetta/projects/pax @2860390: without Transformer Engine, XLA's own softmax over scores in memory",
+    ),
+    Script(
+        {"source": "MLPerf Training", "gpu": "[BH][23]?00", "precision": "^$"},
+        {"precision": "FP8"},
+        "mlcommons/training_results: configurations of NVIDIA's implementation train in 8 bits, where they name no 4",
+    ),
+    Script(
         {"source": "Megatron-MoE-ModelZoo", "gpu": "H100", "recompute": "modules in the command line"},
         {"recompute": "selective(layernorm,moe)", "mbs": "1"},
         f"{_ZOO} @020b813 best_practice/qwen3/readme.md, run_h100_235b.sh",

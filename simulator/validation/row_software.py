@@ -29,7 +29,7 @@ _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("torchtitan|fms-fsdp", PRESETS["fsdp"], "PyTorch FSDP with eager cross-entropy, which torchtitan could not compile before 2025"),
     (
-        "dgxc-benchmarking/(?:maxtext|paxml)",
+        "dgxc-benchmarking/(?:maxtext|paxml)|JAX-Toolbox",
         {"cross_entropy": "compiled", "weight_gradients": "fused", "stops_early": True},
         "XLA: one kernel for the loss, and nothing computed again that no gradient reads",
     ),
