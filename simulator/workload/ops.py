@@ -33,8 +33,8 @@ GRAPH_LAUNCHES = 2
 SPLITS = 4
 #: times that a cast reads 16 bits where it looks for the maximum of the tensor first. To NVFP4, then for its blocks (Transformer
 #: Engine @8f2e635, transformer_engine/common/hadamard_transform, cast/nvfp4); published: docs/examples/gemm_profiling there times a layer
-#: on B300 with and without casts: 1.1 ns per 1000 elements, 1.5 of MXFP8's 0.73, which reads once. To FP8 with one scale for the tensor as it is
-#: (``Float8CurrentScalingQuantizer``, transformer_engine/pytorch/csrc/quantizer.cpp)
+#: on B300 with and without casts: 1.1 ns per 1000 elements, 1.5 of MXFP8's 0.73, which reads once. To FP8 with one scale for the
+#: tensor as it is (``Float8CurrentScalingQuantizer``, transformer_engine/pytorch/csrc/quantizer.cpp)
 MAXIMUM_READS = 2
 #: kernels of such a cast to FP8 (the same): it clears the maximum, finds it, makes a scale of it, and casts
 CURRENT_LAUNCHES = 4
