@@ -191,6 +191,9 @@ def test_tensor_parallel_of_pytorch():
         assert sent["torch_async"] == pytest.approx(sent["torch"], rel=1e-12)
     ops = [op for segment in layer(DENSE, False, overlap=Overlap(tp="torch"), **plan).forward for op in segment]
     assert [float(op.bytes) for op in ops if op.name.endswith(".copy")] == [2 * 2.0 * S * H] * 4
+    laid_out = layer(DENSE, False, overlap=Overlap(tp="kept"), **plan)  # the same without these copies
+    assert [op.name for segment in laid_out.forward for op in segment] == [op.name for op in ops if not op.name.endswith(".copy")]
+    assert laid_out.saved_bytes == kept
     together = layer(DENSE, False, overlap=Overlap(tp="torch_async"), **plan)
     beside = [op.kind for s in (*together.forward, *together.backward) for op in s if op.axis == "tp" and len(s) > 1]
     assert beside == ["all_gather", "reduce_scatter"] * 2 + ["all_gather"] * 2  # no sum of gradients
@@ -411,6 +414,16 @@ def test_rotary_embedding_with_a_factor_is_not_fused():
     assert (there.bytes, back.bytes) == (5 * S * 96 * 2, 7 * S * 96 * 2)
     assert there.addressed == back.addressed == pytest.approx(3.9 * S * 96)
     assert only(layer(DENSE, False).forward, "attn.rotary").addressed == 0
+
+
+def test_latent_rotary_embedding_that_no_kernel_fuses():
+    """4 heads: of 4 + 8 elements of a query 4 turn, at 5.3 places each; 2 x 12 are joined, 12 values copied; backward 12 + 20 joined."""
+    block = layer(MLA, False, kernels=Kernels(latent_rotary="eager"))
+    there, back, rows = only(block.forward, "attn.rotary"), only(block.backward, "attn.rotary"), S * 4
+    assert (there.bytes, back.bytes) == (5 * rows * 4 * 2, 7 * rows * 4 * 2)
+    assert there.addressed == pytest.approx(rows * (4 * 5.3 + 1.4 * 2 * 12 + 12))
+    assert back.addressed == pytest.approx(rows * (4 * 5.3 + 1.4 * (12 + 20) + 4))
+    assert only(layer(MLA, False).forward, "attn.rotary").addressed == 0
 
 
 def test_experts_probabilities_have_a_gradient_of_their_own():

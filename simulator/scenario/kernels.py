@@ -64,6 +64,10 @@ class Kernels(Frozen):
     backward : str
         ``functions``: autograd functions in Python, as Transformer Engine's, whose kernels cost the host as much as forward ones.
         ``engine``: PyTorch's own gradients, which its engine launches from C++.
+    latent_rotary : str
+        Rotary embedding of latent attention: ``fused``, a kernel that turns a part of every query and one that puts keys together;
+        ``eager``, as PyTorch's operations, which also join the parts of queries and keys and copy the values (Megatron before mid-2025,
+        whose configuration refused to fuse them: NVIDIA/Megatron-LM issue 1411).
     glue : bool
         Whether kernels of their own copy queries out of a joint projection, join its gradients, sum up those of one input and find
         those of routing probabilities (Megatron); not in the steps of `simulator.calibration`, whose measured kernels hold that.
@@ -80,6 +84,7 @@ class Kernels(Frozen):
     accumulation: Accumulation = "fused"
     gate: Gate = "fused"
     backward: Backward = "functions"
+    latent_rotary: Fusion = "fused"
     glue: bool = True
     graphs: tuple[Graph, ...] = ()
 

@@ -331,6 +331,8 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
     tp: TensorParallel = not row.has(f"Aleph-Alpha|{BEFORE_2022}", "source")
     if row.has("torchtitan", "source"):
         tp = "torch_async" if row.has("async TP", "overlap_notes") else "torch"
+    if row.has("Aleph-Alpha", "source") and sequence_parallel:
+        tp = "kept"  # the norm gathers behind itself, for all products, and saves what it gathered (src/scaling/core/nn/norm)
     if degrees["tp"] > 1 and sequence_parallel and _in_pieces(row):
         tp = "pieces"
     pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")

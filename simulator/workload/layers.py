@@ -116,9 +116,9 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     h, local, mats = model.hidden, ffn / x.tp, 2 if model.gated else 1
     saved, cast = _kept(x.tokens * mats * local, kept)
     if mats == 2 and b.kernels.gate == "separate":
-        own, gate = (f"{name}.up", f"{name}.gate") if not x.of_torch else (name, name)
+        own, gate = (name, name) if x.keeps_rows else (f"{name}.up", f"{name}.gate")
         column_parallel(b, gate, f"{name}.gate", x, h, local, (*modules, "mlp_gate"), saved / 2)
-        column_parallel(b, own, f"{name}.up", x, h, local, modules, saved / 2, gathers=not x.of_torch)
+        column_parallel(b, own, f"{name}.up", x, h, local, modules, saved / 2, gathers=not x.keeps_rows)
     else:
         column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
     bias_gradients(b, f"{name}.up", x.tokens * mats * local * model.mlp_bias)
