@@ -44,6 +44,9 @@ class Kernels(Frozen):
     norm, pointwise : str
         ``eager`` runs RMSNorm, or rotary embedding, activation and loss, as the separate PyTorch operations that
         they are written in, each of which reads and writes device memory.
+    router : str
+        ``fused``: a kernel each for scores with top-k and for the balancing loss (Transformer Engine 2.6, Megatron's
+        ``moe_router_fusion``); ``eager``: the separate PyTorch operations that Megatron writes them in.
     dropout : bool
         Whether attention weights and residual branches are dropped out.
     experts : str
@@ -75,6 +78,7 @@ class Kernels(Frozen):
     attention: Attention = "flash"
     norm: Fusion = "fused"
     pointwise: Fusion = "fused"
+    router: Fusion = "eager"
     dropout: bool = False
     experts: Grouping = "grouped"
     accumulation: Accumulation = "fused"

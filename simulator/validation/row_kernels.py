@@ -50,6 +50,13 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
         {"attention": "flash2", "gate": "separate"},
         "PyTorch's attention is FlashAttention-2; torch.compile fuses the rest, but gate and up-projection stay apart",
     ),
+    (
+        "Megatron-Bridge|gpu-tpu-pedia|Megatron-LM dev|Megatron-Core MoE|Megatron-MoE-ModelZoo",
+        {"router": "fused"},
+        "routing in the fused kernels of Transformer Engine, as recipes since 25.09 ask (moe_router_fusion: NVIDIA-NeMo/Megatron-Bridge "
+        "@05c0c90 scripts/performance/configs/qwen/qwen3_llm_pretrain.py, @0132842 .../deepseek, @0501207 .../gpt_oss; NVIDIA/Megatron-LM "
+        "@8a2ac1f examples/moe_recipes)",
+    ),
     ("Llama 3 Herd|NeMo24.03", {"attention": "flash2"}, "early 2024: FlashAttention-2's speed on Hopper, before FlashAttention-3"),
 ]
 #: recipes whose table prints none of their options: NVIDIA-NeMo/Megatron-Bridge src/megatron/bridge/perf_recipes/gpt_oss,

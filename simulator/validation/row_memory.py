@@ -147,9 +147,6 @@ def _dtypes(row: Row, plan: Plan) -> dict[str, Any]:
     if plan.precision.gemm in ("fp8", "fp4") and plan.zero < 3:
         row.assume("weights kept in FP8 (fp8_param_gather): recipes of Megatron, NeMo and Megatron-Bridge")
         found["parameters"] = "fp8"
-    if plan.precision.gemm == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x", "precision"):
-        row.assume("one copy of a weight in FP8: one scale for it, either layout")
-        found["copies"] = 1
     return found | _states(row, plan)
 
 

@@ -325,6 +325,9 @@ def _precision(row: Row) -> Precision:
     if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
         row.assume("tensor-parallel gathers in bf16: torchao casts before them only for tensorwise scaling (torchao/float8/README.md)")
         fields["gather"] = "bf16"
+    if fields.get("gemm") == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x|block", "precision"):
+        row.assume("one copy of a tensor in FP8: one scale for it, either layout")
+        fields["copies"] = 1
     if row.has("fp8 all-gather", "precision"):
         fields["parameter_gather"] = "fp8"
     if row.has("FP8_PARAMS=True", "overlap_notes"):

@@ -64,6 +64,8 @@ def framework_of(row: Row) -> Framework:
         )
     if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
         habits["casts"] = "rowwise"
+    if not row.has("torchtitan", "source") and (row.has("fp8_cs", "id", "provenance") or row.has("current|tensorwise", "precision")):
+        habits["casts"] = "current"
     offloaded = re.search(r"cpu_offload_layers=(\d+)", row.text("overlap_notes"))
     if offloaded:
         habits["offloaded_layers"] = int(offloaded.group(1))
