@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import pandas as pd
@@ -18,6 +19,7 @@ from simulator.validation.row import Row
 from simulator.validation.row_cluster import _nic_bytes_per_s
 from simulator.validation.row_layout import expand_layout
 from simulator.validation.row_plan import _recompute
+from simulator.validation.row_scripts import with_scripts
 from simulator.workload.flop import count
 
 #: complete rows that become a scenario, by source; none is skipped
@@ -310,6 +312,11 @@ def test_attention_that_only_the_recipe_tells(runs, name, attention):
     assert scenario_from_row(row(runs, name))[0].plan.kernels.attention == attention
 
 
+@pytest.mark.parametrize(("name", "rotary"), [("dgxc-v25.05.05-dsv3-h100-bf16-512", "eager"), (PAPER, "fused")])
+def test_latent_rotary_embedding_of_a_release(runs, name, rotary):
+    assert scenario_from_row(row(runs, name))[0].plan.kernels.latent_rotary == rotary
+
+
 def test_products_of_experts_and_keys_as_their_sources_have_them(runs):
     kernels = scenario_from_row(row(runs, "dgxc-v25.02.02-grok1-h100-bf16-8"))[0].plan.kernels
     assert kernels.experts == "sequential"
@@ -369,9 +376,64 @@ def test_a_printed_rate_is_a_step_by_the_sources_count_of_flop(runs):
     assert measured_step_s(published, scenario) == pytest.approx(counted.flop_per_token_noncausal * 2048 * 8192 / 8192 / 430e12)
     ladder = row(runs, "dsv3-gb200-ladder-13")
     scenario, _ = scenario_from_row(ladder)
-    assert measured_step_s(ladder, scenario) == pytest.approx(260.0e9 * 4096 * 2048 / 256 / 970.01e12, rel=0.005)  # with MTP
+    assert measured_step_s(ladder, scenario) == pytest.approx(249.7e9 * 4096 * 2048 / 256 / 970.01e12, rel=0.005)  # without MTP
     with pytest.raises(ProfileError, match="no step time follows from tflops_per_gpu"):
         measured_step_s(ladder)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("fold-3-mixtral8x22b-tp+ep+dp-128-4096-bf16", {"etp": 4, "vpp": 1, "micro_batch": 1}),
+        ("fold-3-mixtral8x22b-mcore+folding-128-4096-bf16", {"etp": 1, "vpp": 7, "schedule": "interleaved"}),
+        ("zoo-q235-h100-16384-fb", {"recompute_modules": ("layernorm", "moe"), "micro_batch": 1}),
+        ("mbridge-25.11-dsv3-gb300-bf16-256", {"dispatcher": "hybridep", "recompute_modules": ("mla_up_proj",)}),
+        ("mbridge-26.02.01-llama3_70b-gb300-fp8_mx-64", {"vpp": 5}),
+        ("jaxtb-175b-h100-tebf16", {"recompute": "full", "recompute_share": 1.0}),
+    ],
+)
+def test_scripts_fill_in_what_their_tables_leave_out(runs, name, found):
+    scenario, said = scenario_from_row(row(runs, name))
+    assert {field: getattr(scenario.plan, field) for field in found} == found
+    assert any("not printed" in text and re.search("recipe|Megatron|folded|paxml", text) for text in said)
+
+
+def test_scripts_never_change_what_is_printed(runs):
+    published = row(runs, "fold-3-mixtral8x22b-tp+ep+dp-128-4096-bf16")
+    filled = with_scripts(Row(published | {"etp": "1", "mbs": "2"}))
+    assert (filled.text("etp"), filled.text("mbs")) == ("1", "2")
+    assert with_scripts(Row(row(runs, "bloom-738"))).assumptions == []
+
+
+def test_utilisation_of_hardware_and_model_say_how_much_is_computed_again(runs):
+    scenario, said = scenario_from_row(row(runs, "fms-13b-h100"))  # 0.46 of the hardware, 0.43 of the model
+    assert (scenario.plan.recompute, scenario.plan.recompute_share) == ("full", pytest.approx(3 * (0.46 / 0.43 - 1)))
+    assert any("21 % of the layers" in text for text in said)
+    assert scenario_from_row(row(runs, "fms-70b-a100"))[0].plan.recompute_share == 1.0  # 0.74 over 0.55: more than a third
+    without = row(runs, "fms-13b-h100") | {"other_metrics": "mfu=0.43"}
+    assert scenario_from_row(without)[0].plan.recompute == "selective"
+
+
+def test_submissions_that_name_no_datatype_train_in_8_bits(runs):
+    scenario, said = scenario_from_row(row(runs, "mlperf-v5.1-llama31_8b-supermicro-as-8126gs-nb3rt"))
+    assert scenario.plan.precision.gemm == "fp8"
+    assert any(text.startswith("precision not printed: FP8") for text in said)
+
+
+def test_experts_with_a_capacity_run_from_graphs_of_whole_layers(runs):
+    scenario, said = scenario_from_row(row(runs, "mbridge-25.09-qwen3_235b-gb200-fp8_cs-64"))
+    assert scenario.plan.kernels.graphs == ("attn", "moe", "mlp")
+    assert any("cuda_graphs" in text for text in said)
+
+
+def test_words_take_the_mtp_layer_away(runs):
+    scenario, said = scenario_from_row(row(runs, "mbridge-25.11-dsv3-gb200-fp8_mx-256"))
+    assert scenario.model.mtp_layers == 0
+    assert scenario.plan.layout.startswith("Et|t*2|")
+    assert scenario.plan.layout.endswith("|t*2|L")
+    assert scenario.plan.layout.count("t*2") == 30
+    assert not any("MTP layers" in text for text in said)
+    assert scenario_from_row(row(runs, "mbridge-25.11-dsv3-b200-fp8_mx-256"))[0].model.mtp_layers == 1
 
 
 def test_expert_all_to_all_beside_compute_is_a_schedule_of_pairs(runs):
@@ -400,6 +462,15 @@ def test_tensor_parallel_overlap_as_recipes_set_it(runs, name, tp):
     scenario, assumptions = scenario_from_row(row(runs, name))
     assert scenario.plan.overlap.tp == tp
     assert any("in pieces" in text for text in assumptions) == (tp == "pieces")
+
+
+def test_layers_and_rows_as_scaling_shares_them_out(runs):
+    """Its partition counts embedding, final norm and head as layers: 83 of them on 8 stages, three of which take one more."""
+    scenario, assumptions = scenario_from_row(row(runs, "aa-131657"))
+    assert scenario.plan.layout == "Et*10|t*11|t*11|t*10|t*10|t*10|t*10|t*8L"
+    assert scenario.plan.overlap.tp == "kept"
+    assert any("final norm" in text for text in assumptions)
+    assert scenario_from_row(row(runs, "aa-131813"))[0].plan.overlap.tp is False  # the same without sequence parallelism
 
 
 def test_one_nvlink_domain_holds_a_job_that_fits(runs):

@@ -18,7 +18,15 @@ def layout_of(row: Row, model: Model, chunks: int) -> str | None:
     printed = re.search(r"pp_layout[= ]([^;\s]+)", row.text("overlap_notes"))
     if printed:
         return _checked_layout(expand_layout(printed.group(1)), model, chunks)
-    if chunks == 1 or (model.layers % chunks == 0 and not model.mtp_layers):
+    if chunks == 1:
+        return None
+    if row.has("Aleph-Alpha", "source"):
+        # ``pipe_partition_uniform`` of src/scaling/core/nn/parallel_module/pipeline_partitioning.py @7848929, its default
+        row.assume("stages not printed: embedding, final norm and head count as one layer each, the first stages take what is left over")
+        each, more = divmod(model.layers + 3, chunks)
+        held = [each + (stage < more) for stage in range(chunks)]
+        return "|".join(["E" + _t(held[0] - 1), *map(_t, held[1:-1]), _t(held[-1] - 2) + "L"])
+    if model.layers % chunks == 0 and not model.mtp_layers:
         return None
     each = -(-model.layers // chunks)
     rest = model.layers - each * (chunks - 1)
@@ -26,6 +34,10 @@ def layout_of(row: Row, model: Model, chunks: int) -> str | None:
         # num_layers_in_first_pipeline_stage and _last_ of NVIDIA/NeMo scripts/performance/llm/pretrain_deepseek_v3.py @0349f23
         row.assume("stages not printed: a layer less in the first, two less and MTP and head in the last (NeMo's script)")
         return "|".join(["E" + _t(each - 1), *[_t(each)] * (chunks - 2), _t(each - 2) + "m" * model.mtp_layers + "L"])
+    if model.latent is not None and rest <= 0 < rest + each:
+        row.assume("stages not printed: the last with MTP and head alone, the first with what is left over (recipes of DeepSeek-V3 for 32)")
+        first = model.layers - each * (chunks - 2)
+        return "|".join(["E" + _t(first), *[_t(each)] * (chunks - 2), "m" * model.mtp_layers + "L"])
     if model.latent is not None and rest > 0:
         row.assume("stages not printed: filled in order, the last with the rest, MTP and head (recipes of DeepSeek-V3)")
         return "|".join(["E" + _t(each), *[_t(each)] * (chunks - 2), _t(rest) + "m" * model.mtp_layers + "L"])

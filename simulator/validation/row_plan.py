@@ -216,10 +216,28 @@ def _paired(row: Row, degrees: dict[str, int], schedule: str) -> tuple[str, str 
     return "table", f"0F0 {pairs} 0B{micro_batches - 1}\n"
 
 
+def _counted(row: Row) -> float | None:
+    """Return the share of the layers that a source computes again by its own count, None when it prints none.
+
+    Notes
+    -----
+    A third of the FLOP of a step are forward, so hardware and model utilisation differ by a third of what is computed again::
+
+        share = 3 (HFU / MFU - 1)
+    """
+    printed = [re.search(rf"\b{name}=(\d*\.?\d+)", row.text("other_metrics")) for name in ("mfu", "hfu")]
+    if not all(printed) or "fraction not stated" not in row.text("recompute"):
+        return None
+    mfu, hfu = (float(found.group(1)) for found in printed if found)
+    return min(1.0, max(0.0, 3 * (hfu / mfu - 1)))
+
+
 def _recomputed_share(row: Row, model: Model) -> float:
     """Return the share of the layers that full recompute covers."""
     if row.has("every 2nd layer", "recompute"):
         return 0.5
+    if _counted(row) is not None:
+        return _counted(row)
     block = re.match(r"full\(block,num_layers=(\d+)\)", row.text("recompute"))
     return min(1.0, int(block.group(1)) * row.need("pp") * (row.whole("vpp") or 1) / model.layers) if block else 1.0
 
@@ -236,7 +254,12 @@ def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
         # NVIDIA-NeMo/Megatron-Bridge pull request 3983: recompute_modules=[], which sets granularity but leaves nothing to do again
         row.assume("recompute: none, which the recipe with a full-iteration CUDA graph lists")
         return "none", ("core_attn",)
-    if printed.startswith("full") or "every 2nd layer" in printed:
+    counted = _counted(row)
+    if counted:
+        row.assume(
+            f"recompute of {100 * counted:.0f} % of the layers: a third of it is how far hardware utilisation exceeds that of the model"
+        )
+    if counted or printed.startswith("full") or "every 2nd layer" in printed:
         return "full", ("core_attn",)
     listed = re.search(r"\((?:default:)?([^)]*)\)", printed)
     words = [w.strip().replace("RMSNorm", "layernorm") for w in listed.group(1).split(",")] if listed else []
@@ -302,6 +325,9 @@ def _precision(row: Row) -> Precision:
     if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
         row.assume("tensor-parallel gathers in bf16: torchao casts before them only for tensorwise scaling (torchao/float8/README.md)")
         fields["gather"] = "bf16"
+    if fields.get("gemm") == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x|block", "precision"):
+        row.assume("one copy of a tensor in FP8: one scale for it, either layout")
+        fields["copies"] = 1
     if row.has("fp8 all-gather", "precision"):
         fields["parameter_gather"] = "fp8"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
@@ -328,6 +354,8 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
     tp: TensorParallel = not row.has(f"Aleph-Alpha|{BEFORE_2022}", "source")
     if row.has("torchtitan", "source"):
         tp = "torch_async" if row.has("async TP", "overlap_notes") else "torch"
+    if row.has("Aleph-Alpha", "source") and sequence_parallel:
+        tp = "kept"  # the norm gathers behind itself, for all products, and saves what it gathered (src/scaling/core/nn/norm)
     if degrees["tp"] > 1 and sequence_parallel and _in_pieces(row):
         tp = "pieces"
     pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")

@@ -46,6 +46,11 @@ class Shape:
         """Whether PyTorch's own tensor parallelism runs the collectives."""
         return self.style in ("torch", "torch_async")
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether gathered rows serve all products of an input and stay for the weight gradients."""
+        return self.of_torch or self.style == "kept"
+
     @classmethod
     def of(cls, plan: Plan, job: Job) -> Shape:
         """Return the sizes that `plan` gives to one micro-batch of `job`."""
@@ -82,6 +87,7 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         plan.framework.casts,
         plan.precision.parameter_gather not in ("fp8", "fp4"),
         plan.recompute_share,
+        plan.precision.copies,
     )
 
 
@@ -120,8 +126,8 @@ def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple
     """Gather the sequence-parallel rows for column-parallel layers.
 
     Returns the collectives that Megatron hides behind the layer's gradients: the rows are gathered again beside the
-    input gradient and their gradient is reduce-scattered (without sequence parallel: all-reduced) beside the weight's. PyTorch
-    keeps the gathered rows instead, unless its checkpointing gathers them again, and reduce-scatters behind both gradients.
+    input gradient and their gradient is reduce-scattered (without sequence parallel: all-reduced) beside the weight's. Others
+    keep the gathered rows instead, unless checkpointing by operation gathers them again, and reduce-scatter behind both gradients.
     Megatron has them start ahead of these products (``CUDA_DEVICE_MAX_CONNECTIONS`` of 1 keeps the order of the launches).
     """
     size = x.tokens * width * BF16
@@ -129,7 +135,7 @@ def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple
         return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input", ahead=True)
     gather = _gather(b, f"{name}.gather", x.tokens * width)
     scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
-    if x.of_torch:
+    if x.keeps_rows:
         b.add(_joined(x, gather), _joined(x, scatter), _beyond_own(x, gather), (*modules, "tp_gather"))
         return None, None
     b.add([(gather,)], [], modules=(*modules, "tp_gather"))
