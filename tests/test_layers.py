@@ -217,7 +217,7 @@ def test_pieces_of_one_rank_are_the_whole():
 
 @pytest.mark.parametrize("tp", [True, "pieces"])
 def test_narrow_rows_are_cast_before_they_are_gathered(tp):
-    """Gathers carry what is multiplied, sums 16 bits; each rank casts its own rows."""
+    """Gathers carry what is multiplied, sums 16 bits; each rank casts its own rows; behind the gather they are laid out by columns."""
     wide, narrow, late = (
         layer(DENSE, False, tp=4, overlap=Overlap(tp=tp), precision=precision)
         for precision in (Precision(), Precision(gemm="fp8"), Precision(gemm="fp8", gather="bf16"))
@@ -227,12 +227,17 @@ def test_narrow_rows_are_cast_before_they_are_gathered(tp):
         return sum(op.bytes for s in (*block.forward, *block.backward) for op in s if (op.kind, op.axis) == (kind, "tp"))
 
     def cast(block):
-        return sum(op.bytes for s in block.forward for op in s if op.name == "attn.qkv.cast")
+        return [sum(op.bytes for s in p for op in s if (op.name, op.grad) == ("attn.qkv.cast", grad)) for p, grad in passes(block)]
+
+    def passes(block):
+        return (block.forward, ""), (block.backward, "weight")
 
     assert moved(narrow, "all_gather") == pytest.approx(moved(wide, "all_gather") * ELEMENT_BYTES["fp8"] / 2, rel=1e-12)
     assert moved(late, "all_gather") == moved(wide, "all_gather")
     assert moved(narrow, "reduce_scatter") == moved(late, "reduce_scatter") == moved(wide, "reduce_scatter")
-    assert 4 * cast(narrow) == cast(late) > 0
+    e = ELEMENT_BYTES["fp8"]
+    assert cast(narrow) == [S / 4 * H * (2 + e), S * H * 2 * e]
+    assert cast(late) == [S * H * (2 + 2 * e), 0]
 
 
 def test_pieces_need_rows_of_their_own():
@@ -361,7 +366,7 @@ def test_tied_head_has_no_matrix_of_its_own():
 
 
 def test_fp8_layers():
-    """Inputs are cast from bf16 once forward and twice for the gradient, and again along the other axis for the weights' one.
+    """Inputs and gradients are read once and written along both axes; nothing is left for the weights' gradient, which launches nothing.
 
     Each element carries a scale per 128; head and router stay bf16.
     """
@@ -369,10 +374,29 @@ def test_fp8_layers():
     block, e = transformer_layer(MOE, MOE.kinds[1], plan, JOB), 1 + 4 / 128
     op = only(block.forward, "attn.qkv")
     assert (op.dtype, op.bytes) == ("fp8", e * (S * H + H * 128) + 2 * S * 128)
-    assert only(block.forward, "attn.qkv.cast").bytes == S * H * (2 + e)
+    assert only(block.forward, "attn.qkv.cast").bytes == S * H * (2 + 2 * e)
     assert only(block.backward, "attn.qkv.cast", grad="input").bytes == S * 128 * (2 + 2 * e)
-    assert only(block.backward, "attn.qkv.cast", grad="weight").bytes == S * H * 2 * e
+    again = only(block.backward, "attn.qkv.cast", grad="weight")
+    assert (again.bytes, again.launches) == (0, 0)
     assert only(block.forward, "router").dtype == only(head(MOE, plan, JOB).forward, "head.logits").dtype == "bf16"
+
+
+def test_one_layout_of_a_tensor_is_enough_where_the_matrix_units_take_either():
+    e = ELEMENT_BYTES["fp8"]
+    block = layer(DENSE, False, precision=Precision(gemm="fp8", copies=1))
+    assert only(block.forward, "attn.qkv.cast").bytes == S * H * (2 + e)
+    assert only(block.backward, "attn.qkv.cast", grad="input").bytes == S * 128 * (2 + e)
+
+
+def test_a_scale_for_the_tensor_as_it_is_costs_a_pass_for_its_maximum():
+    """Four kernels: the maximum cleared and found, its scale, the cast. All but the first, and those of experts, are launched by C++."""
+    e = ELEMENT_BYTES["fp8"]
+    known, current = (layer(MOE, True, precision=Precision(gemm="fp8"), framework={"casts": c}) for c in ("transformer_engine", "current"))
+    for name, groups, one in (("attn.qkv.cast", 1, 1.0), ("moe.up.cast", EXPERTS.count, 0.0)):
+        before, after = only(known.forward, name), only(current.forward, name)
+        assert after.bytes / before.bytes == pytest.approx((4 + 2 * e) / (2 + 2 * e))
+        assert after.launches == pytest.approx(1 + (4 * groups - one) * 0.14)
+    assert only(known.forward, "attn.qkv.cast").launches == 1
 
 
 def test_grouped_queries_are_copied_out_of_the_joint_projection():
@@ -390,6 +414,16 @@ def test_rotary_embedding_with_a_factor_is_not_fused():
     assert (there.bytes, back.bytes) == (5 * S * 96 * 2, 7 * S * 96 * 2)
     assert there.addressed == back.addressed == pytest.approx(3.9 * S * 96)
     assert only(layer(DENSE, False).forward, "attn.rotary").addressed == 0
+
+
+def test_latent_rotary_embedding_that_no_kernel_fuses():
+    """4 heads: of 4 + 8 elements of a query 4 turn, at 5.3 places each; 2 x 12 are joined, 12 values copied; backward 12 + 20 joined."""
+    block = layer(MLA, False, kernels=Kernels(latent_rotary="eager"))
+    there, back, rows = only(block.forward, "attn.rotary"), only(block.backward, "attn.rotary"), S * 4
+    assert (there.bytes, back.bytes) == (5 * rows * 4 * 2, 7 * rows * 4 * 2)
+    assert there.addressed == pytest.approx(rows * (4 * 5.3 + 1.4 * 2 * 12 + 12))
+    assert back.addressed == pytest.approx(rows * (4 * 5.3 + 1.4 * (12 + 20) + 4))
+    assert only(layer(MLA, False).forward, "attn.rotary").addressed == 0
 
 
 def test_experts_probabilities_have_a_gradient_of_their_own():

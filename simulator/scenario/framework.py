@@ -10,7 +10,7 @@ from simulator.scenario.facts import Frozen
 
 CrossEntropy = Literal["in_place", "compiled", "fused", "vocab_parallel", "eager", "half", "gathered"]
 WeightGradients = Literal["fused", "placeholders", "kept", "copied"]
-Casts = Literal["transformer_engine", "tensorwise", "rowwise"]
+Casts = Literal["transformer_engine", "current", "tensorwise", "rowwise"]
 
 #: name -> habits of frameworks that their repositories show; `Framework` itself is today's Megatron
 PRESETS: dict[str, dict[str, Any]] = {
@@ -60,8 +60,10 @@ class Framework(Frozen):
         Gradient elements that are copied into buckets for their reduction; 0 where they are reduced in place.
     casts : str
         How linear layers in low precision cast. ``transformer_engine``: inputs and weights stay in low precision, scaled or laid out for
-        both products. ``tensorwise``, ``rowwise``: torchao with one scale per tensor or per row; inputs stay in 16 bits and are cast
-        again for the weight gradient, weights for every pass (``matmul_with_hp_or_float8_args``, torchao/float8/float8_linear.py).
+        both products, by scales that are known before (delayed scaling) or found for every block. ``current``: the same with one scale
+        for a tensor as it is, whose maximum is a pass of its own (``Float8CurrentScaling``). ``tensorwise``, ``rowwise``: torchao with
+        one scale per tensor or per row; inputs stay in 16 bits and are cast again for the weight gradient, weights for every pass
+        (``matmul_with_hp_or_float8_args``, torchao/float8/float8_linear.py).
     metrics : int
         Losses that are computed of every micro-batch's logits for the log, beside the one that is trained on, by eager PyTorch.
     stops_early : bool

@@ -44,6 +44,9 @@ class Kernels(Frozen):
     norm, pointwise : str
         ``eager`` runs RMSNorm, or rotary embedding, activation and loss, as the separate PyTorch operations that
         they are written in, each of which reads and writes device memory.
+    router : str
+        ``fused``: a kernel each for scores with top-k and for the balancing loss (Transformer Engine 2.6, Megatron's
+        ``moe_router_fusion``); ``eager``: the separate PyTorch operations that Megatron writes them in.
     dropout : bool
         Whether attention weights and residual branches are dropped out.
     experts : str
@@ -61,6 +64,10 @@ class Kernels(Frozen):
     backward : str
         ``functions``: autograd functions in Python, as Transformer Engine's, whose kernels cost the host as much as forward ones.
         ``engine``: PyTorch's own gradients, which its engine launches from C++.
+    latent_rotary : str
+        Rotary embedding of latent attention: ``fused``, a kernel that turns a part of every query and one that puts keys together;
+        ``eager``, as PyTorch's operations, which also join the parts of queries and keys and copy the values (Megatron before mid-2025,
+        whose configuration refused to fuse them: NVIDIA/Megatron-LM issue 1411).
     glue : bool
         Whether kernels of their own copy queries out of a joint projection, join its gradients, sum up those of one input and find
         those of routing probabilities (Megatron); not in the steps of `simulator.calibration`, whose measured kernels hold that.
@@ -71,11 +78,13 @@ class Kernels(Frozen):
     attention: Attention = "flash"
     norm: Fusion = "fused"
     pointwise: Fusion = "fused"
+    router: Fusion = "eager"
     dropout: bool = False
     experts: Grouping = "grouped"
     accumulation: Accumulation = "fused"
     gate: Gate = "fused"
     backward: Backward = "functions"
+    latent_rotary: Fusion = "fused"
     glue: bool = True
     graphs: tuple[Graph, ...] = ()
 

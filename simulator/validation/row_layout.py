@@ -35,6 +35,10 @@ def layout_of(row: Row, model: Model, chunks: int) -> str | None:
         # num_layers_in_first_pipeline_stage and _last_ of NVIDIA/NeMo scripts/performance/llm/pretrain_deepseek_v3.py @0349f23
         row.assume("stages not printed: a layer less in the first, two less and MTP and head in the last (NeMo's script)")
         return "|".join(["E" + _t(each - 1), *[_t(each)] * (chunks - 2), _t(each - 2) + "m" * model.mtp_layers + "L"])
+    if model.latent is not None and rest <= 0 < rest + each:
+        row.assume("stages not printed: the last with MTP and head alone, the first with what is left over (recipes of DeepSeek-V3 for 32)")
+        first = model.layers - each * (chunks - 2)
+        return "|".join(["E" + _t(first), *[_t(each)] * (chunks - 2), "m" * model.mtp_layers + "L"])
     if model.latent is not None and rest > 0:
         row.assume("stages not printed: filled in order, the last with the rest, MTP and head (recipes of DeepSeek-V3)")
         return "|".join(["E" + _t(each), *[_t(each)] * (chunks - 2), _t(rest) + "m" * model.mtp_layers + "L"])

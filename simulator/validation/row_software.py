@@ -29,7 +29,7 @@ _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("torchtitan|fms-fsdp", PRESETS["fsdp"], "PyTorch FSDP with eager cross-entropy, which torchtitan could not compile before 2025"),
     (
-        "dgxc-benchmarking/(?:maxtext|paxml)",
+        "dgxc-benchmarking/(?:maxtext|paxml)|JAX-Toolbox",
         {"cross_entropy": "compiled", "weight_gradients": "fused", "stops_early": True},
         "XLA: one kernel for the loss, and nothing computed again that no gradient reads",
     ),
@@ -64,6 +64,8 @@ def framework_of(row: Row) -> Framework:
         )
     if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
         habits["casts"] = "rowwise"
+    if not row.has("torchtitan", "source") and (row.has("fp8_cs", "id", "provenance") or row.has("current|tensorwise", "precision")):
+        habits["casts"] = "current"
     offloaded = re.search(r"cpu_offload_layers=(\d+)", row.text("overlap_notes"))
     if offloaded:
         habits["offloaded_layers"] = int(offloaded.group(1))

@@ -77,9 +77,12 @@ LOSS_LAUNCHES = {
 #: kernels that find, replace and set to zero what the vocabulary of another rank holds (megatron/core/tensor_parallel/layers.py,
 #: ``VocabParallelEmbedding``); that look up learned positions, add them and drop out
 MASKED_LAUNCHES, POSITION_LAUNCHES = 7, 3
-#: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order, for
-#: which a map of rows is made first; of moving whole chunks of rows
-ROUTER_LAUNCHES, PERMUTE_LAUNCHES, SORT_LAUNCHES = (20, 15), (8, 8), (3, 2)
+#: kernels of scores, top-k, load counts, probabilities and the balancing loss, and of their gradients. Fused: top-k with its scores,
+#: scores of the loss, the loss; around them the random logits of forced balance, counts of tokens per expert, and the loss put
+#: aside (megatron/core/transformer/moe/router.py, transformer_engine/pytorch/router.py)
+ROUTER_LAUNCHES = {"eager": (20, 15), "fused": (9, 5)}
+#: kernels of moving rows to their experts' order, for which a map of rows is made first; of moving whole chunks of rows
+PERMUTE_LAUNCHES, SORT_LAUNCHES = (8, 8), (3, 2)
 #: bytes per element that adding the last bias of experts moves, forward and backward, in separate operations of PyTorch: the bias
 #: times the probability (write), the sum (read twice, write), one tensor of all experts (read, write); backward the tensor
 #: again, and the gradient times the probability and times the bias (read, write each), summed up (read each). Megatron-Core,
@@ -156,7 +159,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     if b.kernels.glue:
         b.memory("moe.input", 0.0, 3 * x.split_tokens * h * BF16 * (2 if e.shared_ffn else 1), launches=(0, 2 if e.shared_ffn else 1))
     b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
-    b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES)
+    b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES[b.kernels.router])
     copies = received * h
     # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
     cast = precision.dispatch == b.dtype != "bf16"
@@ -185,14 +188,14 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
         modules=moe,
         groups=local,
         routed=True,
-        arrives=(cast, fused),
+        arrives=(cast, 2 * fused),
     )
     if fused:
         b.add([], [], taken * ffn * b.kept, ("moe", "moe_act"))
     else:
         _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.kept, ("moe", "moe_act"), routed=True)
     b.works(taken * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
-    b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(fused, cast))
+    b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(2 * fused, cast))
     if model.mlp_bias and not fused and "full" not in b.kernels.graphs:  # a graph of everything cannot split by the experts' loads
         launches = tuple(1 + each * local for each in EXPERT_BIAS_LAUNCHES)
         b.memory("moe.bias", *(rows * h * each for each in EXPERT_BIAS_BYTES), modules=moe, routed=True, launches=launches)

@@ -31,10 +31,13 @@ GRAPH_LAUNCHES = 2
 #: pieces that a product is cut into to be reduce-scattered beside itself (Transformer Engine's ``pipeline`` method with its
 #: default ``num_splits``, transformer_engine/pytorch/module/base.py); where its rows arrive, one for each rank of the ring
 SPLITS = 4
-#: times that a cast to NVFP4 reads 16 bits: for the maximum of the tensor, then for its blocks (Transformer Engine @8f2e635,
-#: transformer_engine/common/hadamard_transform, cast/nvfp4); published: docs/examples/gemm_profiling there times a layer on B300 with
-#: and without casts: 1.1 ns per 1000 elements, 1.5 of MXFP8's 0.73, which reads once
-NVFP4_READS = 2
+#: times that a cast reads 16 bits where it looks for the maximum of the tensor first. To NVFP4, then for its blocks (Transformer
+#: Engine @8f2e635, transformer_engine/common/hadamard_transform, cast/nvfp4); published: docs/examples/gemm_profiling there times a layer
+#: on B300 with and without casts: 1.1 ns per 1000 elements, 1.5 of MXFP8's 0.73, which reads once. To FP8 with one scale for the
+#: tensor as it is (``Float8CurrentScalingQuantizer``, transformer_engine/pytorch/csrc/quantizer.cpp)
+MAXIMUM_READS = 2
+#: kernels of such a cast to FP8 (the same): it clears the maximum, finds it, makes a scale of it, and casts
+CURRENT_LAUNCHES = 4
 #: kinds that run on the compute stream; the others are collectives
 COMPUTE = ("gemm", "grouped_gemm", "attention", "memory")
 #: kind that waits, on the compute stream, until the host has launched what came before

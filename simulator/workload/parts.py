@@ -87,6 +87,7 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         plan.framework.casts,
         plan.precision.parameter_gather not in ("fp8", "fp4"),
         plan.recompute_share,
+        plan.precision.copies,
     )
 
 
