@@ -77,6 +77,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         talk = cluster.host.collectives[f"{op.kind}.{op.dtype}.{ranks}"]
         size = np.minimum(members.size, 2) if op.kind == "send" else np.asarray(members.size)  # a message has two ends
         seconds = np.where(size == ranks, collectives.measured_s(op.bytes * (out + fan), talk), seconds)
+    if np.any(op.gathered):
+        seconds = seconds + op_s(Op(op.name, "all_gather", bytes=op.gathered, axis="tp"), model, plan, cluster, graph=graph)
     if op.listed:
         seconds = seconds + _copies_of_parts_s(op, members.size, cluster)
     return seconds if op.kind == "send" else np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: none is called

@@ -76,6 +76,13 @@ _NAMED: dict[str, dict[str, str]] = {
     "fused": {"attention": "unfused"},
     "flash_attentionv1": {"attention": "flash1"},
     "flash_attention2": {"attention": "flash2"},
+    "flash2": {"attention": "flash2"},
+    "sdpa": {"attention": "flash2"},
+    "xformers": {"attention": "flash2"},
+    "triton": {"attention": "flash2"},
+    "flash": {"attention": "flash"},
+    "cudnn": {"attention": "flash"},
+    "aiter": {"attention": "flash"},
 }
 
 
@@ -92,9 +99,11 @@ def kernels_of(row: Row) -> Kernels:
         fields["latent_rotary"] = "eager"
     named = re.search(r"kernel=([^;]*)", row.text("overlap_notes"))
     if named:
-        for name, found in _NAMED.items():
-            if named.group(1).strip().startswith(name):
-                fields |= found
+        kernel = named.group(1).strip()
+        known = next((found for name, found in _NAMED.items() if kernel.startswith(name)), None)
+        if known is None and kernel:
+            row.assume(f"kernel not known: {kernel} (taken as the fastest fused attention)")
+        fields |= known or {}
         if "RMS kernel" in named.group(1):
             fields["norm"] = "fused"
     if row.has(r"\beager\b", "overlap_notes"):
@@ -120,7 +129,7 @@ def _graphs(row: Row) -> tuple[str, ...]:
         row.assume("options not in the table: full-iteration CUDA graph, HybridEP and all-to-all overlap, as the recipe says")
         return ("full",)
     notes = f"{row.text('overlap_notes')}; {row.text('notes')}"
-    if re.search(r"full[-_]iteration|FULL_CUDA_GRAPH=1", notes) and not re.search(r"cuda_graph=none", notes):
+    if re.search(r"full[-_]iteration|FULL_CUDA_GRAPH=1|cuda_graph=full", notes) and not re.search(r"cuda_graph=none", notes):
         return ("full",)
     if re.search(r"MCORE_CUDA_GRAPH=1|LAYER_CUDA_GRAPH=1", notes):
         return ("attn", "mlp")

@@ -95,6 +95,8 @@ class Op:
         (`simulator.scenario.cluster.Accelerator.displaced_product`).
     written : Number
         Of a GEMM: bytes that its epilogue moves per element of the result; adding to a main gradient reads it, too.
+    gathered : Number
+        Of a message: bytes that the receiver's tensor-parallel group puts together of it, each rank having got a part.
     addressed : Number
         Of memory-bound kernels: elements of those kernels, beside the ones that `bytes` counts, whose places PyTorch computes one by
         one, because rows are parts of longer ones or meet a row or a column (`simulator.pricing.compute.ADDRESSED_FLOP`).
@@ -120,6 +122,7 @@ class Op:
     streams: Number = 1.0
     written: Number = BF16
     listed: bool = False
+    gathered: Number = 0.0
     addressed: Number = 0.0
     holds: bool = False
     ahead: bool = False
