@@ -24,6 +24,11 @@ _NOT_MODELLED = {
     r"paged[_ ]stash": "paged stash of activations",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
+#: sources whose software waits for every message between stages: Megatron-LM before 2023 and the scripts that zero-bubble schedules are
+#: compared with (its p2p_communication.py), DeepSpeed (deepspeed/runtime/pipe/p2p.py), Aleph-Alpha/scaling (its communicator.py)
+_WAITS_FOR_MESSAGES = r"Zero Bubble|vTrain|SC'21|Korthikanti|MegaScale \(NSDI|BLOOM|MT-NLG|Aleph-Alpha"
+#: the schedules or systems among them that do not (MegaScale, section 3.2)
+_SENDS_ASIDE = "^ZB|^MegaScale;"
 #: words for tensor-parallel collectives in pieces beside their products
 _IN_PIECES = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|overlap of DP, TP and PP communication enabled"
 #: source, models and datatypes left out -> recipes that turn tensor-parallel communication overlap on although the table of their
@@ -315,31 +320,31 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
         tp = "kept"  # the norm gathers behind itself, for all products, and saves what it gathered (src/scaling/core/nn/norm)
     if degrees["tp"] > 1 and sequence_parallel and _in_pieces(row):
         tp = "pieces"
-    pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")
+    pp = degrees["pp"] == 1 or not row.has(_WAITS_FOR_MESSAGES, "source") or row.has(_SENDS_ASIDE, "pp_schedule", "notes")
     if not pp:
-        row.assume("messages between stages not printed: none beside compute, as in the authors' script; their own schedules send aside")
-    if degrees["dp_shard"] * degrees["dp_replicate"] == 1:
+        row.assume("messages between stages not printed: none beside compute, as in its software (schedules that send aside say so)")
+    if degrees["dp_shard"] * degrees["dp_replicate"] * degrees["cp"] == 1:  # ranks of a context share their gradients, too
         return Overlap(tp=tp, pp=pp)
     listed = row.has("full ARGS in the yaml", "notes") and "overlap_grad_reduce=True" not in notes  # what it lists is all there is
     if listed or re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, pp=pp)
     if row.has("SC'21", "source") and row.whole("zero_stage") == 3:
         row.assume("ZeRO-3 as DeepSpeed's of early 2021: matrix by matrix, from lists of tensors, gathers waited for (its issue 1069)")
-        return Overlap(tp=tp, prefetch=0, by_tensor=True)
+        return Overlap(tp=tp, prefetch=0, by_tensor=True, pp=pp)
     if row.has(_NO_GRADIENT_OVERLAP, "source") and not row.has("DDP=torch", "overlap_notes"):
         # --overlap-grad-reduce came at the end of 2023; MegaScale's ablation adds it to its baseline
         row.assume("gradient reduction not printed: after the backward (Megatron-LM before 2024)")
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, pp=pp)
     if row.has("Aleph-Alpha", "source"):
         row.assume("gradient reduction not printed: in fp32 after the backward (Aleph-Alpha/scaling, src/scaling/core/optimizer)")
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, pp=pp)
     if "(DeepSpeed)" in row.text("pp_schedule"):
         # its pipeline engine reduces gradients in an instruction after the last backward
         row.assume("gradient reduction not printed: after the backward (DeepSpeed pipeline)")
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, pp=pp)
     if not re.search(r"overlap_grad_reduce=True|grad/param sync overlap|FSDP", notes, re.IGNORECASE):
         row.assume("gradient overlap not printed: on")
-    return Overlap(tp=tp)
+    return Overlap(tp=tp, pp=pp)
 
 
 def _in_pieces(row: Row) -> bool:

@@ -88,8 +88,15 @@ class Op:
         Of a collective: every rank's part is a tensor of its own, which a kernel copies from or to the buffer that travels.
     holds : bool
         Whether the host waits for its end before it launches more.
+    ahead : bool
+        Of a collective: it has its multiprocessors before the kernel beside it starts.
+    behind : tuple of Op
+        Of a product: the collective beside it that is `ahead`, which may displace some of its blocks
+        (`simulator.scenario.cluster.Accelerator.displaced_product`).
     written : Number
         Of a GEMM: bytes that its epilogue moves per element of the result; adding to a main gradient reads it, too.
+    gathered : Number
+        Of a message: bytes that the receiver's tensor-parallel group puts together of it, each rank having got a part.
     addressed : Number
         Of memory-bound kernels: elements of those kernels, beside the ones that `bytes` counts, whose places PyTorch computes one by
         one, because rows are parts of longer ones or meet a row or a column (`simulator.pricing.compute.ADDRESSED_FLOP`).
@@ -115,8 +122,11 @@ class Op:
     streams: Number = 1.0
     written: Number = BF16
     listed: bool = False
+    gathered: Number = 0.0
     addressed: Number = 0.0
     holds: bool = False
+    ahead: bool = False
+    behind: Segment = ()
 
     @property
     def stream(self) -> str:
