@@ -69,7 +69,7 @@ _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
 #: sources whose Megatron-LM could not yet reduce gradients beside the backward
 _NO_GRADIENT_OVERLAP = r"SC'21|MegaScale \(NSDI|Korthikanti|Zero Bubble"
 #: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
-_BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama"
+_BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama|InternEvo"
 
 
 def plan_of(row: Row, model: Model) -> Plan:
