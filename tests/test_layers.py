@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from small import H100
 
 from simulator.errors import ProfileError
+from simulator.pricing.beside import Beside
 from simulator.pricing.operations import op_s, segments_s
 from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.job import Job
@@ -19,7 +20,7 @@ from simulator.scenario.model import Experts, LatentAttention, Model
 from simulator.scenario.overlap import Overlap
 from simulator.scenario.plan import COLUMNS, ELEMENT_BYTES, EVERY_OTHER_PRODUCT, Plan, PlanColumns, Precision
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP, attended
-from simulator.workload.blocks import Block
+from simulator.workload.blocks import Block, passes
 from simulator.workload.layers import embedding, head, transformer_layer
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Op, Segment, arriving, gemm, leaving, total
@@ -127,7 +128,42 @@ def test_tensor_parallel_beside_gradients_or_not():
     assert together.forward == apart.forward
     assert sum(len(s) > 1 and any(op.axis == "tp" for op in s) for s in together.backward) == 4
     assert not any(len(s) > 1 and any(op.axis == "tp" for op in s) for s in apart.backward)
-    assert [op for s in together.backward for op in s] == [op for s in apart.backward for op in s]
+    assert [replace(op, behind=()) for s in together.backward for op in s] == [op for s in apart.backward for op in s]
+
+
+@pytest.mark.parametrize("size", [64, 8192])  # of the products: the collective is longer, or shorter
+def test_a_product_whose_blocks_a_collective_displaces(size):
+    """On H100 it takes as much longer as the collective talks, at most twice as long; on Blackwell other blocks take over."""
+    plan = Plan(tp=4, dp_shard=1)
+    gather = Op("talk", "all_gather", bytes=8192.0 * 8192, axis="tp", ahead=True)
+    product = gemm("up", 8192.0, 4096.0, float(size), "bf16", 2.0, "input")
+    behind = replace(product, behind=(gather,))
+    alone, talk, both = (float(op_s(op, DENSE, plan, H100)) for op in (product, gather, behind))
+    assert (talk < alone) == (size == 8192)
+    assert both == pytest.approx(alone + min(alone, talk), rel=1e-12)
+    unplaced = H100.model_copy(update={"accelerator": H100.accelerator.model_copy(update={"displaced_product": None})})
+    assert float(op_s(behind, DENSE, plan, unplaced)) == alone
+
+
+def test_products_stand_behind_the_collectives_beside_them():
+    """Both gradients of the two column-parallel products do; torn apart, and where recipes tune both together, none does."""
+
+    def behind(block, kind):
+        return [(op.name, op.grad, *(o.kind for o in op.behind)) for s in passes(block, kind) for op in s if op.behind]
+
+    together, pieces = (layer(DENSE, False, tp=2, overlap=Overlap(tp=tp)) for tp in (True, "pieces"))
+    expected = [(name, *how) for name in ("mlp.up", "attn.qkv") for how in (("input", "all_gather"), ("weight", "reduce_scatter"))]
+    assert behind(together, "B") == expected
+    assert not behind(together, "F") + behind(together, "I") + behind(together, "W") + behind(pieces, "B")
+
+
+def test_gathered_parameters_halve_the_speed_of_products_that_they_displace():
+    """All the time beside them: twice as long on H100, 1 + 16 / 132 elsewhere."""
+    h100 = H100.accelerator
+    talks = {"dp": (10.0, 10.0 * 16 / 132, 0.0)}
+    assert float(Beside(displaced_s=1.0, talks=talks).slowdown(h100)) == pytest.approx(2.0, rel=1e-12)
+    assert float(Beside(products_s=1.0, talks=talks).slowdown(h100)) == pytest.approx(1 / (1 - 16 / 132), rel=1e-12)
+    assert float(Beside(displaced_s=1.0, talks={"tp": talks["dp"]}).slowdown(h100)) == pytest.approx(1 / (1 - 16 / 132), rel=1e-12)
 
 
 def test_tensor_parallel_in_pieces():
@@ -504,9 +540,9 @@ def test_columns_give_what_plans_give(rows, kinds, model, pp):
         each = [b[name] for b in apart]
         for field in ("dense_parameters", "expert_parameters", "saved_bytes", "recompute_bytes"):
             same(getattr(block, field), [getattr(b, field) for b in each])
-        for passes in ("forward", "backward"):
+        for way in ("forward", "backward"):
             for field in ("flop", "bytes", "m", "n", "k", "groups"):
-                ops = [[op for s in getattr(b, passes) for op in s] for b in (block, *each)]
+                ops = [[op for s in getattr(b, way) for op in s] for b in (block, *each)]
                 assert len({len(o) for o in ops}) == 1
                 for op, *alone in zip(*ops, strict=True):
                     same(getattr(op, field), [getattr(o, field) for o in alone])

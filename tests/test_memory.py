@@ -203,7 +203,7 @@ def layer_token(**changes) -> float:
         ({"attention": "unfused"}, 4 * (16 * 2 - 4)),  # the softmax of 16 keys in 16 bits instead of one fp32 sum for each head
         ({"attention": "eager"}, 4 * (16 * 6 - 4)),  # in fp32, and cast
         ({"attention": "unfused", "dropout": True}, 4 * (16 * 5 - 4) + 2 * 8),  # and its mask and result; a mask for each branch
-        ({"norm": "eager"}, 2 * 8 * 6),  # two norms: the row in fp32 and normalised
+        ({"norm": "eager"}, 2 * 8 * 4),  # two norms: the row in fp32 in place of 16 bits, and normalised
         ({"pointwise": "eager"}, 16 * 2),  # the gate after its activation function
     ],
 )

@@ -27,6 +27,9 @@ COLD_WEIGHTS = 0.75
 #: PyTorch 2.11, measured by this project on 2026-11-26); 0.77 to 0.83 on B200 (MooreThreads/SimuMax @e691807), in tables whose other
 #: figures scatter as much, so that one figure serves both
 _WIDE_BACKWARD = 0.87
+#: what the backward of attention keeps up in a long step, over the forward: 0.413 and 0.50 of the peak over 131,072 tokens on B200
+#: (MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json, 8 and 16 heads), where it also finds scores again and adds gradients
+_LONG_BACKWARD = 0.83
 #: queries of one head that a multiprocessor takes at a time, and heads times queries at which attention is benchmarked
 _QUERIES = 128
 _HEADS_QUERIES = 16 * 16384
@@ -167,7 +170,8 @@ def attention_s(
     -----
     The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones no
     faster, at ``keys / (keys + keys_ramp)``, and at ``n / (n + tiles_ramp)`` for n tiles of 128 queries per multiprocessor. In 16 bits
-    the matrix units do no more in attention than in products: both draw the power that sets the clock of a long step (`_sustained`).
+    the matrix units do no more in attention than in products, and less backward: both draw the power that sets the clock of a long
+    step (`_sustained`).
     """
     ramp, short = accelerator.head_ramp, accelerator.keys_ramp or 0
     narrow = np.where(width > 128, _WIDE_BACKWARD if backward else 1.0, width / (width + ramp) * (128 + ramp) / 128)
@@ -176,18 +180,22 @@ def attention_s(
     narrow = narrow * heads_queries / (heads_queries + idle) * (_HEADS_QUERIES + idle) / _HEADS_QUERIES
     share = accelerator.attention_efficiency["backward" if backward else "forward"] * accelerator.older_attention.get(generation, 1.0)
     share = share * narrow * _in_training(accelerator, "attention")
-    share = share * (accelerator.fp8_attention or 1.0) if generation == "flash_fp8" else np.minimum(share, _sustained(accelerator))
+    if generation == "flash_fp8":
+        share = share * (accelerator.fp8_attention or 1.0)
+    else:
+        share = np.minimum(share, _sustained(accelerator, backward))
     seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
     return _launched(seconds, flop, accelerator)
 
 
-def _sustained(accelerator: Accelerator) -> float:
-    """Return the share of the bf16 peak that the matrix units keep up in a step: that of large products.
+def _sustained(accelerator: Accelerator, backward: bool) -> float:
+    """Return the share of the bf16 peak that the matrix units keep up in a step: that of large products, `_LONG_BACKWARD` of it backward.
 
     Published, on B200 at 1000 W (MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json): 0.45 to 0.51 in large products, 0.495
     in the forward of attention over 131,072 tokens, where short runs of both reach 0.65 and more.
     """
-    return accelerator.gemm_efficiency[_run_as(accelerator, "bf16")] * _in_training(accelerator, "gemm")
+    products = accelerator.gemm_efficiency[_run_as(accelerator, "bf16")] * _in_training(accelerator, "gemm")
+    return products * _LONG_BACKWARD if backward else products
 
 
 def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0, gathers: bool = False, addressed: Number = 0.0) -> Number:

@@ -328,7 +328,7 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
     pp = degrees["pp"] == 1 or not waits
     if not pp:
         row.assume("messages between stages not printed: none beside compute, as in its software (schedules that send aside say so)")
-    if degrees["dp_shard"] * degrees["dp_replicate"] == 1:
+    if degrees["dp_shard"] * degrees["dp_replicate"] * degrees["cp"] == 1:  # ranks of a context share their gradients, too
         return Overlap(tp=tp, pp=pp)
     listed = row.has("full ARGS in the yaml", "notes") and "overlap_grad_reduce=True" not in notes  # what it lists is all there is
     if listed or re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):

@@ -221,8 +221,9 @@ class BlockBuilder:
             wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (added - BF16), written=added)
         forward: list[Segment] = [(there(m),)]
         backward: list[Segment] = []
-        for grad, other in zip((dgrad(m), wgrad), beside, strict=True):
-            ops = (grad, other) if other else (grad,)
+        ahead = [(other,) if other and other.ahead and self.overlap else () for other in beside]
+        back, wgrad = replace(dgrad(m), behind=ahead[0]), replace(wgrad, behind=ahead[1])
+        for ops in (tuple(op for op in pair if op) for pair in zip((back, wgrad), beside, strict=True)):
             backward += [ops] if self.overlap else [(op,) for op in ops]
         if gather:
             forward = arriving(there, m, gather, pieces)
@@ -327,8 +328,12 @@ def _again(segments: Iterable[Segment]) -> list[Segment]:
 
 
 def passes(block: Block, kind: str) -> tuple[Segment, ...]:
-    """Return the segments of a pass: F, B, I (the input gradient, recompute included) or W (the weight gradient)."""
+    """Return the segments of a pass: F, B, I (the input gradient, recompute included) or W (the weight gradient).
+
+    I and W tear products and the collectives beside them apart.
+    """
     if kind in "FB":
         return block.forward if kind == "F" else block.backward
-    parts = (tuple(op for op in segment if (op.grad == "weight") == (kind == "W")) for segment in block.backward)
+    own = (tuple(op for op in segment if (op.grad == "weight") == (kind == "W")) for segment in block.backward)
+    parts = (tuple(replace(op, behind=()) if op.behind else op for op in segment) for segment in own)
     return tuple(part for part in parts if part)

@@ -88,6 +88,11 @@ class Op:
         Of a collective: every rank's part is a tensor of its own, which a kernel copies from or to the buffer that travels.
     holds : bool
         Whether the host waits for its end before it launches more.
+    ahead : bool
+        Of a collective: it has its multiprocessors before the kernel beside it starts.
+    behind : tuple of Op
+        Of a product: the collective beside it that is `ahead`, which may displace some of its blocks
+        (`simulator.scenario.cluster.Accelerator.displaced_product`).
     written : Number
         Of a GEMM: bytes that its epilogue moves per element of the result; adding to a main gradient reads it, too.
     gathered : Number
@@ -120,6 +125,8 @@ class Op:
     gathered: Number = 0.0
     addressed: Number = 0.0
     holds: bool = False
+    ahead: bool = False
+    behind: Segment = ()
 
     @property
     def stream(self) -> str:
