@@ -39,7 +39,12 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("BLOOM", {"attention": "unfused"}, "Megatron-DeepSpeed before FlashAttention: scores in memory, fused softmax, no dropout"),
     ("MosaicML", {"attention": "flash1", "pointwise": "eager"}, "llm-foundry of 2023: first FlashAttention in Triton, eager PyTorch"),
-    ("InternEvo", {"attention": "flash1"}, "InternEvo of 2023: first FlashAttention, fused norms"),
+    (
+        "InternEvo",
+        {"attention": "flash1", "gate": "separate", "accumulation": "separate"},
+        "InternEvo of 2023: first FlashAttention, fused norms, gate and up-projection apart, gradients added by PyTorch "
+        "(InternLM/InternEvo @0a4ffea internlm/model/linear.py)",
+    ),
     (
         "Aleph-Alpha",
         {"norm": "eager", "pointwise": "eager", "gate": "separate", "accumulation": "separate"},
