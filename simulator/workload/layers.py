@@ -102,6 +102,13 @@ PROBABILITY_BYTES = 4.5 * BF16
 CLAMP_ADDRESSED, CLAMP_BYTES, CLAMP_LAUNCHES = (1.0, 2.5), (4.0, 5.5), (3, 7)
 
 
+#: memory of experts in a CUDA graph of the whole step, whose sizes cannot follow the tokens that come, over what even loads need: the
+#: pages that hold what their gradients read, and the buffers that they run in (``moe_paged_stash_buffer_size_factor_cuda``,
+#: ``moe_expert_rank_capacity_factor`` of NVIDIA-NeMo/Megatron-Bridge's recipes with such graphs, ``_enable_full_iteration_cuda_graph``
+#: and ``set_full_iter_cg_configs``; what they multiply: NVIDIA/Megatron-LM pull requests 2690 and 4247)
+STASHED, CAPACITY = 1.2, 1.5
+
+
 def _activation(
     b: BlockBuilder, name: str, mats: int, size: Number, kept: Number, saved: Number, modules: tuple[str, ...], routed: bool = False
 ) -> None:
@@ -182,14 +189,17 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     )
     b.collective(gather, scatter, moe)
     per_expert, (saved, kept) = rows / local, _kept(rows * mats * ffn, precision.activations)
-    taken = rows * b.load  # what stays in memory is of the tokens that really come
+    # what stays in memory is of the tokens that really come, or in a graph of everything has room for more than come evenly
+    whole = "full" in b.kernels.graphs
+    held = np.maximum(b.load, STASHED) if whole else b.load
+    taken, room = rows * held, rows * (np.maximum(b.load, CAPACITY) if whole else b.load)
     fused = b.kernels.experts == "fused"
     b.linear(
         "moe.up",
         per_expert,
         h,
         mats * ffn,
-        saved=(copies * x.etp * b.kept + saved) * b.load,
+        saved=(copies * x.etp * b.kept + saved) * held,
         modules=moe,
         groups=local,
         routed=True,
@@ -204,7 +214,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
             own = {"modules": ("moe", "moe_act"), "routed": True, "launches": CLAMP_LAUNCHES}
             b.memory("moe.clamp", *moved, saved=size * b.load * BF16, addressed=addressed, **own)
         _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.kept, ("moe", "moe_act"), routed=True)
-    b.works(taken * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
+    b.works(room * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(2 * fused, cast))
     if model.mlp_bias and not fused and "full" not in b.kernels.graphs:  # a graph of everything cannot split by the experts' loads
         launches = tuple(1 + each * local for each in EXPERT_BIAS_LAUNCHES)
