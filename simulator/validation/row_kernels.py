@@ -112,7 +112,7 @@ def kernels_of(row: Row) -> Kernels:
         if "RMS kernel" in named.group(1):
             fields["norm"] = "fused"
     if row.has(r"\beager\b", "overlap_notes"):
-        fields |= {"norm": "eager", "pointwise": "eager"}
+        fields |= {"norm": "eager_fp32" if row.has("torchtitan", "source") else "eager", "pointwise": "eager"}
     graphs = _graphs(row)
     if "full" in graphs and row.has("MXFP8", "precision") and row.has(_FP8_ATTENTION_RECIPE, "provenance"):
         row.assume("attention not printed: in 8 bits, as the recipe says")

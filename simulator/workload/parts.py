@@ -96,13 +96,13 @@ def norm(
 ) -> None:
     """Read and write the row forward; read it, its gradient, write the input's gradient backward.
 
-    An eager RMSNorm is seven operations in fp32, with twice as many behind them, and keeps an fp32 copy of the row in place of the row,
-    and the normalised row beside the result; LayerNorm is one kernel in PyTorch too.
+    An eager RMSNorm is seven operations in fp32, with twice as many behind them, and keeps an fp32 copy of the row and the
+    normalised row beside the row and the result, or in place of the row; LayerNorm is one kernel in PyTorch too.
     """
-    eager = b.kernels.norm == "eager" and not model.layer_norm
+    eager = b.kernels.norm != "fused" and not model.layer_norm
     there, back = EAGER_NORM_BYTES if eager else (2 * BF16, 3 * BF16)
     if eager:
-        saved = saved + tokens * width * FP32  # the fp32 row and the normalised one, without the row, which no gradient reads
+        saved = saved + tokens * width * (FP32 + BF16 * (b.kernels.norm == "eager"))
     b.memory(name, there * tokens * width, back * tokens * width, saved, modules, launches=(7, 14) if eager else (1, 2))
     b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
 
