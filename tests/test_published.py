@@ -550,7 +550,7 @@ def test_layers_and_rows_as_scaling_shares_them_out(runs):
 
 
 def test_omni_path_as_fast_as_its_users_measured(runs):
-    """40.55 Gbit/s through one of four adapters of 100 Gbit/s: 2.53 GB/s for each of eight accelerators, and InfiniBand's share elsewhere."""
+    """40.55 Gbit/s through one of a host's four adapters, which serve eight accelerators; elsewhere the share of InfiniBand."""
     (bloom, assumptions), (other, _) = (scenario_from_row(row(runs, name)) for name in ("bloom-947", "sc21-t1-18.4b"))
     assert bloom.cluster.host.nic_bytes_per_s * bloom.cluster.fabric.efficiency == pytest.approx(40.55e9 / 8 * 4 / 8, rel=1e-12)
     assert other.cluster.fabric.efficiency == pytest.approx(0.895)
