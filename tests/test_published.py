@@ -549,6 +549,31 @@ def test_layers_and_rows_as_scaling_shares_them_out(runs):
     assert scenario_from_row(row(runs, "aa-131813"))[0].plan.overlap.tp is False  # the same without sequence parallelism
 
 
+def test_omni_path_as_fast_as_its_users_measured(runs):
+    """40.55 Gbit/s through one of a host's four adapters, which serve eight accelerators; elsewhere the share of InfiniBand."""
+    (bloom, assumptions), (other, _) = (scenario_from_row(row(runs, name)) for name in ("bloom-947", "sc21-t1-18.4b"))
+    assert bloom.cluster.host.nic_bytes_per_s * bloom.cluster.fabric.efficiency == pytest.approx(40.55e9 / 8 * 4 / 8, rel=1e-12)
+    assert other.cluster.fabric.efficiency == pytest.approx(0.895)
+    assert any("Omni-Path" in text for text in assumptions)
+
+
+def test_messages_between_stages_wait_and_split_as_software_does(runs):
+    """Megatron without virtual stages waits for them, with them only before 2023; MegaScale and zero-bubble schedules send aside."""
+    waits = {
+        "bloom-947": True,
+        "sc21-t1-145.6b": True,
+        "megascale-megatron-lm-768-256": True,
+        "zb-1.5b-1f1b-24": True,
+        "zb-1.5b-zb-1p-24": False,
+        "mbridge-26.04.01-qwen3_235b-b200-fp8_mx-256": True,
+        "mbridge-26.06-llama31_405b-gb300-fp8_mx-256": False,
+    }
+    plans = {name: scenario_from_row(row(runs, name))[0].plan for name in waits}
+    assert {name: not plan.overlap.pp for name, plan in plans.items()} == waits
+    split = {name for name, plan in plans.items() if plan.framework.splits_messages and not plan.sequence_parallel}
+    assert split == {"bloom-947", "sc21-t1-145.6b"}
+
+
 def test_one_nvlink_domain_holds_a_job_that_fits(runs):
     small, _ = scenario_from_row(row(runs, "mbridge-26.02-gptoss120b-gb200-bf16-64"))
     assert small.cluster.host.scale_up_domain == 64

@@ -95,6 +95,11 @@ EXPERT_BIAS_LAUNCHES = (3, 6)
 #: the gradient for both of its halves (Megatron-Core, megatron/core/fusions/fused_bias_swiglu.py, ``weighted_swiglu_back``). Measured
 #: with PyTorch 2.11 on one H100: 10.5 times what moving one of the tensors takes where copies need 1.1 times, so 9.5 instead of 5
 PROBABILITY_BYTES = 4.5 * BF16
+#: elements, per one of up-projection and gate, that kernels of clamping address one by one, because halves of rows lie apart, forward and
+#: backward: each half clamped; the gate compared and the up-projection twice, and a gradient selected for each. Bytes that the others
+#: move: both halves joined (read, write); two comparisons joined (read a byte each, write one), both gradients joined. Megatron-Core,
+#: megatron/core/fusions/fused_bias_geglu.py, ``weighted_bias_quick_geglu_impl``; PyTorch's ``clamp_backward``
+CLAMP_ADDRESSED, CLAMP_BYTES, CLAMP_LAUNCHES = (1.0, 2.5), (4.0, 5.5), (3, 7)
 
 
 #: memory of experts in a CUDA graph of the whole step, whose sizes cannot follow the tokens that come, over what even loads need: the
@@ -203,6 +208,11 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     if fused:
         b.add([], [], taken * ffn * b.kept, ("moe", "moe_act"))
     else:
+        if model.clamped:
+            size = rows * mats * ffn
+            moved, addressed = (tuple(size * each for each in of) for of in (CLAMP_BYTES, CLAMP_ADDRESSED))
+            own = {"modules": ("moe", "moe_act"), "routed": True, "launches": CLAMP_LAUNCHES}
+            b.memory("moe.clamp", *moved, saved=size * b.load * BF16, addressed=addressed, **own)
         _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.kept, ("moe", "moe_act"), routed=True)
     b.works(room * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(2 * fused, cast))
