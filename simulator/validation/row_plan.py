@@ -211,7 +211,7 @@ def _schedule(row: Row, degrees: dict[str, int]) -> str:
     if printed in _HANDCRAFTED:
         row.assume(f"{printed} as the automatic schedule of the same memory, {_HANDCRAFTED[printed]}")
         return _HANDCRAFTED[printed].lower()
-    if re.search(r"gpipe|\bafab\b", printed, re.IGNORECASE):
+    if degrees["vpp"] == 1 and re.search(r"gpipe|\bafab\b", printed, re.IGNORECASE):
         return "gpipe"
     if re.search(r"\bZB|zero-bubble|V-half|V-min", printed):
         raise ProfileError(f"pipeline schedule not modelled: {printed.split(' (')[0]}")
