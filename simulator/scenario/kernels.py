@@ -21,12 +21,13 @@ Backward = Literal["functions", "engine"]
 #: parts of a layer, in the words of Megatron's ``cuda_graph_scope``; ``full`` is the whole iteration
 Graph = Literal["attn", "moe_router", "moe_preprocess", "moe", "mlp", "full"]
 
-#: beginnings of the names of the operations that each scope captures
+#: beginnings of the names of the operations that each scope captures (megatron/core/transformer/transformer_layer.py,
+#: ``_get_submodules_under_cudagraphs``)
 _SCOPES: dict[str, tuple[str, ...]] = {
     "attn": ("attn",),
-    "moe_router": ("router",),
+    "moe_router": ("router", "shared.", "mlp.norm"),
     "moe_preprocess": ("moe.permute", "moe.dispatch"),
-    "moe": ("router", "moe.", "shared."),
+    "moe": ("router", "moe.", "shared.", "mlp.norm"),
     "mlp": ("mlp.",),
     "full": ("",),
 }
