@@ -166,7 +166,8 @@ def test_graphs_take_launches_from_the_host():
     replay = 2  # the copy of what the graph is given, and itself
     attention = 1 + 2 + 1 + 1 + 1 + 2 + PLAIN_LAUNCH  # norm, two linear layers, split, rotary embedding, attention, residual
     assert launches[()] - launches["attn",] == pytest.approx(attention - replay)
-    assert launches[()] - launches["moe_router",] == pytest.approx(1 + 2 + 20 * PLAIN_LAUNCH - replay)  # norm, scores, top k
+    router = 1 + 2 + 20 * PLAIN_LAUNCH + 2 + 1 + 2  # the norm before it, its product, scores; shared experts: two linear layers, activation
+    assert launches[()] - launches["moe_router",] == pytest.approx(router - replay)
 
 
 def test_a_loop_over_experts_costs_the_host_an_eighth_of_a_launch_each():
@@ -181,7 +182,7 @@ def test_a_loop_over_experts_costs_the_host_an_eighth_of_a_launch_each():
 
 
 def test_fused_experts_activate_and_cast_in_the_epilogue():
-    """In FP8, what remains are the copies' cast and those of the weight gradients' inputs; FLOP and saved bytes stay."""
+    """In FP8, what remains are casts of the copies and of their gradients, all others arrive in both layouts; FLOP and saved bytes stay."""
     fp8 = Precision(gemm="fp8")
     apart, fused = (layer(Kernels(experts=e), moe(2, 256, leading=0), precision=fp8) for e in ("grouped", "fused"))
     flop = lambda op: op.flop  # noqa: E731
@@ -190,7 +191,17 @@ def test_fused_experts_activate_and_cast_in_the_epilogue():
     assert fused.saved_bytes == apart.saved_bytes
     moves = [{op.name for s in b.forward for op in s if op.kind == "memory" and op.bytes} for b in (apart, fused)]
     assert moves[0] - moves[1] == {"moe.activation", "moe.down.cast"}
+    left = {(op.name, op.grad) for s in fused.backward for op in s if op.name.startswith("moe") and op.name.endswith("cast") and op.bytes}
+    assert left == {("moe.down.cast", "input")}
     assert not any(op.name == "moe.activation" for segment in fused.backward for op in segment)
+
+
+def test_a_fused_router_launches_a_third_of_the_kernels():
+    eager, fused = (layer(Kernels(router=how), moe(2, 256, leading=0)) for how in ("eager", "fused"))
+    launches = lambda op: op.launches if op.name == "router.topk" else 0.0  # noqa: E731
+    assert [total(b, launches) for b in (eager.forward, eager.backward)] == [20, 15]
+    assert [total(b, launches) for b in (fused.forward, fused.backward)] == [9, 5]
+    assert total(fused.forward, lambda op: op.bytes) == total(eager.forward, lambda op: op.bytes)
 
 
 def test_one_product_over_all_experts_is_as_fast_as_a_dense_one():

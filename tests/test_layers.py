@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from small import H100
 
 from simulator.errors import ProfileError
+from simulator.pricing.beside import Beside
 from simulator.pricing.operations import op_s, segments_s
 from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.job import Job
@@ -19,7 +20,7 @@ from simulator.scenario.model import Experts, LatentAttention, Model
 from simulator.scenario.overlap import Overlap
 from simulator.scenario.plan import COLUMNS, ELEMENT_BYTES, EVERY_OTHER_PRODUCT, Plan, PlanColumns, Precision
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP, attended
-from simulator.workload.blocks import Block
+from simulator.workload.blocks import Block, passes
 from simulator.workload.layers import embedding, head, transformer_layer
 from simulator.workload.memory import memory_per_stage
 from simulator.workload.ops import Op, Segment, arriving, gemm, leaving, total
@@ -127,7 +128,42 @@ def test_tensor_parallel_beside_gradients_or_not():
     assert together.forward == apart.forward
     assert sum(len(s) > 1 and any(op.axis == "tp" for op in s) for s in together.backward) == 4
     assert not any(len(s) > 1 and any(op.axis == "tp" for op in s) for s in apart.backward)
-    assert [op for s in together.backward for op in s] == [op for s in apart.backward for op in s]
+    assert [replace(op, behind=()) for s in together.backward for op in s] == [op for s in apart.backward for op in s]
+
+
+@pytest.mark.parametrize("size", [64, 8192])  # of the products: the collective is longer, or shorter
+def test_a_product_whose_blocks_a_collective_displaces(size):
+    """On H100 it takes as much longer as the collective talks, at most twice as long; on Blackwell other blocks take over."""
+    plan = Plan(tp=4, dp_shard=1)
+    gather = Op("talk", "all_gather", bytes=8192.0 * 8192, axis="tp", ahead=True)
+    product = gemm("up", 8192.0, 4096.0, float(size), "bf16", 2.0, "input")
+    behind = replace(product, behind=(gather,))
+    alone, talk, both = (float(op_s(op, DENSE, plan, H100)) for op in (product, gather, behind))
+    assert (talk < alone) == (size == 8192)
+    assert both == pytest.approx(alone + min(alone, talk), rel=1e-12)
+    unplaced = H100.model_copy(update={"accelerator": H100.accelerator.model_copy(update={"displaced_product": None})})
+    assert float(op_s(behind, DENSE, plan, unplaced)) == alone
+
+
+def test_products_stand_behind_the_collectives_beside_them():
+    """Both gradients of the two column-parallel products do; torn apart, and where recipes tune both together, none does."""
+
+    def behind(block, kind):
+        return [(op.name, op.grad, *(o.kind for o in op.behind)) for s in passes(block, kind) for op in s if op.behind]
+
+    together, pieces = (layer(DENSE, False, tp=2, overlap=Overlap(tp=tp)) for tp in (True, "pieces"))
+    expected = [(name, *how) for name in ("mlp.up", "attn.qkv") for how in (("input", "all_gather"), ("weight", "reduce_scatter"))]
+    assert behind(together, "B") == expected
+    assert not behind(together, "F") + behind(together, "I") + behind(together, "W") + behind(pieces, "B")
+
+
+def test_gathered_parameters_halve_the_speed_of_products_that_they_displace():
+    """All the time beside them: twice as long on H100, 1 + 16 / 132 elsewhere."""
+    h100 = H100.accelerator
+    talks = {"dp": (10.0, 10.0 * 16 / 132, 0.0)}
+    assert float(Beside(displaced_s=1.0, talks=talks).slowdown(h100)) == pytest.approx(2.0, rel=1e-12)
+    assert float(Beside(products_s=1.0, talks=talks).slowdown(h100)) == pytest.approx(1 / (1 - 16 / 132), rel=1e-12)
+    assert float(Beside(displaced_s=1.0, talks={"tp": talks["dp"]}).slowdown(h100)) == pytest.approx(1 / (1 - 16 / 132), rel=1e-12)
 
 
 def test_tensor_parallel_in_pieces():
@@ -191,6 +227,9 @@ def test_tensor_parallel_of_pytorch():
         assert sent["torch_async"] == pytest.approx(sent["torch"], rel=1e-12)
     ops = [op for segment in layer(DENSE, False, overlap=Overlap(tp="torch"), **plan).forward for op in segment]
     assert [float(op.bytes) for op in ops if op.name.endswith(".copy")] == [2 * 2.0 * S * H] * 4
+    laid_out = layer(DENSE, False, overlap=Overlap(tp="kept"), **plan)  # the same without these copies
+    assert [op.name for segment in laid_out.forward for op in segment] == [op.name for op in ops if not op.name.endswith(".copy")]
+    assert laid_out.saved_bytes == kept
     together = layer(DENSE, False, overlap=Overlap(tp="torch_async"), **plan)
     beside = [op.kind for s in (*together.forward, *together.backward) for op in s if op.axis == "tp" and len(s) > 1]
     assert beside == ["all_gather", "reduce_scatter"] * 2 + ["all_gather"] * 2  # no sum of gradients
@@ -214,7 +253,7 @@ def test_pieces_of_one_rank_are_the_whole():
 
 @pytest.mark.parametrize("tp", [True, "pieces"])
 def test_narrow_rows_are_cast_before_they_are_gathered(tp):
-    """Gathers carry what is multiplied, sums 16 bits; each rank casts its own rows."""
+    """Gathers carry what is multiplied, sums 16 bits; each rank casts its own rows; behind the gather they are laid out by columns."""
     wide, narrow, late = (
         layer(DENSE, False, tp=4, overlap=Overlap(tp=tp), precision=precision)
         for precision in (Precision(), Precision(gemm="fp8"), Precision(gemm="fp8", gather="bf16"))
@@ -224,12 +263,17 @@ def test_narrow_rows_are_cast_before_they_are_gathered(tp):
         return sum(op.bytes for s in (*block.forward, *block.backward) for op in s if (op.kind, op.axis) == (kind, "tp"))
 
     def cast(block):
-        return sum(op.bytes for s in block.forward for op in s if op.name == "attn.qkv.cast")
+        return [sum(op.bytes for s in p for op in s if (op.name, op.grad) == ("attn.qkv.cast", grad)) for p, grad in passes(block)]
+
+    def passes(block):
+        return (block.forward, ""), (block.backward, "weight")
 
     assert moved(narrow, "all_gather") == pytest.approx(moved(wide, "all_gather") * ELEMENT_BYTES["fp8"] / 2, rel=1e-12)
     assert moved(late, "all_gather") == moved(wide, "all_gather")
     assert moved(narrow, "reduce_scatter") == moved(late, "reduce_scatter") == moved(wide, "reduce_scatter")
-    assert 4 * cast(narrow) == cast(late) > 0
+    e = ELEMENT_BYTES["fp8"]
+    assert cast(narrow) == [S / 4 * H * (2 + e), S * H * 2 * e]
+    assert cast(late) == [S * H * (2 + 2 * e), 0]
 
 
 def test_pieces_need_rows_of_their_own():
@@ -358,7 +402,7 @@ def test_tied_head_has_no_matrix_of_its_own():
 
 
 def test_fp8_layers():
-    """Inputs are cast from bf16 once forward and twice for the gradient, and again along the other axis for the weights' one.
+    """Inputs and gradients are read once and written along both axes; nothing is left for the weights' gradient, which launches nothing.
 
     Each element carries a scale per 128; head and router stay bf16.
     """
@@ -366,10 +410,29 @@ def test_fp8_layers():
     block, e = transformer_layer(MOE, MOE.kinds[1], plan, JOB), 1 + 4 / 128
     op = only(block.forward, "attn.qkv")
     assert (op.dtype, op.bytes) == ("fp8", e * (S * H + H * 128) + 2 * S * 128)
-    assert only(block.forward, "attn.qkv.cast").bytes == S * H * (2 + e)
+    assert only(block.forward, "attn.qkv.cast").bytes == S * H * (2 + 2 * e)
     assert only(block.backward, "attn.qkv.cast", grad="input").bytes == S * 128 * (2 + 2 * e)
-    assert only(block.backward, "attn.qkv.cast", grad="weight").bytes == S * H * 2 * e
+    again = only(block.backward, "attn.qkv.cast", grad="weight")
+    assert (again.bytes, again.launches) == (0, 0)
     assert only(block.forward, "router").dtype == only(head(MOE, plan, JOB).forward, "head.logits").dtype == "bf16"
+
+
+def test_one_layout_of_a_tensor_is_enough_where_the_matrix_units_take_either():
+    e = ELEMENT_BYTES["fp8"]
+    block = layer(DENSE, False, precision=Precision(gemm="fp8", copies=1))
+    assert only(block.forward, "attn.qkv.cast").bytes == S * H * (2 + e)
+    assert only(block.backward, "attn.qkv.cast", grad="input").bytes == S * 128 * (2 + e)
+
+
+def test_a_scale_for_the_tensor_as_it_is_costs_a_pass_for_its_maximum():
+    """Four kernels: the maximum cleared and found, its scale, the cast. All but the first, and those of experts, are launched by C++."""
+    e = ELEMENT_BYTES["fp8"]
+    known, current = (layer(MOE, True, precision=Precision(gemm="fp8"), framework={"casts": c}) for c in ("transformer_engine", "current"))
+    for name, groups, one in (("attn.qkv.cast", 1, 1.0), ("moe.up.cast", EXPERTS.count, 0.0)):
+        before, after = only(known.forward, name), only(current.forward, name)
+        assert after.bytes / before.bytes == pytest.approx((4 + 2 * e) / (2 + 2 * e))
+        assert after.launches == pytest.approx(1 + (4 * groups - one) * 0.12)
+    assert only(known.forward, "attn.qkv.cast").launches == 1
 
 
 def test_grouped_queries_are_copied_out_of_the_joint_projection():
@@ -387,6 +450,28 @@ def test_rotary_embedding_with_a_factor_is_not_fused():
     assert (there.bytes, back.bytes) == (5 * S * 96 * 2, 7 * S * 96 * 2)
     assert there.addressed == back.addressed == pytest.approx(3.9 * S * 96)
     assert only(layer(DENSE, False).forward, "attn.rotary").addressed == 0
+
+
+def test_latent_rotary_embedding_that_no_kernel_fuses():
+    """4 heads: of 4 + 8 elements of a query 4 turn, at 5.3 places each; 2 x 12 are joined, 12 values copied; backward 12 + 20 joined."""
+    block = layer(MLA, False, kernels=Kernels(latent_rotary="eager"))
+    there, back, rows = only(block.forward, "attn.rotary"), only(block.backward, "attn.rotary"), S * 4
+    assert (there.bytes, back.bytes) == (5 * rows * 4 * 2, 7 * rows * 4 * 2)
+    assert there.addressed == pytest.approx(rows * (4 * 5.3 + 1.4 * 2 * 12 + 12))
+    assert back.addressed == pytest.approx(rows * (4 * 5.3 + 1.4 * (12 + 20) + 4))
+    assert only(layer(MLA, False).forward, "attn.rotary").addressed == 0
+
+
+def test_experts_that_clamp_handle_halves_of_rows_element_by_element():
+    """Up-projection and gate of every copy: two clamps and their join; three comparisons, two selections, the join of gradients."""
+    clamped = MOE.model_copy(update={"clamped": True})
+    there, back = (only(b, "moe.clamp") for b in (layer(clamped, True).forward, layer(clamped, True).backward))
+    each = S * EXPERTS.top_k * 2 * EXPERTS.ffn
+    assert (there.addressed, there.bytes, there.launches) == (each, 4 * each, 3)
+    assert (back.addressed, back.bytes, back.launches) == (2.5 * each, 5.5 * each, 7)
+    assert layer(clamped, True).saved_bytes - layer(MOE, True).saved_bytes == 2 * each  # what is joined
+    for other in (layer(MOE, True), layer(clamped, True, kernels=Kernels(experts="fused"))):
+        assert not any(op.name == "moe.clamp" for segment in other.forward for op in segment)
 
 
 def test_experts_probabilities_have_a_gradient_of_their_own():
@@ -467,9 +552,9 @@ def test_columns_give_what_plans_give(rows, kinds, model, pp):
         each = [b[name] for b in apart]
         for field in ("dense_parameters", "expert_parameters", "saved_bytes", "recompute_bytes"):
             same(getattr(block, field), [getattr(b, field) for b in each])
-        for passes in ("forward", "backward"):
+        for way in ("forward", "backward"):
             for field in ("flop", "bytes", "m", "n", "k", "groups"):
-                ops = [[op for s in getattr(b, passes) for op in s] for b in (block, *each)]
+                ops = [[op for s in getattr(b, way) for op in s] for b in (block, *each)]
                 assert len({len(o) for o in ops}) == 1
                 for op, *alone in zip(*ops, strict=True):
                     same(getattr(op, field), [getattr(o, field) for o in alone])

@@ -104,9 +104,9 @@ def test_what_is_no_table_is_refused(tmp_path, content):
 
 
 def test_a_row_that_converts_to_no_scenario_is_skipped_with_the_reason(write):
-    found = read_user_rows(write(GOOD | {"pp": 2, "pp_schedule": "V-half"}, GOOD | {"id": "fine"}))
+    found = read_user_rows(write(GOOD | {"pp": 2, "pp_schedule": "ZB-B"}, GOOD | {"id": "fine"}))
     table = confront({"data": found.rows}).table
-    assert table["skipped"].tolist() == ["pipeline schedule not modelled: V-half", ""]
+    assert table["skipped"].tolist() == ["pipeline schedule not modelled: ZB-B", ""]
 
 
 def test_memory_rows_are_scored_and_told(tmp_path):

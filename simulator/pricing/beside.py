@@ -31,36 +31,43 @@ class Beside:
     ----------
     products_s, memory_s : Number
         Seconds of kernels that multiprocessors bound (matrix products, attention) and that memory bounds.
+    displaced_s : Number
+        Seconds of products whose blocks a collective displaces (`simulator.scenario.cluster.Accelerator.displaced_product`). Those of
+        experts run side by side on several streams, whose blocks fill each other's gaps.
     talks : dict of str to (Number, Number, Number)
         For each stream: seconds, seconds times its share of the multiprocessors, bytes that it moves in device memory.
     """
 
     products_s: Number = 0.0
     memory_s: Number = 0.0
+    displaced_s: Number = 0.0
     talks: dict[str, tuple[Number, Number, Number]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, ops: Iterable[tuple[Op, Number]], model: Model, plan: Plan, cluster: Cluster) -> Beside:
         """Return kernels and collectives, given with their seconds, as they run beside each other."""
-        products = memory = 0.0
+        products = memory = displaced = 0.0
         talks: dict[str, tuple[Number, Number, Number]] = {}
         for op, seconds in ops:
             if op.kind == "memory":
                 memory = memory + seconds
+            elif op.kind == "gemm" and cluster.accelerator.displaced_product:
+                displaced = displaced + seconds
             elif op.kind in COMPUTE:
                 products = products + seconds
             else:
                 share = plan.overlap.multiprocessors if op.kind == "all_to_all" else plan.overlap.collective_multiprocessors
-                share = 0.0 if op.apart else share
+                if op.apart or (op.ahead and cluster.accelerator.displaced_product):  # the latter is in the product's own price
+                    share = 0.0
                 moved = np.where(np.asarray(seconds) > 0, device_bytes(op, model, plan, cluster), 0.0)
                 talks[op.stream] = _add(talks.get(op.stream, (0.0, 0.0, 0.0)), (seconds, share * seconds, moved))
-        return cls(products, memory, talks)
+        return cls(products, memory, displaced, talks)
 
     def __add__(self, other: Beside) -> Beside:
         talks = dict(self.talks)
         for stream, one in other.talks.items():
             talks[stream] = _add(talks.get(stream, (0.0, 0.0, 0.0)), one)
-        return Beside(self.products_s + other.products_s, self.memory_s + other.memory_s, talks)
+        return Beside(self.products_s + other.products_s, self.memory_s + other.memory_s, self.displaced_s + other.displaced_s, talks)
 
     def slowdown(self, accelerator: Accelerator) -> Number:
         """Return how many times as long the kernels take.
@@ -71,15 +78,17 @@ class Beside:
         and ``C M / K``. Products then lack its share s of the multiprocessors, the others its share b = bytes / C / bandwidth of
         the memory, and catch up later: ``K + sum over streams of min(C / K, 1 / (1 - s)) s P + min(C / K, 1 / (1 - b)) b M``; no
         kernel is slower than all of the time beside the stream. What memory loses, ``C b``, is the stream's bytes however fast
-        it talks, so a faster link slows nothing.
+        it talks, so a faster link slows nothing. Products whose blocks are displaced lose more than s beside what sums gradients or
+        gathers parameters, however few are: not beside Transformer Engine's own kernels, whose multiprocessors are tuned with them.
         """
-        alone = np.maximum(self.products_s + self.memory_s, 1e-12)
+        alone = np.maximum(self.products_s + self.memory_s + self.displaced_s, 1e-12)
         slow: Number = 1.0
-        for seconds, taken, moved in self.talks.values():
+        for stream, (seconds, taken, moved) in self.talks.items():
             length = np.maximum(seconds, 1e-12)
             share = taken / length
             bandwidth = np.minimum(moved / length / (accelerator.hbm_bytes_per_s * accelerator.hbm_efficiency), FAIR_SHARE)
-            for kernels, lost in ((self.products_s, share), (self.memory_s, bandwidth)):
+            waves = np.maximum(share, 1.0 - (accelerator.displaced_product or 1.0)) if stream == "dp" else share
+            for kernels, lost in ((self.products_s, share), (self.memory_s, bandwidth), (self.displaced_s, waves)):
                 slow = slow + np.minimum(seconds / alone, 1 / (1 - lost)) * lost * kernels / alone
         return slow
 

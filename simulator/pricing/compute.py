@@ -20,13 +20,17 @@ ADDRESSED_FLOP = 190.0
 #: keys per query at which attention is benchmarked: a causal sequence of 8,192
 _KEYS = 4096
 #: share of the time to move their weights, or the gradients of these, that products of a group take longer by, because each begins with
-#: weights that nobody has read: 0.7 to 1.1 by the grouped products of 128 to 1,232 rows that MooreThreads/SimuMax @e691807
-#: configs/system/b200_bf16_ceperm.json has measured on B200, 0.3 to 0.5 on one H100 (cuBLAS of CUDA 13.0, four streams, 256 to 2,048 rows)
-COLD_WEIGHTS = 0.75
+#: weights that nobody has read, and what each of them costs beside. 0.49 and 3.8 us fit the 60 grouped products of 128 to 9,832 rows
+#: that MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json has measured on B200, with misses of 14 %; the share alone
+#: leaves 19 %. On one H100 0.3 to 0.5 (cuBLAS of CUDA 13.0, four streams, 256 to 2,048 rows) and 3.4 to 3.6 us
+COLD_WEIGHTS, EACH_PRODUCT_S = 0.5, 3.8e-6
 #: speed of the backward of heads wider than 128, over that of 128: 0.87 to 0.91 for widths of 192 and 128 on an H100 (cuDNN of
 #: PyTorch 2.11, measured by this project on 2026-11-26); 0.77 to 0.83 on B200 (MooreThreads/SimuMax @e691807), in tables whose other
 #: figures scatter as much, so that one figure serves both
 _WIDE_BACKWARD = 0.87
+#: what the backward of attention keeps up in a long step, over the forward: 0.413 and 0.50 of the peak over 131,072 tokens on B200
+#: (MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json, 8 and 16 heads), where it also finds scores again and adds gradients
+_LONG_BACKWARD = 0.83
 #: queries of one head that a multiprocessor takes at a time, and heads times queries at which attention is benchmarked
 _QUERIES = 128
 _HEADS_QUERIES = 16 * 16384
@@ -136,7 +140,7 @@ def gemm_s(
     ordinary = accelerator.peak_flop_per_s["fp32"] * accelerator.gemm_efficiency["fp32"] if batched else RAGGED * rate
     rate = np.where(whole, rate, np.minimum(ordinary, rate))
     share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator, run_as, written), 1e-9)
-    cold = COLD_WEIGHTS * _streamed(grouped, accelerator)
+    cold = COLD_WEIGHTS * _streamed(grouped, accelerator) + EACH_PRODUCT_S * np.asarray(groups) * (np.asarray(grouped) > 0)
     return _launched(np.maximum(flop / (rate * share) + cold, _streamed(size, accelerator)), flop, accelerator)
 
 
@@ -167,7 +171,8 @@ def attention_s(
     -----
     The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones no
     faster, at ``keys / (keys + keys_ramp)``, and at ``n / (n + tiles_ramp)`` for n tiles of 128 queries per multiprocessor. In 16 bits
-    the matrix units do no more in attention than in products: both draw the power that sets the clock of a long step (`_sustained`).
+    the matrix units do no more in attention than in products, and less backward: both draw the power that sets the clock of a long
+    step (`_sustained`).
     """
     ramp, short = accelerator.head_ramp, accelerator.keys_ramp or 0
     narrow = np.where(width > 128, _WIDE_BACKWARD if backward else 1.0, width / (width + ramp) * (128 + ramp) / 128)
@@ -176,18 +181,22 @@ def attention_s(
     narrow = narrow * heads_queries / (heads_queries + idle) * (_HEADS_QUERIES + idle) / _HEADS_QUERIES
     share = accelerator.attention_efficiency["backward" if backward else "forward"] * accelerator.older_attention.get(generation, 1.0)
     share = share * narrow * _in_training(accelerator, "attention")
-    share = share * (accelerator.fp8_attention or 1.0) if generation == "flash_fp8" else np.minimum(share, _sustained(accelerator))
+    if generation == "flash_fp8":
+        share = share * (accelerator.fp8_attention or 1.0)
+    else:
+        share = np.minimum(share, _sustained(accelerator, backward))
     seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
     return _launched(seconds, flop, accelerator)
 
 
-def _sustained(accelerator: Accelerator) -> float:
-    """Return the share of the bf16 peak that the matrix units keep up in a step: that of large products.
+def _sustained(accelerator: Accelerator, backward: bool) -> float:
+    """Return the share of the bf16 peak that the matrix units keep up in a step: that of large products, `_LONG_BACKWARD` of it backward.
 
     Published, on B200 at 1000 W (MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json): 0.45 to 0.51 in large products, 0.495
     in the forward of attention over 131,072 tokens, where short runs of both reach 0.65 and more.
     """
-    return accelerator.gemm_efficiency[_run_as(accelerator, "bf16")] * _in_training(accelerator, "gemm")
+    products = accelerator.gemm_efficiency[_run_as(accelerator, "bf16")] * _in_training(accelerator, "gemm")
+    return products * _LONG_BACKWARD if backward else products
 
 
 def memory_s(size: Number, accelerator: Accelerator, launches: Number = 1.0, gathers: bool = False, addressed: Number = 0.0) -> Number:

@@ -54,7 +54,12 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         return op.turns * op_s(one, model, plan, cluster, graph=graph, slow=slow)
     if op.kind in COMPUTE:
         kept = 1.0 - plan.overlap.collective_multiprocessors * np.asarray(op.apart)
-        return slow * _kernel_s(op, plan, cluster) / kept
+        seconds = slow * _kernel_s(op, plan, cluster) / kept
+        if op.behind and cluster.accelerator.displaced_product:
+            # blocks without a place start when the collective has ended, or else the other blocks
+            later = seconds * (1.0 / cluster.accelerator.displaced_product - 1.0)
+            seconds = seconds + np.minimum(later, op_s(op.behind[0], model, plan, cluster, graph=graph))
+        return seconds
     if op.kind == HOST:
         return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph, slow), cluster.host.dispatch_s)
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
@@ -72,6 +77,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         talk = cluster.host.collectives[f"{op.kind}.{op.dtype}.{ranks}"]
         size = np.minimum(members.size, 2) if op.kind == "send" else np.asarray(members.size)  # a message has two ends
         seconds = np.where(size == ranks, collectives.measured_s(op.bytes * (out + fan), talk), seconds)
+    if np.any(op.gathered):
+        seconds = seconds + op_s(Op(op.name, "all_gather", bytes=op.gathered, axis="tp"), model, plan, cluster, graph=graph)
     if op.listed:
         seconds = seconds + _copies_of_parts_s(op, members.size, cluster)
     return seconds if op.kind == "send" else np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: none is called
@@ -126,6 +133,7 @@ class Known:
             for name in ("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written", "addressed")
         )
         words = (op.name, op.kind, op.axis, op.dtype, op.grad if op.grad in ("input", "weight") else "")  # again is forward
+        words = (*words, *(other.name for other in op.behind))
         key = (*words, *((value.dtype.char, value.shape, value.tobytes()) for value in numbers))
         if key not in self._seconds:
             self._seconds[key] = op_s(op, *self._of)
@@ -200,6 +208,7 @@ def loaded(op: Op, load: Number) -> Op:
         return replace(op, beside=tuple(tuple(loaded(o, load) if o.routed else o for o in segment) for segment in op.beside))
     deeper = op.grad == "weight"
     sizes = {name: getattr(op, name) * load for name in ("flop", "bytes", "addressed")}
+    sizes["behind"] = tuple(loaded(other, load) for other in op.behind)
     return replace(op, **sizes, m=op.m * (1.0 if deeper else load), k=op.k * (load if deeper else 1.0))
 
 

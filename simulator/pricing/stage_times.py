@@ -186,8 +186,10 @@ def price_blocks(
         return _runs([[(op, priced[id(op)]) for op in segment] for segment in segments], launched_s)
 
     def one(block: Block) -> BlockPrice:
-        priced = {id(op): known.op_s(op) for segment in (*block.forward, *block.backward) for op in segment}
-        own = {kind: runs(passes(block, kind), priced) for kind in PASSES}
+        segments = {kind: passes(block, kind) for kind in PASSES}
+        priced = {id(op): op for kind in PASSES for segment in segments[kind] for op in segment}
+        priced = {number: known.op_s(op) for number, op in priced.items()}
+        own = {kind: runs(segments[kind], priced) for kind in PASSES}
         alone = {kind: runs_s(own[kind]) for kind in PASSES}
         slow = {
             kind: pass_beside(block, kind, model, plan, cluster, known=known).slowdown(cluster.accelerator) if sharing else 1.0

@@ -48,6 +48,10 @@ class Accelerator(Facts):
     result_tiles : int
         Output tiles whose sums a multiprocessor can hold: with two it computes one while it writes the other; with one, writing more
         than 16 bits per element costs as much more depth. Left out: two.
+    displaced_product : float
+        Speed of a product that finds another kernel on some multiprocessors, over that alone, where it is launched as one block for each
+        of them whose tiles are shared out beforehand: blocks without a place do theirs when all others have ended. Left out: those take
+        over what the missing ones would do.
     last_wave_recovered : float
         Share of the idle time of the last wave of tiles that smaller tiles or split-K win back.
     head_ramp : int
@@ -85,6 +89,7 @@ class Accelerator(Facts):
     tile_n: int = Field(gt=0)
     k_ramp: int = Field(ge=0)
     result_tiles: int | None = Field(default=None, gt=0)
+    displaced_product: Fraction | None = None
     last_wave_recovered: float = Field(ge=0, le=1)
     head_ramp: int = Field(ge=0)
     keys_ramp: int | None = Field(default=None, ge=0)

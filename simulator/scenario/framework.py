@@ -10,17 +10,18 @@ from simulator.scenario.facts import Frozen
 
 CrossEntropy = Literal["in_place", "compiled", "fused", "vocab_parallel", "eager", "half", "gathered"]
 WeightGradients = Literal["fused", "placeholders", "kept", "copied"]
-Casts = Literal["transformer_engine", "tensorwise", "rowwise"]
+Casts = Literal["transformer_engine", "current", "tensorwise", "rowwise"]
 
 #: name -> habits of frameworks that their repositories show; `Framework` itself is today's Megatron
 PRESETS: dict[str, dict[str, Any]] = {
     "megatron": {},
-    "megatron-2022": {"cross_entropy": "vocab_parallel", "weight_gradients": "fused"},
+    "megatron-2022": {"cross_entropy": "vocab_parallel", "weight_gradients": "fused", "splits_messages": True},
     "deepspeed": {
         "cross_entropy": "vocab_parallel",
         "weight_gradients": "copied",
         "keeps_outputs": True,
         "bucket_elements": 1_000_000_000,
+        "splits_messages": True,
     },
     "fsdp": {"cross_entropy": "eager", "weight_gradients": "fused", "stops_early": True, "casts": "tensorwise"},
 }
@@ -52,12 +53,17 @@ class Framework(Frozen):
         Transformer layers per replica whose saved activations wait in the host's memory; their traffic is not priced.
     reduces_whole : bool
         Whether ZeRO-1 all-reduces gradients, of which every rank then keeps its shard, instead of reduce-scattering them.
+    splits_messages : bool
+        Whether the ranks of a tensor-parallel group without sequence parallelism each send their part of a message to the next stage,
+        whose ranks then gather it (Narayanan et al. 2021, section 4.1; DeepSpeed's partitioned pipeline), instead of all sending all.
     bucket_elements : int
         Gradient elements that are copied into buckets for their reduction; 0 where they are reduced in place.
     casts : str
         How linear layers in low precision cast. ``transformer_engine``: inputs and weights stay in low precision, scaled or laid out for
-        both products. ``tensorwise``, ``rowwise``: torchao with one scale per tensor or per row; inputs stay in 16 bits and are cast
-        again for the weight gradient, weights for every pass (``matmul_with_hp_or_float8_args``, torchao/float8/float8_linear.py).
+        both products, by scales that are known before (delayed scaling) or found for every block. ``current``: the same with one scale
+        for a tensor as it is, whose maximum is a pass of its own (``Float8CurrentScaling``). ``tensorwise``, ``rowwise``: torchao with
+        one scale per tensor or per row; inputs stay in 16 bits and are cast again for the weight gradient, weights for every pass
+        (``matmul_with_hp_or_float8_args``, torchao/float8/float8_linear.py).
     metrics : int
         Losses that are computed of every micro-batch's logits for the log, beside the one that is trained on, by eager PyTorch.
     stops_early : bool
@@ -71,6 +77,7 @@ class Framework(Frozen):
     keeps_outputs: bool = False
     offloaded_layers: int = Field(default=0, ge=0)
     reduces_whole: bool = False
+    splits_messages: bool = False
     bucket_elements: int = Field(default=0, ge=0)
     casts: Casts = "transformer_engine"
     metrics: int = Field(default=0, ge=0)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from simulator.scenario.facts import Frozen
 
 #: how tensor parallelism runs its collectives
-TensorParallel = bool | Literal["pieces", "torch", "torch_async"]
+TensorParallel = bool | Literal["pieces", "kept", "torch", "torch_async"]
 
 
 class Overlap(Frozen):
@@ -31,9 +31,10 @@ class Overlap(Frozen):
         True gathers a linear layer's input again beside its input gradient, and reduce-scatters that beside its weight gradient:
         what Megatron and Transformer Engine always do; False does the same with nothing beside. ``pieces`` also cuts the
         products that gather before them or reduce-scatter behind them, so that their pieces run beside those of the collective
-        (Transformer Engine's userbuffers, Megatron ``--tp-comm-overlap``; `simulator.workload.ops.arriving`). ``torch`` is PyTorch's
-        own: it gathers once for all products of an input, keeps the gathered rows, and runs nothing beside a collective;
-        ``torch_async`` its asynchronous one, whose products run in pieces beside the collectives where the compiler finds a gather
+        (Transformer Engine's userbuffers, Megatron ``--tp-comm-overlap``; `simulator.workload.ops.arriving`). ``kept`` gathers once for
+        all products of an input, keeps the gathered rows, and runs nothing beside a collective: a function of autograd behind the norm
+        (Aleph-Alpha/scaling, src/scaling/core/nn/norm/rms_norm.py). ``torch`` is PyTorch's own, the same with copies that lay out the
+        rows; ``torch_async`` its asynchronous one, whose products run in pieces beside the collectives where the compiler finds a gather
         before them or a reduce-scatter behind one of them (torch/_inductor/fx_passes/micro_pipeline_tp.py).
     prefetch : int
         Blocks whose parameters ZeRO-3 gathers ahead of the one that runs. The default is what FSDP2 does by itself, and so

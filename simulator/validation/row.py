@@ -66,6 +66,12 @@ class Row:
         """Return whether a regular expression occurs in any of the columns, whatever the case."""
         return any(re.search(pattern, self.text(column), re.IGNORECASE) for column in columns)
 
+    def replaced(self, cells: Mapping[str, Any]) -> Row:
+        """Return the row with other `cells` in place of its own, and the assumptions made so far."""
+        found = Row({**self._cells, **cells})
+        found.assumptions = list(self.assumptions)
+        return found
+
     def assume(self, text: str) -> None:
         """Note an assumption, once."""
         if text not in self.assumptions:

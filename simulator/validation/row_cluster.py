@@ -11,52 +11,15 @@ from simulator.scenario.facts import Facts, Source
 from simulator.scenario.profiles import ACCELERATORS, FABRICS, HOSTS
 from simulator.validation.row import Row
 from simulator.validation.row_kernels import TRACED
+from simulator.validation.row_machines import MACHINES, UNSURE, VARIANTS, known_machine
 
 T = TypeVar("T", bound=Facts)
 
-_A100 = ("a100-sxm4-80", "dgx-a100-80", "ib-hdr-rail")
-_H100 = ("h100-sxm5-80", "dgx-h100", "ib-ndr-rail")
-#: printed name -> accelerator, host and fabric of the vendor's reference design
-MACHINES = {
-    "A100-SXM-80GB": _A100,
-    "A100 (Ampere, 80GB)": _A100,
-    "A100-SXM (memory size not stated)": _A100,
-    "A100-SXM-80GB (paper) / 40GB in llm-analysis README": _A100,
-    "A100-SXM-40GB": ("a100-sxm4-40", "dgx-a100-80", "ib-hdr-rail"),
-    "H100-SXM-80GB": _H100,
-    "H100-SXM-80GB (GCP A3)": _H100,
-    "H100 (Grand Teton, 96GB HBM2e 2.4TB/s, 500W cap)": _H100,
-    "H100 (95GB HBM2e low-TDP)": _H100,
-    "H200-SXM-141GB": ("h200-sxm-141", "dgx-h200", "ib-ndr-rail"),
-    "H800-SXM-80GB": ("h800-sxm5-80", "dgx-h800", "ib-ndr-rail-deepseek"),
-    "B200": ("b200-sxm-180", "dgx-b200", "ib-ndr-rail"),
-    "B300": ("b300-sxm-288", "dgx-b300", "ib-xdr-rail"),
-    "GB200/GB300 class": ("gb200-186", "gb200-nvl72", "ib-ndr-nvl72"),
-    "GB200": ("gb200-186", "gb200-nvl72", "ib-ndr-nvl72"),
-    "GB300": ("gb300-288", "gb300-nvl72", "ib-xdr-rail"),
-    "MI300X": ("mi300x", "mi300x-platform", "roce-400g"),
-    "MI325X": ("mi325x", "mi300x-platform", "roce-400g"),
-    "MI355X": ("mi355x", "mi355x-platform", "roce-400g"),
-}
-MACHINES |= {machine[0]: machine for machine in MACHINES.values()}  # a user writes the profile's own name
-#: printed name -> facts that differ from the profile, their grade and what else had to be assumed
-_VARIANTS: dict[str, tuple[dict[str, float], str, tuple[str, ...]]] = {
-    "H100 (Grand Teton, 96GB HBM2e 2.4TB/s, 500W cap)": (
-        {"hbm_bytes": 96e9, "hbm_bytes_per_s": 2.4e12, "tdp_w": 500.0},
-        "published",
-        (),
-    ),
-    "H100 (95GB HBM2e low-TDP)": (
-        {"hbm_bytes": 95e9, "hbm_bytes_per_s": 2.4e12, "tdp_w": 500.0},
-        "assumed",
-        ("HBM2e bandwidth and power cap not printed: 2.4 TB/s and 500 W, as the other HBM2e H100",),
-    ),
-}
-_UNSURE = {
-    "A100-SXM (memory size not stated)": "memory size not printed: 80 GB",
-    "A100-SXM-80GB (paper) / 40GB in llm-analysis README": "memory size printed as 80 and as 40 GB: 80 GB",
-}
 _NOT_INFINIBAND = r"RoCE|ROCE|RDMA per GPU|Ethernet|Omni-Path|EFA"
+#: share of the line rate that NCCL reached through an Omni-Path adapter of Jean Zay: 40.55 Gbit/s of bus bandwidth between four hosts of
+#: eight A100, which come in through one of their four adapters of 100 Gbit/s and leave through another, as the log shows
+#: (bigscience-workshop/bigscience @358e3c8 experiments/bandwidth/all_reduce_bench-a100-n4.txt)
+OMNI_PATH_EFFICIENCY = 40.55 / 100
 _RATE = r"(?<![x\d.])(\d+(?:\.\d+)?)\s*"  # not the 200 of "8x200"
 #: how a source writes its NICs -> what the numbers mean; first match wins; the case tells bits from bytes
 _NICS: list[tuple[str, str]] = [
@@ -82,12 +45,15 @@ def cluster_of(row: Row) -> Cluster:
     ProfileError
         When no profile describes the accelerator, or the count is not printed.
     """
-    printed, count = row.text("gpu"), row.need("gpus")
-    if printed not in MACHINES:
-        raise ProfileError(f"no accelerator profile: {printed or 'not printed'}")
+    written, count = row.text("gpu"), row.need("gpus")
+    printed = known_machine(written)
+    if not printed:
+        raise ProfileError(f"no accelerator profile: {written or 'not printed'}")
+    if printed != written:
+        row.assume(f"accelerator printed as {written}: {printed}")
     accelerator_name, host_name, fabric_name = MACHINES[printed]
     accelerator = _accelerator(row, printed, ACCELERATORS.load(accelerator_name))
-    host = _host(row, HOSTS.load(host_name), count)
+    host = _host(row, _cut(printed, HOSTS.load(host_name)), count)
     fabric = _fabric(row, fabric_name, host, count)
     counted = Source(grade="published", source=row.text("provenance") or row.text("source") or "the row", facts=("accelerators",))
     priced = Source(
@@ -111,7 +77,7 @@ def adapted(profile: T, changes: dict[str, Any], grade: str, source: str, suffix
     """Return a profile with `changes`, each under its new source instead of the profile's own."""
     kept = []
     for old in profile.sources:
-        facts = tuple(f for f in old.facts if f not in changes)
+        facts = tuple(f for f in old.facts if f.split(".")[0] not in changes)
         if facts:
             kept.append(old.model_copy(update={"facts": facts}))
     new = Source(grade=grade, source=source, facts=tuple(changes))
@@ -132,16 +98,31 @@ def _accelerator(row: Row, printed: str, profile: Accelerator) -> Accelerator:
     if row.has(TRACED, "source"):
         row.assume("collectives as fast as in their benchmark, which they come from (trace/a100)")
         profile = profile.model_copy(update={"in_training": {k: v for k, v in profile.in_training.items() if k != "collectives"}})
-    if printed in _UNSURE:
-        row.assume(_UNSURE[printed])
-    if printed not in _VARIANTS:
+    if printed in UNSURE:
+        row.assume(UNSURE[printed])
+    if printed not in VARIANTS or not VARIANTS[printed].changes:
         return profile
-    changes, grade, said = _VARIANTS[printed]
-    for text in said:
+    variant = VARIANTS[printed]
+    for text in variant.said:
         row.assume(text)
-    row.assume(f"clock under {changes['tdp_w']:g} W: products slow with the cube root of the power")
-    changes = changes | {"peak_flop_per_s": capped(profile, changes["tdp_w"])}
-    return adapted(profile, changes, grade, f"{row.text('source')}: {printed}", f"{changes['hbm_bytes'] / 1e9:.0f} GB HBM2e")
+    changes = dict(variant.changes)
+    if "peak_flop_per_s" not in changes:
+        row.assume(f"clock under {changes['tdp_w']:g} W: products slow with the cube root of the power")
+        changes["peak_flop_per_s"] = capped(profile, changes["tdp_w"])
+    source = f"{row.text('source')}: {printed}" if variant.source == "the row" else variant.source
+    return adapted(profile, changes, variant.grade, source, variant.suffix)
+
+
+def _cut(printed: str, profile: Host) -> Host:
+    """Return the host of a variant with fewer or slower scale-up links than its profile's."""
+    if printed not in VARIANTS or VARIANTS[printed].links == 1:
+        return profile
+    share = VARIANTS[printed].links
+    changes = {
+        "scale_up_bytes_per_s": profile.scale_up_bytes_per_s * share,
+        "bus_bytes_per_s": {name: rate * share for name, rate in profile.bus_bytes_per_s.items()},
+    }
+    return adapted(profile, changes, VARIANTS[printed].grade, VARIANTS[printed].source, f"as of {VARIANTS[printed].suffix}")
 
 
 def _host(row: Row, profile: Host, count: int) -> Host:
@@ -192,4 +173,8 @@ def _fabric(row: Row, name: str, host: Host, count: int) -> Fabric:
             name = "roce-meta-24k" if "3-layer CLOS" in text else "roce-400g"
         else:
             row.assume(f"network is not InfiniBand: latencies and efficiency of {name}")
+    if row.has("Omni-Path", "inter_node"):
+        row.assume(f"NCCL reaches {OMNI_PATH_EFFICIENCY:.0%} of Omni-Path's line rate: measured on that machine by its users")
+        source = "bigscience-workshop/bigscience @358e3c8 experiments/bandwidth/all_reduce_bench-a100-n4.txt"
+        return adapted(FABRICS.load(name), {"efficiency": OMNI_PATH_EFFICIENCY}, "published", source, "over Omni-Path")
     return FABRICS.load(name)

@@ -39,7 +39,12 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("BLOOM", {"attention": "unfused"}, "Megatron-DeepSpeed before FlashAttention: scores in memory, fused softmax, no dropout"),
     ("MosaicML", {"attention": "flash1", "pointwise": "eager"}, "llm-foundry of 2023: first FlashAttention in Triton, eager PyTorch"),
-    ("InternEvo", {"attention": "flash1"}, "InternEvo of 2023: first FlashAttention, fused norms"),
+    (
+        "InternEvo",
+        {"attention": "flash1", "gate": "separate", "accumulation": "separate"},
+        "InternEvo of 2023: first FlashAttention, fused norms, gate and up-projection apart, gradients added by PyTorch "
+        "(InternLM/InternEvo @0a4ffea internlm/model/linear.py)",
+    ),
     (
         "Aleph-Alpha",
         {"norm": "eager", "pointwise": "eager", "gate": "separate", "accumulation": "separate"},
@@ -49,6 +54,13 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
         "torchtitan",
         {"attention": "flash2", "gate": "separate"},
         "PyTorch's attention is FlashAttention-2; torch.compile fuses the rest, but gate and up-projection stay apart",
+    ),
+    (
+        "Megatron-Bridge|gpu-tpu-pedia|Megatron-LM dev|Megatron-Core MoE|Megatron-MoE-ModelZoo",
+        {"router": "fused"},
+        "routing in the fused kernels of Transformer Engine, as recipes since 25.09 ask (moe_router_fusion: NVIDIA-NeMo/Megatron-Bridge "
+        "@05c0c90 scripts/performance/configs/qwen/qwen3_llm_pretrain.py, @0132842 .../deepseek, @0501207 .../gpt_oss; NVIDIA/Megatron-LM "
+        "@8a2ac1f examples/moe_recipes)",
     ),
     ("Llama 3 Herd|NeMo24.03", {"attention": "flash2"}, "early 2024: FlashAttention-2's speed on Hopper, before FlashAttention-3"),
 ]
@@ -62,13 +74,20 @@ _FP8_ATTENTION_RECIPE = r"(QWEN3|DEEPSEEK_V3(?!_PRETRAIN_CONFIG_GB200))\w*_FP8_M
 #: releases whose cuDNN is older than 9.11, the first that trains latent attention (keys of 192, values of 128) on Blackwell as one kernel
 #: (NVIDIA/TransformerEngine common/fused_attn/fused_attn.cpp). Their recipes recompute ``core_attn`` there, which keeps scores (NVIDIA/
 #: dgxc-benchmarking @1f6d9f4 deepseek_v3/pretraining/launch.sh, NeMo 25.04.01); the next one, on NeMo 25.07.01, does not
-_SCORES_STORED = r"dgxc-benchmarking/deepseek_v3/\S*@v25\.0[1-7]"
+_NEMO_2504 = r"dgxc-benchmarking/deepseek_v3/\S*@v25\.0[1-7]"
 #: Aleph-Alpha's ``kernel=`` -> fields
 _NAMED: dict[str, dict[str, str]] = {
     "torch": {"attention": "eager"},
     "fused": {"attention": "unfused"},
     "flash_attentionv1": {"attention": "flash1"},
     "flash_attention2": {"attention": "flash2"},
+    "flash2": {"attention": "flash2"},
+    "sdpa": {"attention": "flash2"},
+    "xformers": {"attention": "flash2"},
+    "triton": {"attention": "flash2"},
+    "flash": {"attention": "flash"},
+    "cudnn": {"attention": "flash"},
+    "aiter": {"attention": "flash"},
 }
 
 
@@ -77,18 +96,23 @@ def kernels_of(row: Row) -> Kernels:
     fields = row.of_source(_STACKS, "kernels")
     if row.has("fp8 dot-product attention|fp8 attention", "overlap_notes", "notes"):
         fields["attention"] = "flash_fp8"
-    if row.has(_SCORES_STORED, "provenance") and row.has("B[23]00", "gpu"):
+    if row.has(_NEMO_2504, "provenance") and row.has("B[23]00", "gpu"):
         row.assume("latent attention not printed: scores in memory (cuDNN before 9.11 has no gradient of it on Blackwell)")
         fields["attention"] = "unfused"
+    if row.has(_NEMO_2504, "provenance"):
+        row.assume("rotary embedding of latent attention not printed: not fused (Megatron's configuration refused it until mid-2025)")
+        fields["latent_rotary"] = "eager"
     named = re.search(r"kernel=([^;]*)", row.text("overlap_notes"))
     if named:
-        for name, found in _NAMED.items():
-            if named.group(1).strip().startswith(name):
-                fields |= found
+        kernel = named.group(1).strip()
+        known = next((found for name, found in _NAMED.items() if kernel.startswith(name)), None)
+        if known is None and kernel:
+            row.assume(f"kernel not known: {kernel} (taken as the fastest fused attention)")
+        fields |= known or {}
         if "RMS kernel" in named.group(1):
             fields["norm"] = "fused"
     if row.has(r"\beager\b", "overlap_notes"):
-        fields |= {"norm": "eager", "pointwise": "eager"}
+        fields |= {"norm": "eager_fp32" if row.has("torchtitan", "source") else "eager", "pointwise": "eager"}
     graphs = _graphs(row)
     if "full" in graphs and row.has("MXFP8", "precision") and row.has(_FP8_ATTENTION_RECIPE, "provenance"):
         row.assume("attention not printed: in 8 bits, as the recipe says")
@@ -110,7 +134,7 @@ def _graphs(row: Row) -> tuple[str, ...]:
         row.assume("options not in the table: full-iteration CUDA graph, HybridEP and all-to-all overlap, as the recipe says")
         return ("full",)
     notes = f"{row.text('overlap_notes')}; {row.text('notes')}"
-    if re.search(r"full[-_]iteration|FULL_CUDA_GRAPH=1", notes) and not re.search(r"cuda_graph=none", notes):
+    if re.search(r"full[-_]iteration|FULL_CUDA_GRAPH=1|cuda_graph=full", notes) and not re.search(r"cuda_graph=none", notes):
         return ("full",)
     if re.search(r"MCORE_CUDA_GRAPH=1|LAYER_CUDA_GRAPH=1", notes):
         return ("attn", "mlp")
@@ -119,6 +143,10 @@ def _graphs(row: Row) -> tuple[str, ...]:
         words = " ".join(part for part in scope.groups() if part)
         names = {"attn": "attn", "moe_router|router": "moe_router", "preprocess": "moe_preprocess", r"\bmlp": "mlp"}
         return tuple(name for pattern, name in names.items() if re.search(pattern, words))
+    if re.search(r"\bcuda_graphs\b", notes) and re.search("token-?drop", notes):
+        # NVIDIA/Megatron-LM core/transformer/cuda_graphs.py: experts that all get their capacity are captured with their layer
+        row.assume("scope of CUDA graphs not printed: whole layers, whose experts are padded to their capacity")
+        return ("attn", "moe", "mlp")
     if re.search(r"\bcuda_graphs\b", notes):
         row.assume("scope of CUDA graphs not printed: attention")
         return ("attn",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 
 from simulator.errors import ProfileError
 from simulator.scenario.model import Model
@@ -18,7 +19,15 @@ def layout_of(row: Row, model: Model, chunks: int) -> str | None:
     printed = re.search(r"pp_layout[= ]([^;\s]+)", row.text("overlap_notes"))
     if printed:
         return _checked_layout(expand_layout(printed.group(1)), model, chunks)
-    if chunks == 1 or (model.layers % chunks == 0 and not model.mtp_layers):
+    if chunks == 1:
+        return None
+    if row.has("Aleph-Alpha", "source"):
+        # ``pipe_partition_method`` of examples/transformer_example/config.yml @01b9d21, src/scaling/core/.../pipeline_partitioning.py
+        row.assume("stages not printed: balanced by parameters, the first ones filled (example of Aleph-Alpha/scaling)")
+        table, layer = model.vocab * model.hidden, 4 * model.hidden**2 + 3 * model.hidden * model.ffn
+        held = _filled([table, *[layer] * model.layers, table], chunks)
+        return "|".join(["E" + _t(held[0] - 1), *map(_t, held[1:-1]), _t(held[-1] - 1) + "L"])
+    if model.layers % chunks == 0 and not model.mtp_layers:
         return None
     each = -(-model.layers // chunks)
     rest = model.layers - each * (chunks - 1)
@@ -26,6 +35,10 @@ def layout_of(row: Row, model: Model, chunks: int) -> str | None:
         # num_layers_in_first_pipeline_stage and _last_ of NVIDIA/NeMo scripts/performance/llm/pretrain_deepseek_v3.py @0349f23
         row.assume("stages not printed: a layer less in the first, two less and MTP and head in the last (NeMo's script)")
         return "|".join(["E" + _t(each - 1), *[_t(each)] * (chunks - 2), _t(each - 2) + "m" * model.mtp_layers + "L"])
+    if model.latent is not None and rest <= 0 < rest + each:
+        row.assume("stages not printed: the last with MTP and head alone, the first with what is left over (recipes of DeepSeek-V3 for 32)")
+        first = model.layers - each * (chunks - 2)
+        return "|".join(["E" + _t(first), *[_t(each)] * (chunks - 2), "m" * model.mtp_layers + "L"])
     if model.latent is not None and rest > 0:
         row.assume("stages not printed: filled in order, the last with the rest, MTP and head (recipes of DeepSeek-V3)")
         return "|".join(["E" + _t(each), *[_t(each)] * (chunks - 2), _t(rest) + "m" * model.mtp_layers + "L"])
@@ -35,6 +48,26 @@ def layout_of(row: Row, model: Model, chunks: int) -> str | None:
         return "|".join(["E" + _t(each - 1), *[_t(each)] * (chunks - 2), _t(each - 1) + "L"])
     row.assume("stages not printed: balanced by FLOP")
     return "balanced"
+
+
+def _filled(weights: list[int], stages: int) -> list[int]:
+    """Return how many in a row each stage takes so that the heaviest is lightest, each as many as that allows."""
+    limit = max(max(weights), -(-sum(weights) // stages))
+    while len(taken := _taken(weights, limit)) > stages:
+        # the least that lets some stage take one more
+        ends = list(accumulate(taken))
+        limit = min(sum(weights[end - n : end + 1]) for n, end in zip(taken, ends, strict=True) if end < len(weights))
+    return taken
+
+
+def _taken(weights: list[int], limit: int) -> list[int]:
+    """Return how many in a row each stage takes up to `limit`."""
+    taken, held = [0], 0
+    for weight in weights:
+        if held + weight > limit:
+            taken, held = [*taken, 0], 0
+        taken[-1], held = taken[-1] + 1, held + weight
+    return taken
 
 
 def _t(layers: int) -> str:

@@ -13,6 +13,7 @@ from simulator.validation.row import Row
 from simulator.validation.row_cluster import cluster_of
 from simulator.validation.row_model import BLOOM_VOCAB, model_of
 from simulator.validation.row_plan import job_of, plan_of
+from simulator.validation.row_scripts import with_scripts
 
 #: columns of a training run that describe the model and that a memory row lacks
 DIMENSIONS = ("ffn_hidden", "head_dim", "vocab", "shared_experts", "dense_layers")
@@ -54,7 +55,7 @@ def memory_scenario(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, An
     ProfileError
         When the row is out of reach, with a short reason that rows can be counted by.
     """
-    row = _filled(cells, runs)
+    row = with_scripts(_filled(cells, runs))
     if row.has("with (?:activation )?offload", "notes"):
         raise ProfileError("activations offloaded, not printed how many")
     cluster, model = cluster_of(row), model_of(row)
@@ -146,9 +147,6 @@ def _dtypes(row: Row, plan: Plan) -> dict[str, Any]:
     if plan.precision.gemm in ("fp8", "fp4") and plan.zero < 3:
         row.assume("weights kept in FP8 (fp8_param_gather): recipes of Megatron, NeMo and Megatron-Bridge")
         found["parameters"] = "fp8"
-    if plan.precision.gemm == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x", "precision"):
-        row.assume("one copy of a weight in FP8: one scale for it, either layout")
-        found["copies"] = 1
     return found | _states(row, plan)
 
 

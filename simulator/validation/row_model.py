@@ -109,7 +109,9 @@ def _on_shipped(row: Row, base: Model) -> dict[str, Any]:
         data["moe_layers"] = base.moe_layers[: data["layers"]] if dense is None else _moe_layers(row, data["layers"], dense)
         if len(data["moe_layers"]) != data["layers"]:
             raise ProfileError("not printed: dense_layers")
-    if base.mtp_layers and not row.has("mtp", "notes", "model"):
+    if row.has(r"(?:without|w/o|no) MTP", "notes"):
+        data["mtp_layers"] = 0
+    elif base.mtp_layers and not row.has("mtp", "notes", "model"):
         row.assume(f"MTP layers not printed: {base.mtp_layers}")
     return data
 

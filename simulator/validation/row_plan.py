@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from simulator.errors import ProfileError
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.overlap import Overlap, TensorParallel
-from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Module, Plan, Precision
+from simulator.scenario.plan import Plan, Precision
 from simulator.validation.row import Row
 from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, TRACED, kernels_of
 from simulator.validation.row_layout import layout_of
+from simulator.validation.row_recompute import recompute_of
 from simulator.validation.row_software import framework_of
 
 #: what a source's notes may mention -> a mechanism that the simulator has no operation for
@@ -23,6 +24,14 @@ _NOT_MODELLED = {
     r"paged[_ ]stash": "paged stash of activations",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
+#: sources whose software waits for every message between stages: Megatron-LM before 2023 and the scripts that zero-bubble schedules are
+#: compared with (its p2p_communication.py), DeepSpeed (deepspeed/runtime/pipe/p2p.py), Aleph-Alpha/scaling (its communicator.py)
+_WAITS_FOR_MESSAGES = r"Zero Bubble|vTrain|SC'21|Korthikanti|MegaScale \(NSDI|BLOOM|MT-NLG|Aleph-Alpha"
+#: sources on Megatron-Core, which waits for them where a rank has one model chunk (core/pipeline_parallel/schedules.py,
+#: ``forward_backward_pipelining_without_interleaving``)
+_MEGATRON_CORE = "Megatron|dgxc-benchmarking|NVIDIA NeMo|MLPerf|SimuMax|gpu-tpu-pedia"
+#: the schedules or systems among them that do not (MegaScale, section 3.2)
+_SENDS_ASIDE = "^ZB|^MegaScale;"
 #: words for tensor-parallel collectives in pieces beside their products
 _IN_PIECES = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|overlap of DP, TP and PP communication enabled"
 #: source, models and datatypes left out -> recipes that turn tensor-parallel communication overlap on although the table of their
@@ -51,12 +60,16 @@ _PAIRED = (
 #: recipes that name a backend of the flexible dispatcher and set ``moe_token_dispatcher_type = "alltoall"``, so that it is not used
 #: (NVIDIA-NeMo/Megatron-Bridge @05c0c90 scripts/performance/configs/qwen/qwen3_llm_pretrain.py)
 _ALLTOALL_RECIPE = "QWEN3_235B_A22B_PRETRAIN_CONFIG_(H100|B200)"
+#: zero-bubble schedules written by hand -> the automatic one that may keep as many activations (Qi et al. 2023, sections 3 and 4)
+_HANDCRAFTED = {"ZB-H1": "ZB-1p", "ZB-H2": "ZB-2p"}
+#: dispatchers with the interface and the copies of DeepEP: UCCL-EP, AMD's MORI
+_LIKE_DEEPEP = r"\b(?:uccl|mori)\b"
 #: sources from before sequence parallelism, or whose default is without it
 _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
 #: sources whose Megatron-LM could not yet reduce gradients beside the backward
 _NO_GRADIENT_OVERLAP = r"SC'21|MegaScale \(NSDI|Korthikanti|Zero Bubble"
 #: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
-_BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama"
+_BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama|InternEvo"
 
 
 def plan_of(row: Row, model: Model) -> Plan:
@@ -78,7 +91,7 @@ def plan_of(row: Row, model: Model) -> Plan:
     for pattern, mechanism in _NOT_MODELLED.items():
         if row.has(pattern, "overlap_notes", "notes", "pp_schedule", "precision"):
             row.assume(f"not modelled: {mechanism}")
-    recompute, modules = _recompute(row, model)
+    recompute, modules, share = recompute_of(row, model)
     sequence_parallel = _sequence_parallel(row, degrees["tp"])
     table = None
     schedule = _schedule(row, degrees)
@@ -102,7 +115,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         layout=layout_of(row, model, degrees["pp"] * (1 if schedule == "dualpipe" else degrees["vpp"])),
         recompute=recompute,
         recompute_modules=modules,
-        recompute_share=_recomputed_share(row, model) if recompute == "full" else 1.0,
+        recompute_share=share,
         sequence_parallel=sequence_parallel,
         dispatcher=_dispatcher(row, model),
         context_parallel=_context_parallel(row),
@@ -177,6 +190,9 @@ def _said_chunks(row: Row, model: Model, pp: int) -> int | None:
     if said and row.text("model") == "GPT 175B":
         row.assume(f"virtual stages recalled, not printed: {said.group(1)}")
         return int(said.group(1))
+    if row.has("^(ZB-V|V-half|V-min)", "pp_schedule"):
+        row.assume("virtual stages: 2, which these schedules are made for")
+        return 2
     if row.has("interleaved|1F1B-I", "pp_schedule"):
         # embedding and head count as a layer each where the layers alone do not divide
         each = next((layers // pp for layers in (model.layers, model.layers + 2) if layers % pp == 0), 1)
@@ -192,11 +208,17 @@ def _schedule(row: Row, degrees: dict[str, int]) -> str:
         return "1f1b"
     if printed in ("ZB-1p", "ZB-2p", "DualPipe") or (printed in ("ZB-V", "V-half", "V-min") and degrees["vpp"] == 2):
         return printed.lower()
+    if printed in _HANDCRAFTED:
+        row.assume(f"{printed} as the automatic schedule of the same memory, {_HANDCRAFTED[printed]}")
+        return _HANDCRAFTED[printed].lower()
+    if degrees["vpp"] == 1 and re.search(r"gpipe|\bafab\b", printed, re.IGNORECASE):
+        return "gpipe"
     if re.search(r"\bZB|zero-bubble|V-half|V-min", printed):
         raise ProfileError(f"pipeline schedule not modelled: {printed.split(' (')[0]}")
-    if degrees["vpp"] > 1:
-        return "interleaved"
-    return "1f1b"
+    found = "interleaved" if degrees["vpp"] > 1 else "1f1b"
+    if printed and not re.search("1F1B|interleaved|PipeDream|none", printed, re.IGNORECASE):
+        row.assume(f"not modelled: pipeline schedule '{printed}' (taken as {found})")
+    return found
 
 
 def _paired(row: Row, degrees: dict[str, int], schedule: str) -> tuple[str, str | None]:
@@ -214,45 +236,6 @@ def _paired(row: Row, degrees: dict[str, int], schedule: str) -> tuple[str, str 
     micro_batches = row.need("gbs") // (dp * (row.whole("mbs") or 1))
     pairs = " ".join(f"0F{i + 1}+0B{i}" for i in range(micro_batches - 1))
     return "table", f"0F0 {pairs} 0B{micro_batches - 1}\n"
-
-
-def _recomputed_share(row: Row, model: Model) -> float:
-    """Return the share of the layers that full recompute covers."""
-    if row.has("every 2nd layer", "recompute"):
-        return 0.5
-    block = re.match(r"full\(block,num_layers=(\d+)\)", row.text("recompute"))
-    return min(1.0, int(block.group(1)) * row.need("pp") * (row.whole("vpp") or 1) / model.layers) if block else 1.0
-
-
-def _recompute(row: Row, model: Model) -> tuple[str, tuple[str, ...]]:
-    printed = row.default("recompute", "none", row.text("recompute"))
-    if row.has(TRACED, "source"):
-        # the configurations say use_checkpoint; with recompute their products would need 99 % of the peak
-        row.assume("no recompute: stages take as long per layer as the last one, which never recomputes in this source's own model")
-        return "none", ("core_attn",)
-    if printed == "none":
-        return "none", ("core_attn",)
-    if "default:" in printed and row.has("full_iteration", "overlap_notes"):
-        # NVIDIA-NeMo/Megatron-Bridge pull request 3983: recompute_modules=[], which sets granularity but leaves nothing to do again
-        row.assume("recompute: none, which the recipe with a full-iteration CUDA graph lists")
-        return "none", ("core_attn",)
-    if printed.startswith("full") or "every 2nd layer" in printed:
-        return "full", ("core_attn",)
-    listed = re.search(r"\((?:default:)?([^)]*)\)", printed)
-    words = [w.strip().replace("RMSNorm", "layernorm") for w in listed.group(1).split(",")] if listed else []
-    modules = tuple(w for w in words if w in get_args(Module))
-    for word in words:
-        if modules and word not in modules:
-            row.assume(f"not modelled: recompute of {word}")
-    if modules:
-        return "selective", modules
-    if "per-op SAC" in printed or (printed == "selective" and row.has("torchtitan", "source")):
-        # of each layer's products it keeps the first, third, fifth ...: q, v, gate and down; and attention and what is reduce-scattered
-        # what selective means in its train_configs: selective_ac_option = 'op' (torchtitan/models/llama3/train_configs/llama3_8b.toml)
-        row.assume("recompute of every other product: output projection, one of gate and up, and all that is no product (torchtitan)")
-        return "selective", EVERY_OTHER_PRODUCT
-    row.assume(f"not modelled: recompute '{printed}' (taken as norms only)")
-    return "selective", ("layernorm",)
 
 
 def _sequence_parallel(row: Row, tp: int) -> bool:
@@ -278,8 +261,11 @@ def _dispatcher(row: Row, model: Model) -> str:
     if row.has("node-limited", "overlap_notes"):
         row.assume("dispatcher: one copy per host, fanned out there (node-limited routing)")
         return "deepep"
-    if row.has(FULL_ITERATION_RECIPE, "provenance") or row.has("hybridep", "overlap_notes", "notes"):
+    if row.has(FULL_ITERATION_RECIPE, "provenance") or row.has("hybrid-?ep", "overlap_notes", "notes"):
         return "hybridep"
+    if row.has(_LIKE_DEEPEP, "overlap_notes", "notes"):
+        row.assume("dispatcher priced as DeepEP, whose interface it has")
+        return "deepep"
     if not row.has("deepep", "overlap_notes", "notes"):
         if not row.has("dispatcher|all-?to-?all", "overlap_notes", "notes"):
             row.assume("dispatcher not printed: alltoall")
@@ -292,16 +278,21 @@ def _precision(row: Row) -> Precision:
     fields: dict[str, Any] = {}
     if "fp4" in printed:
         fields["gemm"] = "fp4"
-    elif re.search("fp8|float8", printed):
+    elif re.search("fp8|float8|e4m3|w8a8|8.bit", printed):
         fields["gemm"] = "fp8"
     elif "fp16" in printed and "bf16" not in printed:
         row.assume("gradient precision not printed: fp16")
         fields |= dict.fromkeys(("parameters", "gradients", "gemm", "dispatch", "combine", "gradient_reduce"), "fp16")
+    elif not re.search("bf16|bfloat16|fp16", printed):
+        row.assume(f"not modelled: products in '{printed}' (taken as bf16)")
     if row.has("Aleph-Alpha", "source"):
         fields["gradients"] = "bf16"
     if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
         row.assume("tensor-parallel gathers in bf16: torchao casts before them only for tensorwise scaling (torchao/float8/README.md)")
         fields["gather"] = "bf16"
+    if fields.get("gemm") == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x|block", "precision"):
+        row.assume("one copy of a tensor in FP8: one scale for it, either layout")
+        fields["copies"] = 1
     if row.has("fp8 all-gather", "precision"):
         fields["parameter_gather"] = "fp8"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
@@ -328,33 +319,37 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
     tp: TensorParallel = not row.has(f"Aleph-Alpha|{BEFORE_2022}", "source")
     if row.has("torchtitan", "source"):
         tp = "torch_async" if row.has("async TP", "overlap_notes") else "torch"
+    if row.has("Aleph-Alpha", "source") and sequence_parallel:
+        tp = "kept"  # the norm gathers behind itself, for all products, and saves what it gathered (src/scaling/core/nn/norm)
     if degrees["tp"] > 1 and sequence_parallel and _in_pieces(row):
         tp = "pieces"
-    pp = not row.has("Zero Bubble", "source") or row.text("pp_schedule").startswith("ZB")
+    alone = degrees["vpp"] == 1 and row.has(_MEGATRON_CORE, "source")
+    waits = (alone or row.has(_WAITS_FOR_MESSAGES, "source")) and not row.has(_SENDS_ASIDE, "pp_schedule", "notes")
+    pp = degrees["pp"] == 1 or not waits
     if not pp:
-        row.assume("messages between stages not printed: none beside compute, as in the authors' script; their own schedules send aside")
-    if degrees["dp_shard"] * degrees["dp_replicate"] == 1:
+        row.assume("messages between stages not printed: none beside compute, as in its software (schedules that send aside say so)")
+    if degrees["dp_shard"] * degrees["dp_replicate"] * degrees["cp"] == 1:  # ranks of a context share their gradients, too
         return Overlap(tp=tp, pp=pp)
     listed = row.has("full ARGS in the yaml", "notes") and "overlap_grad_reduce=True" not in notes  # what it lists is all there is
     if listed or re.search("no overlap-grad-reduce|all-reduce not overlapped", notes):
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, pp=pp)
     if row.has("SC'21", "source") and row.whole("zero_stage") == 3:
         row.assume("ZeRO-3 as DeepSpeed's of early 2021: matrix by matrix, from lists of tensors, gathers waited for (its issue 1069)")
-        return Overlap(tp=tp, prefetch=0, by_tensor=True)
+        return Overlap(tp=tp, prefetch=0, by_tensor=True, pp=pp)
     if row.has(_NO_GRADIENT_OVERLAP, "source") and not row.has("DDP=torch", "overlap_notes"):
         # --overlap-grad-reduce came at the end of 2023; MegaScale's ablation adds it to its baseline
         row.assume("gradient reduction not printed: after the backward (Megatron-LM before 2024)")
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, pp=pp)
     if row.has("Aleph-Alpha", "source"):
         row.assume("gradient reduction not printed: in fp32 after the backward (Aleph-Alpha/scaling, src/scaling/core/optimizer)")
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, pp=pp)
     if "(DeepSpeed)" in row.text("pp_schedule"):
         # its pipeline engine reduces gradients in an instruction after the last backward
         row.assume("gradient reduction not printed: after the backward (DeepSpeed pipeline)")
-        return Overlap(grad_reduce=False, param_gather=False, tp=tp)
+        return Overlap(grad_reduce=False, param_gather=False, tp=tp, pp=pp)
     if not re.search(r"overlap_grad_reduce=True|grad/param sync overlap|FSDP", notes, re.IGNORECASE):
         row.assume("gradient overlap not printed: on")
-    return Overlap(tp=tp)
+    return Overlap(tp=tp, pp=pp)
 
 
 def _in_pieces(row: Row) -> bool:

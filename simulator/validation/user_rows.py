@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from simulator.errors import Problem, ProfileError, nearest
-from simulator.validation.row_cluster import MACHINES
+from simulator.validation.row_machines import MACHINES, known_machine
 from simulator.validation.schema import SCHEMAS, Schema, wrong
 
 #: degrees whose product is the number of accelerators
@@ -100,7 +100,7 @@ def _row_problems(path: Path, number: int, row: dict[str, str], schema: Schema) 
             problems.append(problem(column.name, "is blank", f"write {column.meaning}"))
     if row.get("arch", "") not in ("", "dense", "moe"):
         problems.append(problem("arch", f"{row['arch']!r}", "write dense or moe"))
-    if row["gpu"] and row["gpu"] not in MACHINES:
+    if row["gpu"] and not known_machine(row["gpu"]):
         problems.append(problem("gpu", f"{row['gpu']!r} has no profile", nearest(row["gpu"], MACHINES)))
     if not any(row[name] for name in schema.measured):
         problems.append(problem(schema.measured[0], "is blank", schema.remedy))

@@ -12,9 +12,10 @@ from simulator.scenario.kernels import Kernels
 from simulator.units import Number
 from simulator.workload.ops import (
     BF16,
+    CURRENT_LAUNCHES,
     EXPERT_LAUNCH,
     FP32,
-    NVFP4_READS,
+    MAXIMUM_READS,
     SPLITS,
     Op,
     Segment,
@@ -116,6 +117,8 @@ class BlockBuilder:
         Whether weights arrive in 16 bits and are cast for every pass.
     share : float
         Share of such layers that full recompute covers; the block is their average.
+    layouts : int
+        Copies of a tensor in low precision that products read: scaled or laid out along the rows, and along the columns.
     """
 
     dtype: str
@@ -131,6 +134,7 @@ class BlockBuilder:
     casts: str = "transformer_engine"
     cast_weights: bool = False
     share: float = 1.0
+    layouts: int = 2
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0
@@ -184,7 +188,7 @@ class BlockBuilder:
         modules: Iterable[str] = (),
         beside: tuple[Op | None, Op | None] = (None, None),
         dtype: str | None = None,
-        arrives: tuple[bool, bool] = (False, False),
+        arrives: tuple[int, int] = (0, 0),
         gather: Op | None = None,
         scatter: tuple[Op, Op] | None = None,
         pieces: Number = 1.0,
@@ -194,10 +198,10 @@ class BlockBuilder:
         """Append a linear layer (m, k) -> (m, n).
 
         Its input gradient is (m, n) x (n, k), its weight gradient (k, m) x (m, n), added to the main gradient as it is
-        written (Megatron's gradient accumulation fusion). Low-precision inputs are cast from bf16, once forward and twice
-        (row- and column-wise) for the output's gradient; before the weight gradient the saved input is read and cast again
-        along the other axis (DeepSeek-V3 report, section 3.3). `arrives` says whether the input and the output's gradient
-        come in low precision already. `beside` are collectives that run next to the input and the weight gradient; `dtype`
+        written (Megatron's gradient accumulation fusion). Low-precision inputs and gradients of outputs are cast from bf16 by one kernel
+        into all `layouts` that the products read. `arrives` says in how many the input and the output's gradient come already: where
+        that is row-wise only, it is read and cast again along the columns before the weight gradient (DeepSeek-V3 report, section
+        3.3). `beside` are collectives that run next to the input and the weight gradient; `dtype`
         keeps a layer out of low precision. In pieces beside the product go the `gather` of its input, or the `scatter` of its
         output and the gather of that one's gradient, around a ring of as many ranks as `pieces`. Casts come before a gather: `shared`
         are the ranks that cast rows of the input, and of the output's gradient.
@@ -217,8 +221,9 @@ class BlockBuilder:
             wgrad = replace(wgrad, bytes=wgrad.bytes + groups * k * n * (added - BF16), written=added)
         forward: list[Segment] = [(there(m),)]
         backward: list[Segment] = []
-        for grad, other in zip((dgrad(m), wgrad), beside, strict=True):
-            ops = (grad, other) if other else (grad,)
+        ahead = [(other,) if other and other.ahead and self.overlap else () for other in beside]
+        back, wgrad = replace(dgrad(m), behind=ahead[0]), replace(wgrad, behind=ahead[1])
+        for ops in (tuple(op for op in pair if op) for pair in zip((back, wgrad), beside, strict=True)):
             backward += [ops] if self.overlap else [(op,) for op in ops]
         if gather:
             forward = arriving(there, m, gather, pieces)
@@ -229,16 +234,18 @@ class BlockBuilder:
             added = groups * k * n * (BF16 + 2 * self.gradient)
             backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
         if e < BF16:
-            host = {"routed": routed, "launches": 1 + (EXPERT_LAUNCH * groups if "groups" in more else 0.0)}
+            several = CURRENT_LAUNCHES if self.casts == "current" else 1  # of which all but the first come from C++
+            looped = (several * groups if "groups" in more else several - 1.0) * EXPERT_LAUNCH
+            host = {"routed": routed, "launches": 1 + looped}
             sizes = groups * m / shared[0] * k, groups * m * k, groups * m / shared[1] * n, groups * k * n * (1.0 * self.cast_weights)
             there_b, again_b, back_b = self._cast_bytes(d, e, sizes, arrives)
-            forward.insert(0, (Op(f"{name}.cast", "memory", bytes=there_b, **host),))
-            backward.insert(0, (Op(f"{name}.cast", "memory", bytes=back_b, grad="input", **host),))
-            again = Op(f"{name}.cast", "memory", bytes=again_b, grad="weight", **host)
+            forward.insert(0, (_cast(name, there_b, "", **host),))
+            backward.insert(0, (_cast(name, back_b, "input", **host),))
+            again = _cast(name, again_b, "weight", **host)
             backward.insert(next(i for i, ops in enumerate(backward) if any(op is wgrad for op in ops)), (again,))
         self.add(forward, backward, saved, modules)
 
-    def _cast_bytes(self, dtype: str, e: float, sizes: tuple[Number, ...], arrives: tuple[bool, bool]) -> tuple[Number, Number, Number]:
+    def _cast_bytes(self, dtype: str, e: float, sizes: tuple[Number, ...], arrives: tuple[int, int]) -> tuple[Number, Number, Number]:
         """Return the bytes that casts move forward, ahead of the weight gradient and ahead of the input gradient.
 
         `sizes` are elements: of the input as it is cast forward and as it is cast again, of the output's gradient, of the weight.
@@ -249,9 +256,13 @@ class BlockBuilder:
             scaled = BF16 * TORCHAO_RESCALES[self.casts]  # the gradients of the input and of the weight
             ahead = back * (grads + 2 * e) + weight * (backward + e) + again * scaled
             return taken * (there + e) + weight * (forward + e), again * (later + e) + weight * scaled, ahead
-        in_cast, out_cast = (0.0 if known else (NVFP4_READS if dtype == "fp4" else 1) * BF16 + e for known in arrives)
-        out_cast = out_cast + e if out_cast else 2 * e  # the column-wise one reads the row-wise one where only that arrives
-        return taken * in_cast, again * 2 * e, back * out_cast
+        reads, laid_out = (MAXIMUM_READS if dtype == "fp4" or self.casts == "current" else 1) * BF16, (self.layouts - 1) * e
+        missing = [2 * max(self.layouts - known, 0) * e for known in arrives]  # read row-wise, written along the columns
+        ahead = back * (missing[1] if arrives[1] else reads + e + laid_out)
+        if arrives[0]:
+            return 0.0, again * missing[0], ahead
+        for_gather = np.not_equal(taken, again)  # rows that other ranks gather are laid out along the columns where they arrive
+        return taken * (reads + e + np.where(for_gather, 0.0, laid_out)), np.where(for_gather, again * 2 * laid_out, 0.0), ahead
 
     def collective(self, forward: Op, backward: Op, modules: Iterable[str] = ()) -> None:
         """Append a collective and the one that its gradient needs."""
@@ -306,13 +317,23 @@ def _partly(op: Op, share: float) -> Op:
     return op if share == 1 else replace(op, flop=op.flop * share, bytes=op.bytes * share, turns=op.turns * share, share=share)
 
 
+def _cast(name: str, size: Number, grad: str, launches: Number, routed: bool) -> Op:
+    """Return the casts ahead of a product: none, which nothing launches, where all comes as it is read."""
+    launched = launches * (np.asarray(size) > 0)
+    return Op(f"{name}.cast", "memory", bytes=size, grad=grad, launches=launched, routed=routed)
+
+
 def _again(segments: Iterable[Segment]) -> list[Segment]:
     return [tuple(replace(op, grad="again") for op in segment) for segment in segments]
 
 
 def passes(block: Block, kind: str) -> tuple[Segment, ...]:
-    """Return the segments of a pass: F, B, I (the input gradient, recompute included) or W (the weight gradient)."""
+    """Return the segments of a pass: F, B, I (the input gradient, recompute included) or W (the weight gradient).
+
+    I and W tear products and the collectives beside them apart.
+    """
     if kind in "FB":
         return block.forward if kind == "F" else block.backward
-    parts = (tuple(op for op in segment if (op.grad == "weight") == (kind == "W")) for segment in block.backward)
+    own = (tuple(op for op in segment if (op.grad == "weight") == (kind == "W")) for segment in block.backward)
+    parts = (tuple(replace(op, behind=()) if op.behind else op for op in segment) for segment in own)
     return tuple(part for part in parts if part)

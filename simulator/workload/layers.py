@@ -77,9 +77,12 @@ LOSS_LAUNCHES = {
 #: kernels that find, replace and set to zero what the vocabulary of another rank holds (megatron/core/tensor_parallel/layers.py,
 #: ``VocabParallelEmbedding``); that look up learned positions, add them and drop out
 MASKED_LAUNCHES, POSITION_LAUNCHES = 7, 3
-#: kernels of scores, top-k, load counts and probabilities, and of their gradients; of moving rows to their experts' order, for
-#: which a map of rows is made first; of moving whole chunks of rows
-ROUTER_LAUNCHES, PERMUTE_LAUNCHES, SORT_LAUNCHES = (20, 15), (8, 8), (3, 2)
+#: kernels of scores, top-k, load counts, probabilities and the balancing loss, and of their gradients. Fused: top-k with its scores,
+#: scores of the loss, the loss; around them the random logits of forced balance, counts of tokens per expert, and the loss put
+#: aside (megatron/core/transformer/moe/router.py, transformer_engine/pytorch/router.py)
+ROUTER_LAUNCHES = {"eager": (20, 15), "fused": (9, 5)}
+#: kernels of moving rows to their experts' order, for which a map of rows is made first; of moving whole chunks of rows
+PERMUTE_LAUNCHES, SORT_LAUNCHES = (8, 8), (3, 2)
 #: bytes per element that adding the last bias of experts moves, forward and backward, in separate operations of PyTorch: the bias
 #: times the probability (write), the sum (read twice, write), one tensor of all experts (read, write); backward the tensor
 #: again, and the gradient times the probability and times the bias (read, write each), summed up (read each). Megatron-Core,
@@ -92,6 +95,18 @@ EXPERT_BIAS_LAUNCHES = (3, 6)
 #: the gradient for both of its halves (Megatron-Core, megatron/core/fusions/fused_bias_swiglu.py, ``weighted_swiglu_back``). Measured
 #: with PyTorch 2.11 on one H100: 10.5 times what moving one of the tensors takes where copies need 1.1 times, so 9.5 instead of 5
 PROBABILITY_BYTES = 4.5 * BF16
+#: elements, per one of up-projection and gate, that kernels of clamping address one by one, because halves of rows lie apart, forward and
+#: backward: each half clamped; the gate compared and the up-projection twice, and a gradient selected for each. Bytes that the others
+#: move: both halves joined (read, write); two comparisons joined (read a byte each, write one), both gradients joined. Megatron-Core,
+#: megatron/core/fusions/fused_bias_geglu.py, ``weighted_bias_quick_geglu_impl``; PyTorch's ``clamp_backward``
+CLAMP_ADDRESSED, CLAMP_BYTES, CLAMP_LAUNCHES = (1.0, 2.5), (4.0, 5.5), (3, 7)
+
+
+#: memory of experts in a CUDA graph of the whole step, whose sizes cannot follow the tokens that come, over what even loads need: the
+#: pages that hold what their gradients read, and the buffers that they run in (``moe_paged_stash_buffer_size_factor_cuda``,
+#: ``moe_expert_rank_capacity_factor`` of NVIDIA-NeMo/Megatron-Bridge's recipes with such graphs, ``_enable_full_iteration_cuda_graph``
+#: and ``set_full_iter_cg_configs``; what they multiply: NVIDIA/Megatron-LM pull requests 2690 and 4247)
+STASHED, CAPACITY = 1.2, 1.5
 
 
 def _activation(
@@ -113,9 +128,9 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     h, local, mats = model.hidden, ffn / x.tp, 2 if model.gated else 1
     saved, cast = _kept(x.tokens * mats * local, kept)
     if mats == 2 and b.kernels.gate == "separate":
-        own, gate = (f"{name}.up", f"{name}.gate") if not x.of_torch else (name, name)
+        own, gate = (name, name) if x.keeps_rows else (f"{name}.up", f"{name}.gate")
         column_parallel(b, gate, f"{name}.gate", x, h, local, (*modules, "mlp_gate"), saved / 2)
-        column_parallel(b, own, f"{name}.up", x, h, local, modules, saved / 2, gathers=not x.of_torch)
+        column_parallel(b, own, f"{name}.up", x, h, local, modules, saved / 2, gathers=not x.keeps_rows)
     else:
         column_parallel(b, name, f"{name}.up", x, h, mats * local, modules, saved)
     bias_gradients(b, f"{name}.up", x.tokens * mats * local * model.mlp_bias)
@@ -156,7 +171,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     if b.kernels.glue:
         b.memory("moe.input", 0.0, 3 * x.split_tokens * h * BF16 * (2 if e.shared_ffn else 1), launches=(0, 2 if e.shared_ffn else 1))
     b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
-    b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES)
+    b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES[b.kernels.router])
     copies = received * h
     # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
     cast = precision.dispatch == b.dtype != "bf16"
@@ -174,25 +189,33 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     )
     b.collective(gather, scatter, moe)
     per_expert, (saved, kept) = rows / local, _kept(rows * mats * ffn, precision.activations)
-    taken = rows * b.load  # what stays in memory is of the tokens that really come
+    # what stays in memory is of the tokens that really come, or in a graph of everything has room for more than come evenly
+    whole = "full" in b.kernels.graphs
+    held = np.maximum(b.load, STASHED) if whole else b.load
+    taken, room = rows * held, rows * (np.maximum(b.load, CAPACITY) if whole else b.load)
     fused = b.kernels.experts == "fused"
     b.linear(
         "moe.up",
         per_expert,
         h,
         mats * ffn,
-        saved=(copies * x.etp * b.kept + saved) * b.load,
+        saved=(copies * x.etp * b.kept + saved) * held,
         modules=moe,
         groups=local,
         routed=True,
-        arrives=(cast, fused),
+        arrives=(cast, 2 * fused),
     )
     if fused:
         b.add([], [], taken * ffn * b.kept, ("moe", "moe_act"))
     else:
+        if model.clamped:
+            size = rows * mats * ffn
+            moved, addressed = (tuple(size * each for each in of) for of in (CLAMP_BYTES, CLAMP_ADDRESSED))
+            own = {"modules": ("moe", "moe_act"), "routed": True, "launches": CLAMP_LAUNCHES}
+            b.memory("moe.clamp", *moved, saved=size * b.load * BF16, addressed=addressed, **own)
         _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.kept, ("moe", "moe_act"), routed=True)
-    b.works(taken * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
-    b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(fused, cast))
+    b.works(room * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
+    b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(2 * fused, cast))
     if model.mlp_bias and not fused and "full" not in b.kernels.graphs:  # a graph of everything cannot split by the experts' loads
         launches = tuple(1 + each * local for each in EXPERT_BIAS_LAUNCHES)
         b.memory("moe.bias", *(rows * h * each for each in EXPERT_BIAS_BYTES), modules=moe, routed=True, launches=launches)

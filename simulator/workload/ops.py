@@ -34,10 +34,13 @@ GRAPH_LAUNCHES = 2
 #: pieces that a product is cut into to be reduce-scattered beside itself (Transformer Engine's ``pipeline`` method with its
 #: default ``num_splits``, transformer_engine/pytorch/module/base.py); where its rows arrive, one for each rank of the ring
 SPLITS = 4
-#: times that a cast to NVFP4 reads 16 bits: for the maximum of the tensor, then for its blocks (Transformer Engine @8f2e635,
-#: transformer_engine/common/hadamard_transform, cast/nvfp4); published: docs/examples/gemm_profiling there times a layer on B300 with
-#: and without casts: 1.1 ns per 1000 elements, 1.5 of MXFP8's 0.73, which reads once
-NVFP4_READS = 2
+#: times that a cast reads 16 bits where it looks for the maximum of the tensor first. To NVFP4, then for its blocks (Transformer
+#: Engine @8f2e635, transformer_engine/common/hadamard_transform, cast/nvfp4); published: docs/examples/gemm_profiling there times a layer
+#: on B300 with and without casts: 1.1 ns per 1000 elements, 1.5 of MXFP8's 0.73, which reads once. To FP8 with one scale for the
+#: tensor as it is (``Float8CurrentScalingQuantizer``, transformer_engine/pytorch/csrc/quantizer.cpp)
+MAXIMUM_READS = 2
+#: kernels of such a cast to FP8 (the same): it clears the maximum, finds it, makes a scale of it, and casts
+CURRENT_LAUNCHES = 4
 #: kinds that run on the compute stream; the others are collectives
 COMPUTE = ("gemm", "grouped_gemm", "attention", "memory")
 #: kind that waits, on the compute stream, until the host has launched what came before
@@ -88,8 +91,15 @@ class Op:
         Of a collective: every rank's part is a tensor of its own, which a kernel copies from or to the buffer that travels.
     holds : bool
         Whether the host waits for its end before it launches more.
+    ahead : bool
+        Of a collective: it has its multiprocessors before the kernel beside it starts.
+    behind : tuple of Op
+        Of a product: the collective beside it that is `ahead`, which may displace some of its blocks
+        (`simulator.scenario.cluster.Accelerator.displaced_product`).
     written : Number
         Of a GEMM: bytes that its epilogue moves per element of the result; adding to a main gradient reads it, too.
+    gathered : Number
+        Of a message: bytes that the receiver's tensor-parallel group puts together of it, each rank having got a part.
     addressed : Number
         Of memory-bound kernels: elements of those kernels, beside the ones that `bytes` counts, whose places PyTorch computes one by
         one, because rows are parts of longer ones or meet a row or a column (`simulator.pricing.compute.ADDRESSED_FLOP`).
@@ -115,8 +125,11 @@ class Op:
     streams: Number = 1.0
     written: Number = BF16
     listed: bool = False
+    gathered: Number = 0.0
     addressed: Number = 0.0
     holds: bool = False
+    ahead: bool = False
+    behind: Segment = ()
 
     @property
     def stream(self) -> str:

@@ -46,6 +46,11 @@ class Shape:
         """Whether PyTorch's own tensor parallelism runs the collectives."""
         return self.style in ("torch", "torch_async")
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether gathered rows serve all products of an input and stay for the weight gradients."""
+        return self.of_torch or self.style == "kept"
+
     @classmethod
     def of(cls, plan: Plan, job: Job) -> Shape:
         """Return the sizes that `plan` gives to one micro-batch of `job`."""
@@ -82,6 +87,7 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         plan.framework.casts,
         plan.precision.parameter_gather not in ("fp8", "fp4"),
         plan.recompute_share,
+        plan.precision.copies,
     )
 
 
@@ -91,12 +97,12 @@ def norm(
     """Read and write the row forward; read it, its gradient, write the input's gradient backward.
 
     An eager RMSNorm is seven operations in fp32, with twice as many behind them, and keeps an fp32 copy of the row and the
-    normalised row beside the row and the result; LayerNorm is one kernel in PyTorch too.
+    normalised row beside the row and the result, or in place of the row; LayerNorm is one kernel in PyTorch too.
     """
-    eager = b.kernels.norm == "eager" and not model.layer_norm
+    eager = b.kernels.norm != "fused" and not model.layer_norm
     there, back = EAGER_NORM_BYTES if eager else (2 * BF16, 3 * BF16)
     if eager:
-        saved = saved + tokens * width * (FP32 + BF16)
+        saved = saved + tokens * width * (FP32 + BF16 * (b.kernels.norm == "eager"))
     b.memory(name, there * tokens * width, back * tokens * width, saved, modules, launches=(7, 14) if eager else (1, 2))
     b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
 
@@ -120,19 +126,20 @@ def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple
     """Gather the sequence-parallel rows for column-parallel layers.
 
     Returns the collectives that Megatron hides behind the layer's gradients: the rows are gathered again beside the
-    input gradient and their gradient is reduce-scattered (without sequence parallel: all-reduced) beside the weight's. PyTorch
-    keeps the gathered rows instead, unless its checkpointing gathers them again, and reduce-scatters behind both gradients.
+    input gradient and their gradient is reduce-scattered (without sequence parallel: all-reduced) beside the weight's. Others
+    keep the gathered rows instead, unless checkpointing by operation gathers them again, and reduce-scatter behind both gradients.
+    Megatron has them start ahead of these products (``CUDA_DEVICE_MAX_CONNECTIONS`` of 1 keeps the order of the launches).
     """
     size = x.tokens * width * BF16
     if not x.sequence_parallel:
-        return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input")
+        return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input", ahead=True)
     gather = _gather(b, f"{name}.gather", x.tokens * width)
     scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
-    if x.of_torch:
+    if x.keeps_rows:
         b.add(_joined(x, gather), _joined(x, scatter), _beyond_own(x, gather), (*modules, "tp_gather"))
         return None, None
     b.add([(gather,)], [], modules=(*modules, "tp_gather"))
-    return replace(gather, grad="weight"), scatter
+    return replace(gather, grad="weight", ahead=True), replace(scatter, ahead=True)
 
 
 def _gather(b: BlockBuilder, name: str, elements: Number) -> Op:

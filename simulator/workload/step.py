@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from simulator.scenario.job import Job
 from simulator.scenario.mesh import group
 from simulator.scenario.model import Model
@@ -209,9 +211,10 @@ def optimizer_ops(dense, expert, model: Model, plan: Plan, job: Job) -> tuple[Op
 
 def send_op(plan: Plan, model: Model, job: Job) -> Op:
     """Return the message that carries one micro-batch's activations (or their gradients) to the next stage."""
-    tokens = plan.micro_batch * job.sequence_length / plan.cp
-    split = plan.tp if plan.sequence_parallel else 1
-    return Op("send", "send", bytes=tokens / split * model.hidden * BF16, axis="pp")
+    whole = plan.micro_batch * job.sequence_length / plan.cp * model.hidden * BF16
+    parts = plan.framework.splits_messages and not plan.sequence_parallel
+    gathered = np.where(np.asarray(plan.tp) > 1, whole, 0.0) if parts else 0.0
+    return Op("send", "send", bytes=whole / (plan.tp if plan.sequence_parallel or parts else 1), axis="pp", gathered=gathered)
 
 
 NORM_OP = Op("optimizer.norm", "all_reduce", bytes=4.0, axis="world", dtype="fp32")

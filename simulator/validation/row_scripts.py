@@ -1,0 +1,115 @@
+"""What a table of published rows leaves out and the scripts that ran its rows say."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from simulator.validation.row import Row
+
+#: columns in words: what a script says is put behind what the row prints
+_WORDS = ("notes", "overlap_notes")
+
+
+class Script(NamedTuple):
+    """What a script says of some rows.
+
+    Parameters
+    ----------
+    rows : dict
+        Column -> regular expression that its cell matches.
+    says : dict
+        Column -> its cell where the row leaves it blank or `rows` asks for the cell that is replaced; ``{tp}`` stands for the row's cell.
+    where : str
+        Where the script can be read.
+    """
+
+    rows: dict[str, str]
+    says: dict[str, str]
+    where: str
+
+
+_BRIDGE = "NVIDIA-NeMo/Megatron-Bridge"
+_25_09, _25_11 = r"\(25\.09 container\)", r"\(25\.11 container\)"
+_ZOO = "yanring/Megatron-MoE-ModelZoo"
+_SCRIPTS = [
+    Script(
+        {"source": "Parallel Folding", "notes": r"strategy '(?!.*Folding)"},
+        {"etp": "{tp}"},
+        "experts are divided as the rest of a layer where nothing is folded: what the paper sets its method against",
+    ),
+    Script(
+        {"source": "Parallel Folding", "pp": r"^(?!1$)", "vpp": "^$"},
+        {"notes": "every layer is its own chunk"},
+        "NVIDIA/NeMo @00138e2 nemo/collections/llm/recipes/mixtral_8x22b.py and its 8x7b: virtual stages of one layer",
+    ),
+    Script(
+        {"source": "Parallel Folding", "mbs": "^$"},
+        {"mbs": "1"},
+        f"{_ZOO} @0993e66 best_practice/Mixtral/run_mixtral_8x22B.sh, the authors' own",
+    ),
+    Script(
+        {"source": "JAX-Toolbox Pax", "model": "5B|175B", "recompute": "^$"},
+        {"recompute": "full"},
+        "google/paxml @04516ac contrib/gpu/scripts_gpu/configs.py on tasks/lm/model_params.py: SAVE_NOTHING where layers repeat",
+    ),
+    Script(
+        {"source": "JAX-Toolbox Pax", "precision": "^bf16"},
+        {"overlap_notes": "kernel=fused"},
+        "NVIDIA/JAX-Toolbox rosetta/projects/pax @2860390: without Transformer Engine, XLA's own softmax over scores in memory",
+    ),
+    Script(
+        {"source": "MLPerf Training", "gpu": "[BH][23]?00", "precision": "^$"},
+        {"precision": "FP8"},
+        "mlcommons/training_results: configurations of NVIDIA's implementation train in 8 bits, where they name no 4",
+    ),
+    Script(
+        {"source": "Megatron-MoE-ModelZoo", "gpu": "H100", "recompute": "modules in the command line"},
+        {"recompute": "selective(layernorm,moe)", "mbs": "1"},
+        f"{_ZOO} @020b813 best_practice/qwen3/readme.md, run_h100_235b.sh",
+    ),
+    Script(
+        {"provenance": f"{_BRIDGE}.*{_25_11}", "gpu": "GB[23]00", "model": "DeepSeek-V3|Qwen3", "overlap_notes": "^$"},
+        {"overlap_notes": "cuda_graph=transformer_engine:['moe_router', 'moe_preprocess']; dispatcher=hybridep"},
+        f"the recipes of this container on Grace Blackwell ({_BRIDGE} @v0.2.0 scripts/performance/configs)",
+    ),
+    Script(
+        {"provenance": f"{_BRIDGE}.*{_25_11}", "model": "DeepSeek-V3", "recompute": "^$"},
+        {"recompute": "selective(mla_up_proj)"},
+        f"{_BRIDGE} @v0.2.0 scripts/performance/configs/deepseek/workload_base_configs.py",
+    ),
+    Script(
+        {"source": "Megatron-Bridge", "model": "Llama-3 70B", "gpu": "B[23]00", "pp": "^4$", "vpp": "^$"},
+        {"vpp": "5"},
+        f"{_BRIDGE} @00919dc scripts/performance/configs/llama/llama3_workload_base_configs.py",
+    ),
+    Script(
+        {"provenance": f"{_BRIDGE}.*{_25_09}", "notes": "EP 32 is the largest possible", "ep": "^64$"},
+        {"ep": "32"},
+        "64 do not fit a stage of 32; the row's own notes",
+    ),
+    Script(
+        {"provenance": f"{_BRIDGE}.*{_25_09}", "model": "DeepSeek-V3", "recompute": "^$"},
+        {"recompute": "selective(mla_up_proj)"},
+        f"{_BRIDGE} @0132842 scripts/performance/configs/deepseek/deepseek_llm_pretrain.py",
+    ),
+    Script(
+        {"provenance": f"{_BRIDGE}.*{_25_09}", "gpu": "GB200", "model": "Qwen3", "overlap_notes": "^$"},
+        {"overlap_notes": "cuda_graphs"},
+        f"{_BRIDGE} @27dfb3d scripts/performance/configs/qwen3/qwen3_235b_a22b_llm_pretrain.py, qwen3_235b_a22b_gb200_*",
+    ),
+]
+
+
+def with_scripts(row: Row) -> Row:
+    """Return a row with what the scripts of its source say; each cell that they fill in is one of its assumptions."""
+    for script in _SCRIPTS:
+        if not all(row.has(pattern, column) for column, pattern in script.rows.items()):
+            continue
+        for column, says in script.says.items():
+            says, printed = says.format(tp=row.text("tp")), row.text(column)
+            words = column in _WORDS
+            if printed and not words and column not in script.rows:
+                continue
+            row = row.replaced({column: "; ".join(filter(None, (printed, says))) if words else says})
+            row.assume(f"{column} {'not printed' if words or not printed else f'printed as {printed}'}: {says} ({script.where})")
+    return row
