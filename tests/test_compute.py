@@ -109,14 +109,14 @@ def test_fp32_sums_cost_a100_a_twentieth_of_a_weight_gradient():
     assert weight < forward
 
 
-def test_grouped_gemm_is_slower_by_its_efficiency():
+def test_grouped_gemm_is_slower_by_its_efficiency_and_by_what_each_product_costs():
     one, grouped = (gemm_s(1e12, 1e6, 256, 512, 900, 4, "bf16", weights, ROUND) for weights in (0.0, 1e-9))
-    assert grouped == pytest.approx(one / 0.8, rel=1e-12)
+    assert grouped == pytest.approx(one / 0.8 + 4 * 3.8e-6, rel=1e-12)
 
 
-def test_products_of_a_group_wait_for_three_quarters_of_their_weights():
+def test_products_of_a_group_wait_for_half_of_their_weights():
     few, many = (gemm_s(1e12, 1e6, 256, 512, 900, 4, "bf16", weights, ROUND) for weights in (1e6, 1e9 + 1e6))
-    assert many - few == pytest.approx(0.75 * 1e9 / 5e11, rel=1e-12)
+    assert many - few == pytest.approx(0.5 * 1e9 / 5e11, rel=1e-12)
 
 
 @pytest.mark.parametrize(

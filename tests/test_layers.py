@@ -480,6 +480,18 @@ def test_latent_rotary_embedding_that_no_kernel_fuses():
     assert only(layer(MLA, False).forward, "attn.rotary").addressed == 0
 
 
+def test_experts_that_clamp_handle_halves_of_rows_element_by_element():
+    """Up-projection and gate of every copy: two clamps and their join; three comparisons, two selections, the join of gradients."""
+    clamped = MOE.model_copy(update={"clamped": True})
+    there, back = (only(b, "moe.clamp") for b in (layer(clamped, True).forward, layer(clamped, True).backward))
+    each = S * EXPERTS.top_k * 2 * EXPERTS.ffn
+    assert (there.addressed, there.bytes, there.launches) == (each, 4 * each, 3)
+    assert (back.addressed, back.bytes, back.launches) == (2.5 * each, 5.5 * each, 7)
+    assert layer(clamped, True).saved_bytes - layer(MOE, True).saved_bytes == 2 * each  # what is joined
+    for other in (layer(MOE, True), layer(clamped, True, kernels=Kernels(experts="fused"))):
+        assert not any(op.name == "moe.clamp" for segment in other.forward for op in segment)
+
+
 def test_experts_probabilities_have_a_gradient_of_their_own():
     """Backward 9.5 instead of 5 times the output of the activation; fused, or sequential with the probabilities elsewhere, none."""
     rows = S * EXPERTS.top_k

@@ -158,7 +158,7 @@ def _dimensions(model: Model) -> list[str]:
     PlanError
         When the model has a detail whose flags are not written here.
     """
-    details = {name: getattr(model, name) for name in ("scaled_rotary", "sinks")}
+    details = {name: getattr(model, name) for name in ("scaled_rotary", "clamped", "sinks")}
     details |= {"windows": any(model.windows), "shared_gate": bool(model.experts and model.experts.shared_gate)}
     details["biases of a part"] = len({model.attention_bias, model.output_bias, model.mlp_bias}) > 1
     refuse("the writer", {f"model.{k}": "take the model's flags from its recipe: dimensions=False" for k, v in details.items() if v})

@@ -20,9 +20,10 @@ ADDRESSED_FLOP = 190.0
 #: keys per query at which attention is benchmarked: a causal sequence of 8,192
 _KEYS = 4096
 #: share of the time to move their weights, or the gradients of these, that products of a group take longer by, because each begins with
-#: weights that nobody has read: 0.7 to 1.1 by the grouped products of 128 to 1,232 rows that MooreThreads/SimuMax @e691807
-#: configs/system/b200_bf16_ceperm.json has measured on B200, 0.3 to 0.5 on one H100 (cuBLAS of CUDA 13.0, four streams, 256 to 2,048 rows)
-COLD_WEIGHTS = 0.75
+#: weights that nobody has read, and what each of them costs beside. 0.49 and 3.8 us fit the 60 grouped products of 128 to 9,832 rows
+#: that MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json has measured on B200, with misses of 14 %; the share alone
+#: leaves 19 %. On one H100 0.3 to 0.5 (cuBLAS of CUDA 13.0, four streams, 256 to 2,048 rows) and 3.4 to 3.6 us
+COLD_WEIGHTS, EACH_PRODUCT_S = 0.5, 3.8e-6
 #: speed of the backward of heads wider than 128, over that of 128: 0.87 to 0.91 for widths of 192 and 128 on an H100 (cuDNN of
 #: PyTorch 2.11, measured by this project on 2026-11-26); 0.77 to 0.83 on B200 (MooreThreads/SimuMax @e691807), in tables whose other
 #: figures scatter as much, so that one figure serves both
@@ -139,7 +140,7 @@ def gemm_s(
     ordinary = accelerator.peak_flop_per_s["fp32"] * accelerator.gemm_efficiency["fp32"] if batched else RAGGED * rate
     rate = np.where(whole, rate, np.minimum(ordinary, rate))
     share = np.maximum(gemm_shape_efficiency(m, n, k, groups, accelerator, run_as, written), 1e-9)
-    cold = COLD_WEIGHTS * _streamed(grouped, accelerator)
+    cold = COLD_WEIGHTS * _streamed(grouped, accelerator) + EACH_PRODUCT_S * np.asarray(groups) * (np.asarray(grouped) > 0)
     return _launched(np.maximum(flop / (rate * share) + cold, _streamed(size, accelerator)), flop, accelerator)
 
 

@@ -46,7 +46,7 @@ _ALL_LAYERS_SLIDE = ("mistral", "mixtral")
 _CLASSES: dict[str, dict[str, bool]] = {
     "qwen3": {"qk_norm": True},
     "qwen3_moe": {"qk_norm": True},
-    "gpt_oss": {"scaled_rotary": True, "sinks": True, "attention_bias": True, "output_bias": True, "mlp_bias": True},
+    "gpt_oss": {"scaled_rotary": True, "clamped": True, "sinks": True, "attention_bias": True, "output_bias": True, "mlp_bias": True},
     "gpt2": {
         "layer_norm": True,
         "attention_bias": True,

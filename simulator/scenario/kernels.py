@@ -9,6 +9,7 @@ from simulator.scenario.facts import Frozen
 #: ``flash`` is the fastest fused attention for the hardware; ``flash_fp8`` the same in 8 bits; the others are what older stacks run
 Attention = Literal["flash", "flash_fp8", "flash2", "flash1", "unfused", "eager"]
 Fusion = Literal["fused", "eager"]
+Norm = Literal["fused", "eager", "eager_fp32"]
 #: how the experts of a rank are multiplied
 Grouping = Literal["grouped", "fused", "sequential"]
 #: how a weight gradient is added to what earlier micro-batches left
@@ -20,12 +21,13 @@ Backward = Literal["functions", "engine"]
 #: parts of a layer, in the words of Megatron's ``cuda_graph_scope``; ``full`` is the whole iteration
 Graph = Literal["attn", "moe_router", "moe_preprocess", "moe", "mlp", "full"]
 
-#: beginnings of the names of the operations that each scope captures
+#: beginnings of the names of the operations that each scope captures (megatron/core/transformer/transformer_layer.py,
+#: ``_get_submodules_under_cudagraphs``)
 _SCOPES: dict[str, tuple[str, ...]] = {
     "attn": ("attn",),
-    "moe_router": ("router",),
+    "moe_router": ("router", "shared.", "mlp.norm"),
     "moe_preprocess": ("moe.permute", "moe.dispatch"),
-    "moe": ("router", "moe.", "shared."),
+    "moe": ("router", "moe.", "shared.", "mlp.norm"),
     "mlp": ("mlp.",),
     "full": ("",),
 }
@@ -43,7 +45,8 @@ class Kernels(Frozen):
         ``eager``: scores in memory, a kernel for each of scale, mask, fp32 softmax (plain PyTorch).
     norm, pointwise : str
         ``eager`` runs RMSNorm, or rotary embedding, activation and loss, as the separate PyTorch operations that
-        they are written in, each of which reads and writes device memory.
+        they are written in, each of which reads and writes device memory. A norm that is ``eager_fp32`` casts the row before
+        all else and so keeps its fp32 copy in place of the row (torchtitan/models/norms.py @0c355e6, as Llama's own).
     router : str
         ``fused``: a kernel each for scores with top-k and for the balancing loss (Transformer Engine 2.6, Megatron's
         ``moe_router_fusion``); ``eager``: the separate PyTorch operations that Megatron writes them in.
@@ -76,7 +79,7 @@ class Kernels(Frozen):
     """
 
     attention: Attention = "flash"
-    norm: Fusion = "fused"
+    norm: Norm = "fused"
     pointwise: Fusion = "fused"
     router: Fusion = "eager"
     dropout: bool = False

@@ -108,8 +108,8 @@ class Model(Frozen):
     latent : LatentAttention or None
     mtp_layers : int
         Multi-token-prediction layers trained beside the main model.
-    scaled_rotary : bool
-        Whether rotary embedding also multiplies by YaRN's factor of attention (GPT-OSS).
+    scaled_rotary, clamped : bool
+        Whether rotary embedding also multiplies by YaRN's factor of attention, and experts clamp what they activate (GPT-OSS).
     tied_embeddings, attention_bias, output_bias, mlp_bias, qk_norm, sinks, layer_norm : bool
         Details that carry parameters: shared input and output embedding, biases of q/k/v, of the attention output and of
         the MLP, norms of queries and keys, learned attention sinks, LayerNorm (with bias) instead of RMSNorm.
@@ -130,6 +130,7 @@ class Model(Frozen):
     ffn: SizeOrZero
     gated: bool = True
     scaled_rotary: bool = False
+    clamped: bool = False
     experts: Experts | None = None
     moe_layers: tuple[bool, ...] = ()
     windows: tuple[Size | None, ...] = ()

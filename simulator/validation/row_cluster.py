@@ -16,6 +16,10 @@ from simulator.validation.row_machines import MACHINES, UNSURE, VARIANTS, known_
 T = TypeVar("T", bound=Facts)
 
 _NOT_INFINIBAND = r"RoCE|ROCE|RDMA per GPU|Ethernet|Omni-Path|EFA"
+#: share of the line rate that NCCL reached through an Omni-Path adapter of Jean Zay: 40.55 Gbit/s of bus bandwidth between four hosts of
+#: eight A100, which come in through one of their four adapters of 100 Gbit/s and leave through another, as the log shows
+#: (bigscience-workshop/bigscience @358e3c8 experiments/bandwidth/all_reduce_bench-a100-n4.txt)
+OMNI_PATH_EFFICIENCY = 40.55 / 100
 _RATE = r"(?<![x\d.])(\d+(?:\.\d+)?)\s*"  # not the 200 of "8x200"
 #: how a source writes its NICs -> what the numbers mean; first match wins; the case tells bits from bytes
 _NICS: list[tuple[str, str]] = [
@@ -169,4 +173,8 @@ def _fabric(row: Row, name: str, host: Host, count: int) -> Fabric:
             name = "roce-meta-24k" if "3-layer CLOS" in text else "roce-400g"
         else:
             row.assume(f"network is not InfiniBand: latencies and efficiency of {name}")
+    if row.has("Omni-Path", "inter_node"):
+        row.assume(f"NCCL reaches {OMNI_PATH_EFFICIENCY:.0%} of Omni-Path's line rate: measured on that machine by its users")
+        source = "bigscience-workshop/bigscience @358e3c8 experiments/bandwidth/all_reduce_bench-a100-n4.txt"
+        return adapted(FABRICS.load(name), {"efficiency": OMNI_PATH_EFFICIENCY}, "published", source, "over Omni-Path")
     return FABRICS.load(name)

@@ -39,7 +39,12 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("BLOOM", {"attention": "unfused"}, "Megatron-DeepSpeed before FlashAttention: scores in memory, fused softmax, no dropout"),
     ("MosaicML", {"attention": "flash1", "pointwise": "eager"}, "llm-foundry of 2023: first FlashAttention in Triton, eager PyTorch"),
-    ("InternEvo", {"attention": "flash1"}, "InternEvo of 2023: first FlashAttention, fused norms"),
+    (
+        "InternEvo",
+        {"attention": "flash1", "gate": "separate", "accumulation": "separate"},
+        "InternEvo of 2023: first FlashAttention, fused norms, gate and up-projection apart, gradients added by PyTorch "
+        "(InternLM/InternEvo @0a4ffea internlm/model/linear.py)",
+    ),
     (
         "Aleph-Alpha",
         {"norm": "eager", "pointwise": "eager", "gate": "separate", "accumulation": "separate"},
@@ -107,7 +112,7 @@ def kernels_of(row: Row) -> Kernels:
         if "RMS kernel" in named.group(1):
             fields["norm"] = "fused"
     if row.has(r"\beager\b", "overlap_notes"):
-        fields |= {"norm": "eager", "pointwise": "eager"}
+        fields |= {"norm": "eager_fp32" if row.has("torchtitan", "source") else "eager", "pointwise": "eager"}
     graphs = _graphs(row)
     if "full" in graphs and row.has("MXFP8", "precision") and row.has(_FP8_ATTENTION_RECIPE, "provenance"):
         row.assume("attention not printed: in 8 bits, as the recipe says")

@@ -27,6 +27,9 @@ _NOT_MODELLED = {
 #: sources whose software waits for every message between stages: Megatron-LM before 2023 and the scripts that zero-bubble schedules are
 #: compared with (its p2p_communication.py), DeepSpeed (deepspeed/runtime/pipe/p2p.py), Aleph-Alpha/scaling (its communicator.py)
 _WAITS_FOR_MESSAGES = r"Zero Bubble|vTrain|SC'21|Korthikanti|MegaScale \(NSDI|BLOOM|MT-NLG|Aleph-Alpha"
+#: sources on Megatron-Core, which waits for them where a rank has one model chunk (core/pipeline_parallel/schedules.py,
+#: ``forward_backward_pipelining_without_interleaving``)
+_MEGATRON_CORE = "Megatron|dgxc-benchmarking|NVIDIA NeMo|MLPerf|SimuMax|gpu-tpu-pedia"
 #: the schedules or systems among them that do not (MegaScale, section 3.2)
 _SENDS_ASIDE = "^ZB|^MegaScale;"
 #: words for tensor-parallel collectives in pieces beside their products
@@ -66,7 +69,7 @@ _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
 #: sources whose Megatron-LM could not yet reduce gradients beside the backward
 _NO_GRADIENT_OVERLAP = r"SC'21|MegaScale \(NSDI|Korthikanti|Zero Bubble"
 #: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
-_BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama"
+_BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama|InternEvo"
 
 
 def plan_of(row: Row, model: Model) -> Plan:
@@ -208,7 +211,7 @@ def _schedule(row: Row, degrees: dict[str, int]) -> str:
     if printed in _HANDCRAFTED:
         row.assume(f"{printed} as the automatic schedule of the same memory, {_HANDCRAFTED[printed]}")
         return _HANDCRAFTED[printed].lower()
-    if re.search(r"gpipe|\bafab\b", printed, re.IGNORECASE):
+    if degrees["vpp"] == 1 and re.search(r"gpipe|\bafab\b", printed, re.IGNORECASE):
         return "gpipe"
     if re.search(r"\bZB|zero-bubble|V-half|V-min", printed):
         raise ProfileError(f"pipeline schedule not modelled: {printed.split(' (')[0]}")
@@ -322,7 +325,9 @@ def _overlap(row: Row, degrees: dict[str, int], sequence_parallel: bool) -> Over
         tp = "kept"  # the norm gathers behind itself, for all products, and saves what it gathered (src/scaling/core/nn/norm)
     if degrees["tp"] > 1 and sequence_parallel and _in_pieces(row):
         tp = "pieces"
-    pp = degrees["pp"] == 1 or not row.has(_WAITS_FOR_MESSAGES, "source") or row.has(_SENDS_ASIDE, "pp_schedule", "notes")
+    alone = degrees["vpp"] == 1 and row.has(_MEGATRON_CORE, "source")
+    waits = (alone or row.has(_WAITS_FOR_MESSAGES, "source")) and not row.has(_SENDS_ASIDE, "pp_schedule", "notes")
+    pp = degrees["pp"] == 1 or not waits
     if not pp:
         row.assume("messages between stages not printed: none beside compute, as in its software (schedules that send aside say so)")
     if degrees["dp_shard"] * degrees["dp_replicate"] * degrees["cp"] == 1:  # ranks of a context share their gradients, too

@@ -83,6 +83,16 @@ _SCRIPTS = [
         f"{_BRIDGE} @00919dc scripts/performance/configs/llama/llama3_workload_base_configs.py",
     ),
     Script(
+        {"provenance": f"{_BRIDGE}.*{_25_09}", "notes": "EP 32 is the largest possible", "ep": "^64$"},
+        {"ep": "32"},
+        "64 do not fit a stage of 32; the row's own notes",
+    ),
+    Script(
+        {"provenance": f"{_BRIDGE}.*{_25_09}", "model": "DeepSeek-V3", "recompute": "^$"},
+        {"recompute": "selective(mla_up_proj)"},
+        f"{_BRIDGE} @0132842 scripts/performance/configs/deepseek/deepseek_llm_pretrain.py",
+    ),
+    Script(
         {"provenance": f"{_BRIDGE}.*{_25_09}", "gpu": "GB200", "model": "Qwen3", "overlap_notes": "^$"},
         {"overlap_notes": "cuda_graphs"},
         f"{_BRIDGE} @27dfb3d scripts/performance/configs/qwen3/qwen3_235b_a22b_llm_pretrain.py, qwen3_235b_a22b_gb200_*",
@@ -96,11 +106,10 @@ def with_scripts(row: Row) -> Row:
         if not all(row.has(pattern, column) for column, pattern in script.rows.items()):
             continue
         for column, says in script.says.items():
-            text, printed = says.format(tp=row.text("tp")), row.text(column)
-            if column in _WORDS:
-                text = "; ".join(filter(None, (printed, text)))
-            elif printed and column not in script.rows:
+            says, printed = says.format(tp=row.text("tp")), row.text(column)
+            words = column in _WORDS
+            if printed and not words and column not in script.rows:
                 continue
-            row = row.replaced({column: text})
-            row.assume(f"{column} not printed: {says.format(tp=row.text('tp'))} ({script.where})")
+            row = row.replaced({column: "; ".join(filter(None, (printed, says))) if words else says})
+            row.assume(f"{column} {'not printed' if words or not printed else f'printed as {printed}'}: {says} ({script.where})")
     return row

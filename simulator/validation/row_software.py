@@ -27,6 +27,12 @@ _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
         "loss on gathered logits, 16-bit gradients all-reduced in fp32 and copied to a flat shard, stage outputs kept (Aleph-Alpha/scaling "
         "@7848929 src/scaling/core/optimizer/allreduce.py)",
     ),
+    (
+        "InternEvo",
+        {"cross_entropy": "in_place", "weight_gradients": "copied", "reduces_whole": True},
+        "FlashAttention's cross-entropy, 16-bit gradients all-reduced whole, whose shard is copied to fp32 (InternLM/InternEvo @00a2a34 "
+        "internlm/solver/optimizer/hybrid_zero_optim.py)",
+    ),
     ("torchtitan|fms-fsdp", PRESETS["fsdp"], "PyTorch FSDP with eager cross-entropy, which torchtitan could not compile before 2025"),
     (
         "dgxc-benchmarking/(?:maxtext|paxml)|JAX-Toolbox",

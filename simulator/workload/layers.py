@@ -95,6 +95,18 @@ EXPERT_BIAS_LAUNCHES = (3, 6)
 #: the gradient for both of its halves (Megatron-Core, megatron/core/fusions/fused_bias_swiglu.py, ``weighted_swiglu_back``). Measured
 #: with PyTorch 2.11 on one H100: 10.5 times what moving one of the tensors takes where copies need 1.1 times, so 9.5 instead of 5
 PROBABILITY_BYTES = 4.5 * BF16
+#: elements, per one of up-projection and gate, that kernels of clamping address one by one, because halves of rows lie apart, forward and
+#: backward: each half clamped; the gate compared and the up-projection twice, and a gradient selected for each. Bytes that the others
+#: move: both halves joined (read, write); two comparisons joined (read a byte each, write one), both gradients joined. Megatron-Core,
+#: megatron/core/fusions/fused_bias_geglu.py, ``weighted_bias_quick_geglu_impl``; PyTorch's ``clamp_backward``
+CLAMP_ADDRESSED, CLAMP_BYTES, CLAMP_LAUNCHES = (1.0, 2.5), (4.0, 5.5), (3, 7)
+
+
+#: memory of experts in a CUDA graph of the whole step, whose sizes cannot follow the tokens that come, over what even loads need: the
+#: pages that hold what their gradients read, and the buffers that they run in (``moe_paged_stash_buffer_size_factor_cuda``,
+#: ``moe_expert_rank_capacity_factor`` of NVIDIA-NeMo/Megatron-Bridge's recipes with such graphs, ``_enable_full_iteration_cuda_graph``
+#: and ``set_full_iter_cg_configs``; what they multiply: NVIDIA/Megatron-LM pull requests 2690 and 4247)
+STASHED, CAPACITY = 1.2, 1.5
 
 
 def _activation(
@@ -177,14 +189,17 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     )
     b.collective(gather, scatter, moe)
     per_expert, (saved, kept) = rows / local, _kept(rows * mats * ffn, precision.activations)
-    taken = rows * b.load  # what stays in memory is of the tokens that really come
+    # what stays in memory is of the tokens that really come, or in a graph of everything has room for more than come evenly
+    whole = "full" in b.kernels.graphs
+    held = np.maximum(b.load, STASHED) if whole else b.load
+    taken, room = rows * held, rows * (np.maximum(b.load, CAPACITY) if whole else b.load)
     fused = b.kernels.experts == "fused"
     b.linear(
         "moe.up",
         per_expert,
         h,
         mats * ffn,
-        saved=(copies * x.etp * b.kept + saved) * b.load,
+        saved=(copies * x.etp * b.kept + saved) * held,
         modules=moe,
         groups=local,
         routed=True,
@@ -193,8 +208,13 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     if fused:
         b.add([], [], taken * ffn * b.kept, ("moe", "moe_act"))
     else:
+        if model.clamped:
+            size = rows * mats * ffn
+            moved, addressed = (tuple(size * each for each in of) for of in (CLAMP_BYTES, CLAMP_ADDRESSED))
+            own = {"modules": ("moe", "moe_act"), "routed": True, "launches": CLAMP_LAUNCHES}
+            b.memory("moe.clamp", *moved, saved=size * b.load * BF16, addressed=addressed, **own)
         _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.kept, ("moe", "moe_act"), routed=True)
-    b.works(taken * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
+    b.works(room * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
     b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(2 * fused, cast))
     if model.mlp_bias and not fused and "full" not in b.kernels.graphs:  # a graph of everything cannot split by the experts' loads
         launches = tuple(1 + each * local for each in EXPERT_BIAS_LAUNCHES)

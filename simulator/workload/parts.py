@@ -98,12 +98,12 @@ def norm(
     """Read and write the row forward; read it, its gradient, write the input's gradient backward.
 
     An eager RMSNorm is seven operations in fp32, with twice as many behind them, and keeps an fp32 copy of the row and the
-    normalised row beside the row and the result; LayerNorm is one kernel in PyTorch too.
+    normalised row beside the row and the result, or in place of the row; LayerNorm is one kernel in PyTorch too.
     """
-    eager = b.kernels.norm == "eager" and not model.layer_norm
+    eager = b.kernels.norm != "fused" and not model.layer_norm
     there, back = EAGER_NORM_BYTES if eager else (2 * BF16, 3 * BF16)
     if eager:
-        saved = saved + tokens * width * (FP32 + BF16)
+        saved = saved + tokens * width * (FP32 + BF16 * (b.kernels.norm == "eager"))
     b.memory(name, there * tokens * width, back * tokens * width, saved, modules, launches=(7, 14) if eager else (1, 2))
     b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
 
