@@ -186,6 +186,24 @@ def test_tensor_parallel_in_pieces():
     assert rest.bytes == 3 * last.bytes == 3 * (weights + 2.0 * S / 4 * (H + last.n))
 
 
+def test_blocks_with_scales_of_their_own_are_gathered_for_each_product():
+    """MXFP8: gradients of outputs go by rows and by columns; in pieces, scales of a byte per 32 elements go ahead of every gather."""
+
+    def gathers(how, block, way):
+        precision = Precision(gemm="fp8", block=block)
+        segments = getattr(layer(DENSE, False, tp=4, overlap=Overlap(tp=how), precision=precision), way)
+        return [(op.name, float(op.bytes), len(s)) for s in segments for op in s if op.kind == "all_gather" and op.axis == "tp"]
+
+    rows = S * H * ELEMENT_BYTES["fp8"]
+    assert gathers(True, 32, "forward") == gathers(True, 0, "forward")
+    assert [size for _, size, _ in gathers(True, 0, "backward")] == [rows] * 4
+    assert [size for _, size, _ in gathers(True, 32, "backward")] == [2 * rows, rows] * 2
+    assert [found for found in gathers("pieces", 32, "forward") if "scales" not in found[0]] == gathers("pieces", 0, "forward")
+    scales = [found for way in ("forward", "backward") for found in gathers("pieces", 32, way) if "scales" in found[0]]
+    assert scales == [(f"{part}.scales", S * H / 32, 1) for part in ("attn", "mlp", *["mlp"] * 3, *["attn"] * 3)]
+    assert not any("scales" in name for name, _, _ in gathers("pieces", 0, "backward"))
+
+
 @pytest.mark.parametrize("size", [64, 8192])  # of the products: the collective is longer, or shorter
 def test_pieces_take_as_long_as_their_formulas(size):
     """Arriving: max(p g, (p - 1) c + g); leaving: g + (p - 1) max(g, c) + c, where p pieces side by side take p g."""

@@ -293,6 +293,8 @@ def _precision(row: Row) -> Precision:
     if fields.get("gemm") == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x|block", "precision"):
         row.assume("one copy of a tensor in FP8: one scale for it, either layout")
         fields["copies"] = 1
+    if row.has("MX|1x32", "precision") or fields.get("gemm") == "fp4":
+        fields["block"] = 16 if fields["gemm"] == "fp4" else 32
     if row.has("fp8 all-gather", "precision"):
         fields["parameter_gather"] = "fp8"
     if row.has("FP8_PARAMS=True", "overlap_notes"):
