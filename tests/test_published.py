@@ -344,6 +344,12 @@ def test_schedules_by_other_names(runs, printed, schedule):
     assert any(printed in text or "virtual stages" in text for text in said)
 
 
+def test_a_schedule_that_cannot_be_is_said(runs):
+    scenario, said = scenario_from_row(row(runs, "zoo-q235-h100-0") | {"pp_schedule": "GPipe"})  # with four model chunks on a rank
+    assert scenario.plan.schedule == "interleaved"
+    assert "not modelled: pipeline schedule 'GPipe' (taken as interleaved)" in said
+
+
 @pytest.mark.parametrize(("printed", "gemm"), [("E4M3", "fp8"), ("w8a8", "fp8"), ("TF32", "bf16"), ("AMP", "bf16"), ("bfloat16", "bf16")])
 def test_datatypes_by_other_names(runs, printed, gemm):
     scenario, said = scenario_from_row(row(runs, "tt-8b-h200-32") | {"precision": printed})

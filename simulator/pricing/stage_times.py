@@ -18,7 +18,7 @@ from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.schedules import Schedule, by_segments
 from simulator.units import Number
 from simulator.workload.blocks import Block, passes
-from simulator.workload.ops import COMPUTE, HOST, Op, Segment, host_wait
+from simulator.workload.ops import COMPUTE, HOST, Op, Segment, awaited, host_wait
 from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gathers, gradient_ops, optimizer_ops, parameter_ops, send_op
 
@@ -181,7 +181,7 @@ def price_blocks(
     def runs(segments: tuple[Segment, ...], priced: Mapping[int, Number]) -> Runs:
         launches = host_wait(segments, plan.kernels).launches
         dispatch_s = 0.0 if cluster.host.dispatch_s is None else cluster.host.dispatch_s
-        held_s = sum((priced[id(op)] for segment in segments for op in segment if op.holds), 0.0)
+        held_s = sum((priced[id(op)] for op in awaited(segments, plan.kernels)), 0.0)
         launched_s = launches * dispatch_s + held_s if np.any(launches) else None
         return _runs([[(op, priced[id(op)]) for op in segment] for segment in segments], launched_s)
 

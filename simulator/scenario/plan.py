@@ -72,6 +72,9 @@ class Precision(Frozen):
         Copies of a weight that narrow products read: 2, scaled along rows or laid out by rows and along columns; 1 where one scale
         serves a whole tensor and the matrix units take either layout, as Blackwell's do in FP8 (``nvte_is_non_tn_fp8_gemm_supported``,
         NVIDIA/TransformerEngine transformer_engine/common/gemm/cublaslt_gemm.cu; pytorch/csrc/quantizer.cpp).
+    block : int
+        Elements along a row, and down a column, that share a scale of one byte: 32 in MXFP8, 16 in NVFP4. What is gathered by rows then
+        serves no product that reads columns. 0: one scale for a tensor, whose gathered rows are laid out anew for the other.
     """
 
     parameters: Dtype = "bf16"
@@ -86,6 +89,7 @@ class Precision(Frozen):
     gather: Dtype | None = None
     parameter_gather: Dtype | None = None
     copies: Literal[1, 2] = 2
+    block: Literal[0, 16, 32] = 0
 
     @property
     def gathered(self) -> Dtype:

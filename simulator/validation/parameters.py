@@ -45,10 +45,10 @@ _PARTS = {
 _WHERE_LISTED = ("collectives",)
 #: seconds per launch: what a C++ loop needs at least, and what no eager framework exceeds
 _DISPATCH = (5e-6, 200e-6, 0.7)
-#: centre of what is assumed beside the rows: kernels as fast as in benchmarks, and 60 us for a framework to launch one. A bare linear
-#: layer of Transformer Engine, two launches, takes 100 us on Grace (NVIDIA/TransformerEngine issue 2053), and Megatron's modules around it
-#: add to that; rows on H100 alone and on B200 alone say 60 and 67, so that this centre is not independent of them
-_KNOWN = {"dispatch_s": 60e-6}
+#: centre of what is assumed beside the rows: kernels as fast as in benchmarks, and 72 us for a module of Transformer Engine to launch one.
+#: A bare linear layer, two launches, takes 100 us on Grace (NVIDIA/TransformerEngine issue 2053), and Megatron's modules around it add
+#: to that; rows on H100 and on B200 say 79 and 77, so that this centre is not independent of them
+_KNOWN = {"dispatch_s": 72e-6}
 #: weight of a row that is not complete
 _NOTHING = 1e-9
 #: step of the finite differences, in the logarithm

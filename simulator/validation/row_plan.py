@@ -211,7 +211,7 @@ def _schedule(row: Row, degrees: dict[str, int]) -> str:
     if printed in _HANDCRAFTED:
         row.assume(f"{printed} as the automatic schedule of the same memory, {_HANDCRAFTED[printed]}")
         return _HANDCRAFTED[printed].lower()
-    if re.search(r"gpipe|\bafab\b", printed, re.IGNORECASE):
+    if degrees["vpp"] == 1 and re.search(r"gpipe|\bafab\b", printed, re.IGNORECASE):
         return "gpipe"
     if re.search(r"\bZB|zero-bubble|V-half|V-min", printed):
         raise ProfileError(f"pipeline schedule not modelled: {printed.split(' (')[0]}")
@@ -293,6 +293,8 @@ def _precision(row: Row) -> Precision:
     if fields.get("gemm") == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x|block", "precision"):
         row.assume("one copy of a tensor in FP8: one scale for it, either layout")
         fields["copies"] = 1
+    if row.has("MX|1x32", "precision") or fields.get("gemm") == "fp4":
+        fields["block"] = 16 if fields["gemm"] == "fp4" else 32
     if row.has("fp8 all-gather", "precision"):
         fields["parameter_gather"] = "fp8"
     if row.has("FP8_PARAMS=True", "overlap_notes"):

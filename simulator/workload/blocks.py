@@ -119,6 +119,8 @@ class BlockBuilder:
         Share of such layers that full recompute covers; the block is their average.
     layouts : int
         Copies of a tensor in low precision that products read: scaled or laid out along the rows, and along the columns.
+    block : int
+        Elements that share a scale, 0 where a tensor has one.
     """
 
     dtype: str
@@ -135,6 +137,7 @@ class BlockBuilder:
     cast_weights: bool = False
     share: float = 1.0
     layouts: int = 2
+    block: int = 0
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
     weight_bytes: Number = 0.0

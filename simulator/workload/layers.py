@@ -239,7 +239,7 @@ def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job, load:
     layer_input = x.split_tokens * h * BF16
     b.add([], [], layer_input)
     (latent_attention if model.latent else attention)(b, model, kind, x)
-    residual(b, x, model)
+    residual(b, x, model, "attn.residual")
     b.add([], [], layer_input, ("attn_out",))  # of the second norm
     norm(b, "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.kept)
     if kind.moe:

@@ -15,16 +15,19 @@ from simulator.units import Number
 BF16, FP32 = 2.0, 4.0
 #: kernels of a matrix product of a linear layer: itself, and its bias, view or accumulation
 LINEAR_LAUNCHES = 2
-#: what one expert's product costs the host, over a kernel that the framework launches: Transformer Engine loops over the experts
-#: in C++, but allocates and describes tensors for each. 64 experts take 1.2 ms forward, two products each, and 2.1 ms backward,
-#: four each (NVIDIA/TransformerEngine issue 2897, on GB200): 8.2 to 9.4 us, 0.14 to 0.16 of the 60 us that hosts are assumed to
-#: need for those; that share stays where the 60 us are fitted
-EXPERT_LAUNCH = 0.14
+#: what one expert's product costs the host, over a kernel of a module of Transformer Engine: that loops over the experts in C++, but
+#: allocates and describes tensors for each. 64 experts take 1.2 ms forward, two products each, and 2.1 ms backward, four each
+#: (NVIDIA/TransformerEngine issue 2897, on GB200): 8.2 to 9.4 us, 0.11 to 0.13 of the 72 us that hosts are assumed to need for such
+#: a kernel (`simulator.validation.parameters`); that share stays where those are fitted
+EXPERT_LAUNCH = 0.12
 #: what a kernel costs the host that PyTorch's engine launches for a gradient, over one of a forward in Python: a plain GPT layer of
 #: some 13 operations forward and twice as many backward takes 245 and 275 us (PyTorch 2.13 on one core, tensors of a few elements)
 ENGINE_LAUNCH = 0.5
 #: operations that every stack writes in plain PyTorch, so that its engine launches their gradients
-PLAIN = ("router.topk", "residual")
+PLAIN = ("router.topk", "attn.residual", "residual")
+#: what such an operation costs the host forward, over a kernel of a module of Transformer Engine, whose Python prepares quantizers,
+#: workspaces and what is saved: the 245 us of 13 operations, 19 us each, over the same 72 us
+PLAIN_LAUNCH = 0.26
 #: what a CUDA graph of parts of a layer costs the host each way: a copy of what it is given and its replay (``Graphed`` of
 #: NVIDIA/TransformerEngine transformer_engine/pytorch/graph.py; Megatron captures one per layer)
 GRAPH_LAUNCHES = 2
@@ -155,24 +158,46 @@ Segment = tuple[Op, ...]
 def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     """Return what the last kernel of `segments` waits for: the host, which launches them one after the other.
 
-    It launches while kernels and collectives run, but not during one whose result it waits for (`Op.holds`): the forward dispatch of
-    HybridEP, after which it reads how many rows to sort (deepseek-ai/DeepEP @0237ba6 csrc/hybrid_ep/executor/executor.cu). Megatron's
-    own all-to-all and DeepEP have it read the counts before they send (megatron/core/transformer/moe/token_dispatcher.py,
-    ``cuda_sync_point``); the backward repeats them.
+    It launches while kernels and collectives run, but not while it waits for some (`awaited`).
     """
     ops = [op for segment in segments for op in segment if op.kind in COMPUTE]
     replays = "full" not in kernels.graphs and any(kernels.captured(op.name) for op in ops)
     ops = [op for op in ops if not kernels.captured(op.name)]
     ops = [op for op in ops if np.any(op.bytes) or np.any(op.addressed)]
     launches = sum((op.launches * op.share * _cost(op, kernels) for op in ops), GRAPH_LAUNCHES * float(replays))
-    beside = tuple(tuple(op for op in segment if not op.holds) for segment in segments)
+    waits = {id(op) for op in awaited(segments, kernels)}
+    beside = tuple(tuple(op for op in segment if id(op) not in waits) for segment in segments)
     return Op(HOST, HOST, launches=launches, beside=tuple(filter(None, beside)), routed=any(op.routed for op in ops))
 
 
+def awaited(segments: tuple[Segment, ...], kernels: Kernels) -> list[Op]:
+    """Return the operations during which the host launches nothing.
+
+    Forward it reads on the device how many rows every rank gets before it has the experts' rows sent
+    (megatron/core/transformer/moe/token_dispatcher.py, ``cuda_sync_point``; DeepEP waits for its counts inside the dispatch); the
+    backward repeats them. What it has launched one by one has run by then. What it has replayed from a CUDA graph since has not: the
+    counts are results of that graph (``cuda_dtoh_point`` is behind it where it holds ``moe_preprocess``). HybridEP is asked behind its
+    dispatch, so that the host waits for that, too (`Op.holds`; deepseek-ai/DeepEP @0237ba6 csrc/hybrid_ep/executor/executor.cu).
+    """
+    if "full" in kernels.graphs:
+        return []
+    found: list[Op] = []
+    replayed: list[Op] = []
+    for op in (op for segment in segments for op in segment):
+        if op.name == "moe.dispatch" and op.grad in ("", "again"):
+            found += replayed
+        if op.holds:
+            found.append(op)
+        elif op.kind in COMPUTE and (np.any(op.bytes) or np.any(op.addressed)):
+            replayed = [*replayed, op] if kernels.captured(op.name) else []
+    return found
+
+
 def _cost(op: Op, kernels: Kernels) -> float:
-    """Return what a launch of `op` costs the host, over one of a forward in Python."""
-    by_engine = op.grad in ("input", "weight") and (kernels.backward == "engine" or op.name in PLAIN)
-    return ENGINE_LAUNCH if by_engine else 1.0
+    """Return what a launch of `op` costs the host, over one of a forward by what most of the stack is written in."""
+    plain = op.name in PLAIN
+    by_engine = op.grad in ("input", "weight") and (kernels.backward == "engine" or plain)
+    return (ENGINE_LAUNCH if by_engine else 1.0) * (PLAIN_LAUNCH if plain and kernels.backward == "functions" else 1.0)
 
 
 def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float, grad: str = "", **more: Any) -> Op:

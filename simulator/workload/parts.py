@@ -88,6 +88,7 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         plan.precision.parameter_gather not in ("fp8", "fp4"),
         plan.recompute_share,
         plan.precision.copies,
+        plan.precision.block,
     )
 
 
@@ -107,10 +108,10 @@ def norm(
     b.dense_parameters = b.dense_parameters + width * (2 if model.layer_norm else 1)
 
 
-def residual(b: BlockBuilder, x: Shape, model: Model) -> None:
+def residual(b: BlockBuilder, x: Shape, model: Model, name: str = "residual") -> None:
     """Add a branch to the residual stream; dropout writes a mask and reads it back."""
     size, mask = x.split_tokens * model.hidden * BF16, x.split_tokens * model.hidden * MASK if b.kernels.dropout else 0.0
-    b.memory("residual", 3 * size + mask, 3 * size + mask, mask)
+    b.memory(name, 3 * size + mask, 3 * size + mask, mask)
 
 
 def bias_gradients(b: BlockBuilder, name: str, elements: Number) -> None:
@@ -148,6 +149,27 @@ def _gather(b: BlockBuilder, name: str, elements: Number) -> Op:
     return Op(name, "all_gather", bytes=elements * element, axis="tp", dtype=dtype)
 
 
+def _for_both(b: BlockBuilder, gather: Op) -> Op:
+    """Return the gather of a row-parallel layer's output gradient, for the gradients of its input and of its weights.
+
+    Scaled in blocks, it goes by rows for the one and by columns for the other (``gather_along_first_dim``; NVIDIA/TransformerEngine pull
+    request 1982 for userbuffers).
+    """
+    return replace(gather, bytes=gather.bytes * (2.0 if b.block and b.gathered[0] == b.dtype else 1.0))
+
+
+def _scales(b: BlockBuilder, x: Shape, name: str, width: int, times: int = 1) -> list[Segment]:
+    """Return the gathers of the scales of blocks, for which pieces wait: userbuffers carry the elements alone.
+
+    References
+    ----------
+    NVIDIA/TransformerEngine pull request 1711: "MXFP8 scaling factors are communicated with blocking NCCL collectives".
+    """
+    if not b.block or x.style != "pieces" or b.gathered[0] != b.dtype:
+        return []
+    return [(Op(f"{name}.scales", "all_gather", bytes=x.tokens * width / b.block, axis="tp", dtype=b.dtype),)] * times
+
+
 def _beyond_own(x: Shape, gather: Op) -> Number:
     """Return the bytes of gathered rows that are kept beside a rank's own: none where it has all of them."""
     return np.where(np.asarray(x.tp) > 1, gather.bytes, 0.0)
@@ -179,7 +201,7 @@ def leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[st
     size = x.tokens * width * BF16
     if x.sequence_parallel:
         scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp")
-        gather = replace(_gather(b, f"{name}.gather", x.tokens * width), grad="input")
+        gather = replace(_for_both(b, _gather(b, f"{name}.gather", x.tokens * width)), grad="input")
         b.add(_joined(x, scatter), _joined(x, gather), modules=modules)
     else:
         b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
@@ -213,7 +235,10 @@ def column_parallel(
     if x.of_torch:
         b.add([], _joined(x, scatter), _beyond_own(x, gather), (*modules, "tp_gather"))
         beside = (None, None)
+    scales = _scales(b, x, part, width)
+    b.add(scales, [], modules=modules)
     b.linear(name, x.tokens, width, n, saved, modules, beside, gather=replace(gather, apart=True), pieces=x.tp, shared=shared)
+    b.add([], [tuple(replace(op, grad="input") for op in segment) for segment in scales])
     if x.of_torch and "tp_gather" in b.recomputed:
         b.add([], _joined(x, replace(gather, grad="again")))
 
@@ -228,8 +253,9 @@ def row_parallel(
         leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"))  # by operation, what is reduce-scattered is kept
         return
     scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
-    gather = replace(_gather(b, f"{part}.gather", x.tokens * width), grad="input", apart=True)
+    gather = replace(_for_both(b, _gather(b, f"{part}.gather", x.tokens * width)), grad="input", apart=True)
     b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), gather), pieces=x.tp, shared=shared)
+    b.add([], [tuple(replace(op, grad="input") for op in segment) for segment in _scales(b, x, part, width, 2)])
     if x.of_torch:
         several = 1.0 * (np.asarray(x.tp) > 1)
         summed = (x.tokens + x.split_tokens) * width * BF16 * SUM_SLOWDOWN
