@@ -245,7 +245,8 @@ class BlockBuilder:
             forward.insert(0, (_cast(name, there_b, "", **host),))
             backward.insert(0, (_cast(name, back_b, "input", **host),))
             again = _cast(name, again_b, "weight", **host)
-            backward.insert(next(i for i, ops in enumerate(backward) if any(op is wgrad for op in ops)), (again,))
+            (before,) = (i for i, ops in enumerate(backward) if any(op is wgrad for op in ops))
+            backward.insert(before, (again,))
         self.add(forward, backward, saved, modules)
 
     def _cast_bytes(self, dtype: str, e: float, sizes: tuple[Number, ...], arrives: tuple[int, int]) -> tuple[Number, Number, Number]:
