@@ -239,7 +239,7 @@ def test_the_host_launches_beside_all_that_it_does_not_wait_for(dispatcher, held
 def test_the_host_waits_for_the_graph_whose_counts_it_reads(graphs, replayed):
     """Before the dispatch it reads what the graph that it has just replayed writes; nothing before the last launch, nothing backward."""
     block = blocks(moe(1, 256, leading=0), Plan(ep=4, dp_shard=4, dispatcher="alltoall"), job())["layer0"]
-    names = {op.name for op in awaited(block.forward, Kernels(graphs=graphs)) if op.bytes}
+    names = {op.name for at in awaited(block.forward, Kernels(graphs=graphs)) for op in block.forward[at] if op.bytes}
     assert names >= replayed
     assert bool(names) == bool(replayed)
     assert all(Kernels(graphs=graphs).captured(name) for name in names)
@@ -254,7 +254,8 @@ def test_a_graph_before_the_dispatch_is_not_beside_the_launches():
     found = blocks(s.model, s.plan, s.job)
     passes = [p for name in ("embedding", *["layer0"] * 4, "head") for p in (found[name].forward, found[name].backward)]
     launches = sum(float(host_wait(p, s.plan.kernels).launches) for p in passes)
-    waits = 4 * sum(float(op_s(op, s.model, s.plan, s.cluster)) for op in awaited(found["layer0"].forward, s.plan.kernels))
+    forward = found["layer0"].forward
+    waits = 4 * sum(float(op_s(op, s.model, s.plan, s.cluster)) for at in awaited(forward, s.plan.kernels) for op in forward[at])
     steps = s.job.global_batch // s.plan.dp
     assert times[1] - times[0] == pytest.approx(steps * launches * 1e-3, rel=1e-9)
     assert times[0] - steps * (launches * 1e-3 + waits) < 1e-3  # what remains is the end of the step

@@ -54,12 +54,12 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         return op.turns * op_s(one, model, plan, cluster, graph=graph, slow=slow)
     if op.kind in COMPUTE:
         kept = 1.0 - plan.overlap.collective_multiprocessors * np.asarray(op.apart)
-        seconds = slow * _kernel_s(op, plan, cluster) / kept
+        seconds = _kernel_s(op, plan, cluster) / kept
         if op.behind and cluster.accelerator.displaced_product:
             # blocks without a place start when the collective has ended, or else the other blocks
             later = seconds * (1.0 / cluster.accelerator.displaced_product - 1.0)
             seconds = seconds + np.minimum(later, op_s(op.behind[0], model, plan, cluster, graph=graph))
-        return seconds
+        return slow * seconds
     if op.kind == HOST:
         return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph, slow), cluster.host.dispatch_s)
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0

@@ -77,26 +77,37 @@ PASSES = {"F": "forward_s", "B": "backward_s", "I": "input_s", "W": "weight_s"}
 SUMS = ("forward_s", "backward_s", "input_s", "weight_s", "gather_s", "reduce_s")
 
 
-def _runs(segments: list[list[tuple[Op, Number]]], launched_s: Number | None) -> Runs:
+#: marks a segment during which the host launches nothing
+_AWAITED = "awaited"
+
+
+def _runs(segments: list[list[tuple[Op, Number]]], waits: set[int], launched_s: Number | None) -> Runs:
     """Join kernels in a row and leave out what takes no time for any plan, as the step program does.
 
     What the host launches is last, `launched_s` long, None where it launches nothing; it is a segment of its own also where it
-    holds up nothing, and has its turn in a pair.
+    holds up nothing, and has its turn in a pair. Segments at `waits` are marked.
     """
     runs: list[tuple[tuple[str, Number], ...]] = []
-    for segment in segments:
+    for at, segment in enumerate(segments):
         parts = tuple((op.stream, seconds) for op, seconds in segment if np.any(seconds))
-        if len(parts) == 1 and parts[0][0] == "compute" and runs and len(runs[-1]) == 1 and runs[-1][0][0] == "compute":
-            runs[-1] = (("compute", runs[-1][0][1] + parts[0][1]),)
-        elif parts:
-            runs.append(parts)
+        if parts:
+            _append(runs, (*parts, (_AWAITED, 0.0)) if at in waits else parts)
     return tuple(runs) if launched_s is None else (*runs, ((HOST, launched_s),))
+
+
+def _append(runs: list[tuple[tuple[str, Number], ...]], parts: tuple[tuple[str, Number], ...]) -> None:
+    """Append a segment, or prolong the last one where both are kernels alone."""
+    streams = [stream for stream, _ in parts]
+    if runs and streams in (["compute"], ["compute", _AWAITED]) and streams == [stream for stream, _ in runs[-1]]:
+        runs[-1] = (("compute", runs[-1][0][1] + parts[0][1]), *parts[1:])
+    else:
+        runs.append(parts)
 
 
 def slowed(runs: Runs, slow: Number = 1.0) -> Runs:
     """Return runs as they take their time beside communication: kernels `slow` times as long, at last the wait for the host.
 
-    The host launches while all goes on; what it waits for (`Op.holds`) counts among what it has to do.
+    The host launches while all goes on but what it waits for (`simulator.workload.ops.awaited`).
     """
     found: list[tuple[tuple[str, Number], ...]] = []
     meanwhile: Number = 0.0
@@ -104,9 +115,10 @@ def slowed(runs: Runs, slow: Number = 1.0) -> Runs:
         if segment[0][0] == HOST:
             found.append((("compute", np.maximum(segment[0][1] - meanwhile, 0.0)),))
             continue
-        parts = tuple((stream, seconds * slow if stream == "compute" else seconds) for stream, seconds in segment)
-        meanwhile = meanwhile + _longest([seconds for _, seconds in parts])
-        found.append(parts)
+        parts = tuple((stream, seconds * slow if stream == "compute" else seconds) for stream, seconds in segment if stream != _AWAITED)
+        if len(parts) == len(segment):
+            meanwhile = meanwhile + _longest([seconds for _, seconds in parts])
+        _append(found, parts)
     return tuple(found)
 
 
@@ -181,9 +193,9 @@ def price_blocks(
     def runs(segments: tuple[Segment, ...], priced: Mapping[int, Number]) -> Runs:
         launches = host_wait(segments, plan.kernels).launches
         dispatch_s = 0.0 if cluster.host.dispatch_s is None else cluster.host.dispatch_s
-        held_s = sum((priced[id(op)] for op in awaited(segments, plan.kernels)), 0.0)
-        launched_s = launches * dispatch_s + held_s if np.any(launches) else None
-        return _runs([[(op, priced[id(op)]) for op in segment] for segment in segments], launched_s)
+        launched_s = launches * dispatch_s if np.any(launches) else None
+        waits = awaited(segments, plan.kernels)
+        return _runs([[(op, priced[id(op)]) for op in segment] for segment in segments], waits, launched_s)
 
     def one(block: Block) -> BlockPrice:
         segments = {kind: passes(block, kind) for kind in PASSES}

@@ -165,13 +165,13 @@ def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     ops = [op for op in ops if not kernels.captured(op.name)]
     ops = [op for op in ops if np.any(op.bytes) or np.any(op.addressed)]
     launches = sum((op.launches * op.share * _cost(op, kernels) for op in ops), GRAPH_LAUNCHES * float(replays))
-    waits = {id(op) for op in awaited(segments, kernels)}
-    beside = tuple(tuple(op for op in segment if id(op) not in waits) for segment in segments)
-    return Op(HOST, HOST, launches=launches, beside=tuple(filter(None, beside)), routed=any(op.routed for op in ops))
+    waits = awaited(segments, kernels)
+    beside = tuple(segment for at, segment in enumerate(segments) if at not in waits)
+    return Op(HOST, HOST, launches=launches, beside=beside, routed=any(op.routed for op in ops))
 
 
-def awaited(segments: tuple[Segment, ...], kernels: Kernels) -> list[Op]:
-    """Return the operations during which the host launches nothing.
+def awaited(segments: tuple[Segment, ...], kernels: Kernels) -> set[int]:
+    """Return the positions of the segments during which the host launches nothing.
 
     Forward it reads on the device how many rows every rank gets before it has the experts' rows sent
     (megatron/core/transformer/moe/token_dispatcher.py, ``cuda_sync_point``; DeepEP waits for its counts inside the dispatch); the
@@ -179,17 +179,16 @@ def awaited(segments: tuple[Segment, ...], kernels: Kernels) -> list[Op]:
     counts are results of that graph (``cuda_dtoh_point`` is behind it where it holds ``moe_preprocess``). HybridEP is asked behind its
     dispatch, so that the host waits for that, too (`Op.holds`; deepseek-ai/DeepEP @0237ba6 csrc/hybrid_ep/executor/executor.cu).
     """
-    if "full" in kernels.graphs:
-        return []
-    found: list[Op] = []
-    replayed: list[Op] = []
-    for op in (op for segment in segments for op in segment):
-        if op.name == "moe.dispatch" and op.grad in ("", "again"):
-            found += replayed
-        if op.holds:
-            found.append(op)
-        elif op.kind in COMPUTE and (np.any(op.bytes) or np.any(op.addressed)):
-            replayed = [*replayed, op] if kernels.captured(op.name) else []
+    found: set[int] = set()
+    replayed: set[int] = set()
+    for at, segment in enumerate(() if "full" in kernels.graphs else segments):
+        if any(op.name == "moe.dispatch" and op.grad in ("", "again") for op in segment):
+            found |= replayed
+        if any(op.holds for op in segment):
+            found.add(at)
+        launched = [op.name for op in segment if op.kind in COMPUTE and (np.any(op.bytes) or np.any(op.addressed))]
+        if launched:
+            replayed = replayed | {at} if all(map(kernels.captured, launched)) else set()
     return found
 
 
