@@ -57,7 +57,7 @@ def test_a_good_row_of_few_columns_is_scored(write):
         ({"step_time_s_derived": "nan"}, "step_time_s_derived", "'nan' is not a number above 0", "seconds per optimizer step"),
         ({"step_time_s_derived": "-3"}, "step_time_s_derived", "'-3' is not a number above 0", "write a number above 0"),
         ({"step_time_s_derived": ""}, "step_time_s_derived", "is blank", "write the measured seconds"),
-        ({"gpu": "h100-sxm5"}, "gpu", "'h100-sxm5' has no profile", "did you mean h100-sxm5-80"),
+        ({"gpu": "h10-sxm5-80"}, "gpu", "'h10-sxm5-80' has no profile", "did you mean h100-sxm5-80"),
         ({"arch": "sparse"}, "arch", "'sparse'", "write dense or moe"),
         ({"layers": ""}, "layers", "is blank", "write transformer layers"),
         ({"dp": 64}, "dp", "tp x pp x cp x dp = 128, gpus = 64", "write 32"),

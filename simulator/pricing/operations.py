@@ -133,7 +133,7 @@ class Known:
             for name in ("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written", "addressed")
         )
         words = (op.name, op.kind, op.axis, op.dtype, op.grad if op.grad in ("input", "weight") else "")  # again is forward
-        words = (*words, *(other.name for other in op.behind))
+        words = (*words, *((other.kind, other.dtype, np.asarray(other.bytes).tobytes()) for other in op.behind))
         key = (*words, *((value.dtype.char, value.shape, value.tobytes()) for value in numbers))
         if key not in self._seconds:
             self._seconds[key] = op_s(op, *self._of)

@@ -25,9 +25,9 @@ Graph = Literal["attn", "moe_router", "moe_preprocess", "moe", "mlp", "full"]
 #: ``_get_submodules_under_cudagraphs``)
 _SCOPES: dict[str, tuple[str, ...]] = {
     "attn": ("attn",),
-    "moe_router": ("router", "shared.", "mlp.norm"),
+    "moe_router": ("router", "shared.", "moe.norm"),
     "moe_preprocess": ("moe.permute", "moe.dispatch"),
-    "moe": ("router", "moe.", "shared.", "mlp.norm"),
+    "moe": ("router", "moe.", "shared."),
     "mlp": ("mlp.",),
     "full": ("",),
 }

@@ -69,9 +69,10 @@ class Precision(Frozen):
         What ZeRO gathers the parameters of the layers in; None: as they are. In FP8 torchao casts the shards once
         (``enable_fsdp_float8_all_gather``); embedding and head stay in 16 bits.
     copies : int
-        Copies of a weight that narrow products read: 2, scaled along rows or laid out by rows and along columns; 1 where one scale
-        serves a whole tensor and the matrix units take either layout, as Blackwell's do in FP8 (``nvte_is_non_tn_fp8_gemm_supported``,
-        NVIDIA/TransformerEngine transformer_engine/common/gemm/cublaslt_gemm.cu; pytorch/csrc/quantizer.cpp).
+        Layouts of a weight, an input or a gradient that narrow products read: 2, scaled along rows or laid out by rows and along
+        columns; 1 where one scale serves a whole tensor and the matrix units take either layout, as Blackwell's do in FP8
+        (``nvte_is_non_tn_fp8_gemm_supported``, NVIDIA/TransformerEngine transformer_engine/common/gemm/cublaslt_gemm.cu;
+        pytorch/csrc/quantizer.cpp).
     block : int
         Elements along a row, and down a column, that share a scale of one byte: 32 in MXFP8, 16 in NVFP4. What is gathered by rows then
         serves no product that reads columns. 0: one scale for a tensor, whose gathered rows are laid out anew for the other.

@@ -41,15 +41,15 @@ _SPELLINGS = {
     r"PCI|\bNVL\b|GH200": "",  # other memories and clocks
     r"GB200": "GB200",
     r"GB300": "GB300",
-    r"\bB300": "B300",
-    r"\bB200": "B200",
-    r"\bH800": "H800-SXM-80GB",
-    r"\bH200": "H200-SXM-141GB",
-    r"\bH100": "H100-SXM-80GB",
+    r"\bB300(?!\d|A)": "B300",
+    r"\bB200(?!\d|A)": "B200",
+    r"\bH800(?!\d)": "H800-SXM-80GB",
+    r"\bH200(?!\d)": "H200-SXM-141GB",
+    r"\bH100(?!\d)": "H100-SXM-80GB",
     r"\bH20\b": "H20-SXM-96GB",
-    r"\bA800": "A800-SXM-80GB",
-    r"\bA100.*40 ?G": "A100-SXM-40GB",
-    r"\bA100": "A100-SXM-80GB",
+    r"\bA800(?!\d)": "A800-SXM-80GB",
+    r"\bA100(?!\d).*40 ?GB?\b": "A100-SXM-40GB",
+    r"\bA100(?!\d)": "A100-SXM-80GB",
     r"\bV100(?!.*16 ?G)": "V100-SXM-32GB",
     r"\bL40S": "L40S",
     r"MI355X": "MI355X",
@@ -156,4 +156,4 @@ def known_machine(printed: str) -> str:
     """Return the key of `MACHINES` that a printed name stands for, empty when no profile describes it."""
     if printed in MACHINES:
         return printed
-    return next((name for pattern, name in _SPELLINGS.items() if re.search(pattern, printed)), "")
+    return next((name for pattern, name in _SPELLINGS.items() if re.search(pattern, printed, re.IGNORECASE)), "")

@@ -31,7 +31,7 @@ _WAITS_FOR_MESSAGES = r"Zero Bubble|vTrain|SC'21|Korthikanti|MegaScale \(NSDI|BL
 #: ``forward_backward_pipelining_without_interleaving``)
 _MEGATRON_CORE = "Megatron|dgxc-benchmarking|NVIDIA NeMo|MLPerf|SimuMax|gpu-tpu-pedia"
 #: the schedules or systems among them that do not (MegaScale, section 3.2)
-_SENDS_ASIDE = "^ZB|^MegaScale;"
+_SENDS_ASIDE = "^ZB|^V-|^zero-bubble|^MegaScale;"
 #: words for tensor-parallel collectives in pieces beside their products
 _IN_PIECES = r"(?<!no )TP comm overlap|\bTP_COMM_OVERLAP=True|overlap of DP, TP and PP communication enabled"
 #: source, models and datatypes left out -> recipes that turn tensor-parallel communication overlap on although the table of their
@@ -293,8 +293,10 @@ def _precision(row: Row) -> Precision:
     if fields.get("gemm") == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x|block", "precision"):
         row.assume("one copy of a tensor in FP8: one scale for it, either layout")
         fields["copies"] = 1
-    if row.has("MX|1x32", "precision") or fields.get("gemm") == "fp4":
-        fields["block"] = 16 if fields["gemm"] == "fp4" else 32
+    if fields.get("gemm") == "fp4":
+        fields["block"] = 16
+    elif fields.get("gemm") == "fp8" and row.has(r"\bMX|1x32", "precision"):
+        fields["block"] = 32
     if row.has("fp8 all-gather", "precision"):
         fields["parameter_gather"] = "fp8"
     if row.has("FP8_PARAMS=True", "overlap_notes"):

@@ -58,7 +58,7 @@ _SCRIPTS = [
         "NVIDIA/JAX-Toolbox rosetta/projects/pax @2860390: without Transformer Engine, XLA's own softmax over scores in memory",
     ),
     Script(
-        {"source": "MLPerf Training", "gpu": "[BH][23]?00", "precision": "^$"},
+        {"source": "MLPerf Training", "gpu": "[BH][123]00", "precision": "^$"},
         {"precision": "FP8"},
         "mlcommons/training_results: configurations of NVIDIA's implementation train in 8 bits, where they name no 4",
     ),

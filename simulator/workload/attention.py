@@ -237,7 +237,7 @@ def _rotary(b: BlockBuilder, rotated: Number, saved: Number, modules: tuple[str,
     eager = b.kernels.pointwise == "eager"
     if scaled and not eager:
         moved, elements = (rotated * each for each in SCALED_ROTARY_PASSES), rotated / BF16 * SCALED_ROTARY_ADDRESSED
-        b.memory("attn.rotary", *moved, saved, modules, launches=(12, 14), addressed=(elements, elements))
+        b.memory("attn.rotary", *moved, saved, modules, launches=(12, 14), addressed=(elements, elements), plain=True)
         return
     passes = EAGER_ROTARY_PASSES if eager else 2
     b.memory("attn.rotary", passes * rotated, passes * rotated, saved, modules, launches=(8, 8) if eager else (1, 1))
@@ -260,7 +260,7 @@ def _latent_rotary(b: BlockBuilder, rows: Number, mla: LatentAttention, modules:
     forward = turning + JOINED * 2 * qk + mla.v_dim
     backward = turning + JOINED * (qk + mla.nope_dim + mla.v_dim) + turned
     moved = tuple(passes * rows * turned * BF16 for passes in SCALED_ROTARY_PASSES)
-    b.memory("attn.rotary", *moved, 0.0, modules, launches=(20, 20), addressed=(rows * forward, rows * backward))
+    b.memory("attn.rotary", *moved, 0.0, modules, launches=(20, 20), addressed=(rows * forward, rows * backward), plain=True)
 
 
 def latent_attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:

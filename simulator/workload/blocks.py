@@ -175,10 +175,11 @@ class BlockBuilder:
         routed: bool = False,
         launches: tuple[Number, Number] = (1, 1),
         addressed: tuple[Number, Number] = (0.0, 0.0),
+        plain: bool = False,
     ) -> None:
         """Append bandwidth-bound kernels that move `forward` and `backward` bytes, and as many `launches` and elements `addressed`."""
-        there = Op(name, "memory", bytes=forward, routed=routed, launches=launches[0], addressed=addressed[0])
-        back = Op(name, "memory", bytes=backward, grad="input", routed=routed, launches=launches[1], addressed=addressed[1])
+        there = Op(name, "memory", bytes=forward, routed=routed, launches=launches[0], addressed=addressed[0], plain=plain)
+        back = replace(there, bytes=backward, grad="input", launches=launches[1], addressed=addressed[1])
         self.add([(there,)], [(back,)], saved, modules)
 
     def linear(
@@ -240,7 +241,10 @@ class BlockBuilder:
             several = CURRENT_LAUNCHES if self.casts == "current" else 1  # of which all but the first come from C++
             looped = (several * groups if "groups" in more else several - 1.0) * EXPERT_LAUNCH
             host = {"routed": routed, "launches": 1 + looped}
-            sizes = groups * m / shared[0] * k, groups * m * k, groups * m / shared[1] * n, groups * k * n * (1.0 * self.cast_weights)
+            sizes = (
+                *(groups * m / shared[0] * k, groups * m * k, groups * m / shared[1] * n, groups * m * n),
+                groups * k * n * (1.0 * self.cast_weights),
+            )
             there_b, again_b, back_b = self._cast_bytes(d, e, sizes, arrives)
             forward.insert(0, (_cast(name, there_b, "", **host),))
             backward.insert(0, (_cast(name, back_b, "input", **host),))
@@ -252,9 +256,11 @@ class BlockBuilder:
     def _cast_bytes(self, dtype: str, e: float, sizes: tuple[Number, ...], arrives: tuple[int, int]) -> tuple[Number, Number, Number]:
         """Return the bytes that casts move forward, ahead of the weight gradient and ahead of the input gradient.
 
-        `sizes` are elements: of the input as it is cast forward and as it is cast again, of the output's gradient, of the weight.
+        `sizes` are elements: of the input as it is cast forward and as it is read for the weight gradient, of the output's gradient
+        likewise, of the weight. Rows that other ranks gather are laid out along the columns where they arrive, with one scale for the
+        tensor; with scales of blocks they come in both layouts.
         """
-        taken, again, back, weight = sizes
+        taken, again, back, read, weight = sizes
         if self.casts in TORCHAO_CASTS:
             there, later, grads, forward, backward = (BF16 * times for times in TORCHAO_CASTS[self.casts])
             scaled = BF16 * TORCHAO_RESCALES[self.casts]  # the gradients of the input and of the weight
@@ -262,11 +268,12 @@ class BlockBuilder:
             return taken * (there + e) + weight * (forward + e), again * (later + e) + weight * scaled, ahead
         reads, laid_out = (MAXIMUM_READS if dtype == "fp4" or self.casts == "current" else 1) * BF16, (self.layouts - 1) * e
         missing = [2 * max(self.layouts - known, 0) * e for known in arrives]  # read row-wise, written along the columns
-        ahead = back * (missing[1] if arrives[1] else reads + e + laid_out)
-        if arrives[0]:
-            return 0.0, again * missing[0], ahead
-        for_gather = np.not_equal(taken, again)  # rows that other ranks gather are laid out along the columns where they arrive
-        return taken * (reads + e + np.where(for_gather, 0.0, laid_out)), np.where(for_gather, again * 2 * laid_out, 0.0), ahead
+        moved, later = [], []
+        for known, lacking, cast, whole in zip(arrives, missing, (taken, back), (again, read), strict=True):
+            gathered = np.not_equal(cast, whole) & (self.block == 0)
+            moved.append(0.0 if known else cast * (reads + e + np.where(gathered, 0.0, laid_out)))
+            later.append(whole * (lacking if known else 2 * laid_out * gathered))
+        return moved[0], later[0] + (0.0 if arrives[1] else later[1]), moved[1] + (later[1] if arrives[1] else 0.0)
 
     def collective(self, forward: Op, backward: Op, modules: Iterable[str] = ()) -> None:
         """Append a collective and the one that its gradient needs."""

@@ -78,9 +78,9 @@ LOSS_LAUNCHES = {
 #: ``VocabParallelEmbedding``); that look up learned positions, add them and drop out
 MASKED_LAUNCHES, POSITION_LAUNCHES = 7, 3
 #: kernels of scores, top-k, load counts, probabilities and the balancing loss, and of their gradients. Fused: top-k with its scores,
-#: scores of the loss, the loss; around them the random logits of forced balance, counts of tokens per expert, and the loss put
-#: aside (megatron/core/transformer/moe/router.py, transformer_engine/pytorch/router.py)
-ROUTER_LAUNCHES = {"eager": (20, 15), "fused": (9, 5)}
+#: scores of the loss, the loss; around them, in plain PyTorch, the random logits of forced balance, counts of tokens per expert, and
+#: the loss put aside (megatron/core/transformer/moe/router.py, transformer_engine/pytorch/router.py)
+ROUTER_LAUNCHES, COUNT_LAUNCHES = {"eager": (20, 15), "fused": (3, 3)}, (6, 2)
 #: kernels of moving rows to their experts' order, for which a map of rows is made first; of moving whole chunks of rows
 PERMUTE_LAUNCHES, SORT_LAUNCHES = (8, 8), (3, 2)
 #: bytes per element that adding the last bias of experts moves, forward and backward, in separate operations of PyTorch: the bias
@@ -100,8 +100,6 @@ PROBABILITY_BYTES = 4.5 * BF16
 #: move: both halves joined (read, write); two comparisons joined (read a byte each, write one), both gradients joined. Megatron-Core,
 #: megatron/core/fusions/fused_bias_geglu.py, ``weighted_bias_quick_geglu_impl``; PyTorch's ``clamp_backward``
 CLAMP_ADDRESSED, CLAMP_BYTES, CLAMP_LAUNCHES = (1.0, 2.5), (4.0, 5.5), (3, 7)
-
-
 #: memory of experts in a CUDA graph of the whole step, whose sizes cannot follow the tokens that come, over what even loads need: the
 #: pages that hold what their gradients read, and the buffers that they run in (``moe_paged_stash_buffer_size_factor_cuda``,
 #: ``moe_expert_rank_capacity_factor`` of NVIDIA-NeMo/Megatron-Bridge's recipes with such graphs, ``_enable_full_iteration_cuda_graph``
@@ -171,7 +169,11 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     if b.kernels.glue:
         b.memory("moe.input", 0.0, 3 * x.split_tokens * h * BF16 * (2 if e.shared_ffn else 1), launches=(0, 2 if e.shared_ffn else 1))
     b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
-    b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES[b.kernels.router])
+    plain = b.kernels.router == "eager"
+    there = 4 * scores if plain else 3 * scores
+    b.memory("router.topk", there, there, modules=moe, launches=ROUTER_LAUNCHES[b.kernels.router], plain=plain)
+    if not plain:
+        b.memory("router.counts", scores, scores, modules=moe, launches=COUNT_LAUNCHES, plain=True)
     copies = received * h
     # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
     cast = precision.dispatch == b.dtype != "bf16"
@@ -203,7 +205,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
         modules=moe,
         groups=local,
         routed=True,
-        arrives=(cast, 2 * fused),
+        arrives=(1 * cast, 2 * fused),
     )
     if fused:
         b.add([], [], taken * ffn * b.kept, ("moe", "moe_act"))
@@ -211,14 +213,14 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
         if model.clamped:
             size = rows * mats * ffn
             moved, addressed = (tuple(size * each for each in of) for of in (CLAMP_BYTES, CLAMP_ADDRESSED))
-            own = {"modules": ("moe", "moe_act"), "routed": True, "launches": CLAMP_LAUNCHES}
-            b.memory("moe.clamp", *moved, saved=size * b.load * BF16, addressed=addressed, **own)
+            own = {"modules": ("moe", "moe_act"), "routed": True, "launches": CLAMP_LAUNCHES, "plain": True}
+            b.memory("moe.clamp", *moved, saved=size * held * BF16, addressed=addressed, **own)
         _activation(b, "moe", mats, rows * ffn * BF16, kept, taken * ffn * b.kept, ("moe", "moe_act"), routed=True)
     b.works(room * np.maximum(mats * ffn, 2 * h) * BF16 + x.split_tokens * h * BF16)  # of the up-projection, or of the copies
-    b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(2 * fused, cast))
+    b.linear("moe.down", per_expert, ffn, h, modules=moe, groups=local, routed=True, arrives=(2 * fused, 1 * cast))
     if model.mlp_bias and not fused and "full" not in b.kernels.graphs:  # a graph of everything cannot split by the experts' loads
         launches = tuple(1 + each * local for each in EXPERT_BIAS_LAUNCHES)
-        b.memory("moe.bias", *(rows * h * each for each in EXPERT_BIAS_BYTES), modules=moe, routed=True, launches=launches)
+        b.memory("moe.bias", *(rows * h * each for each in EXPERT_BIAS_BYTES), modules=moe, routed=True, launches=launches, plain=True)
     b.collective(scatter, gather, moe)
     b.memory("moe.arrived.unpermute", arrived * BF16, arrived * element, modules=moe, routed=True, launches=sort)
     b.exchange("moe.combine", back, out, moe)  # its gradient is dispatched
@@ -241,7 +243,7 @@ def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job, load:
     (latent_attention if model.latent else attention)(b, model, kind, x)
     residual(b, x, model, "attn.residual")
     b.add([], [], layer_input, ("attn_out",))  # of the second norm
-    norm(b, "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.kept)
+    norm(b, "moe.norm" if kind.moe else "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.kept)
     if kind.moe:
         _experts(b, model, x, plan.precision, plan.dispatcher)
     else:

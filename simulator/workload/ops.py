@@ -23,10 +23,8 @@ EXPERT_LAUNCH = 0.12
 #: what a kernel costs the host that PyTorch's engine launches for a gradient, over one of a forward in Python: a plain GPT layer of
 #: some 13 operations forward and twice as many backward takes 245 and 275 us (PyTorch 2.13 on one core, tensors of a few elements)
 ENGINE_LAUNCH = 0.5
-#: operations that every stack writes in plain PyTorch, so that its engine launches their gradients
-PLAIN = ("router.topk", "attn.residual", "residual")
-#: what such an operation costs the host forward, over a kernel of a module of Transformer Engine, whose Python prepares quantizers,
-#: workspaces and what is saved: the 245 us of 13 operations, 19 us each, over the same 72 us
+#: what an operation in plain PyTorch (`Op.plain`) costs the host forward, over a kernel of a module of Transformer Engine, whose Python
+#: prepares quantizers, workspaces and what is saved: the 245 us of 13 operations, 19 us each, over the same 72 us
 PLAIN_LAUNCH = 0.26
 #: what a CUDA graph of parts of a layer costs the host each way: a copy of what it is given and its replay (``Graphed`` of
 #: NVIDIA/TransformerEngine transformer_engine/pytorch/graph.py; Megatron captures one per layer)
@@ -91,6 +89,8 @@ class Op:
         Of a collective: every rank's part is a tensor of its own, which a kernel copies from or to the buffer that travels.
     holds : bool
         Whether the host waits for its end before it launches more.
+    plain : bool
+        Whether every stack writes its kernels in plain PyTorch, so that its engine launches their gradients.
     ahead : bool
         Of a collective: it has its multiprocessors before the kernel beside it starts.
     behind : tuple of Op
@@ -128,6 +128,7 @@ class Op:
     gathered: Number = 0.0
     addressed: Number = 0.0
     holds: bool = False
+    plain: bool = False
     ahead: bool = False
     behind: Segment = ()
 
@@ -194,9 +195,8 @@ def awaited(segments: tuple[Segment, ...], kernels: Kernels) -> set[int]:
 
 def _cost(op: Op, kernels: Kernels) -> float:
     """Return what a launch of `op` costs the host, over one of a forward by what most of the stack is written in."""
-    plain = op.name in PLAIN
-    by_engine = op.grad in ("input", "weight") and (kernels.backward == "engine" or plain)
-    return (ENGINE_LAUNCH if by_engine else 1.0) * (PLAIN_LAUNCH if plain and kernels.backward == "functions" else 1.0)
+    by_engine = op.grad in ("input", "weight") and (kernels.backward == "engine" or op.plain)
+    return (ENGINE_LAUNCH if by_engine else 1.0) * (PLAIN_LAUNCH if op.plain and kernels.backward == "functions" else 1.0)
 
 
 def gemm(name: str, m: Number, k: Number, n: Number, dtype: str, element: float, grad: str = "", **more: Any) -> Op:

@@ -111,7 +111,7 @@ def norm(
 def residual(b: BlockBuilder, x: Shape, model: Model, name: str = "residual") -> None:
     """Add a branch to the residual stream; dropout writes a mask and reads it back."""
     size, mask = x.split_tokens * model.hidden * BF16, x.split_tokens * model.hidden * MASK if b.kernels.dropout else 0.0
-    b.memory(name, 3 * size + mask, 3 * size + mask, mask)
+    b.memory(name, 3 * size + mask, 3 * size + mask, mask, plain=True)
 
 
 def bias_gradients(b: BlockBuilder, name: str, elements: Number) -> None:
