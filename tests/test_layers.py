@@ -294,6 +294,18 @@ def test_narrow_rows_are_cast_before_they_are_gathered(tp):
     assert cast(late) == [S * H * (2 + 2 * e), 0]
 
 
+def test_rows_that_other_ranks_gather_are_laid_out_where_they_arrive():
+    """Gradients of a row-parallel output, as inputs of a column-parallel product; scales of blocks come with both layouts instead."""
+    scaled, blocked = (layer(DENSE, False, tp=4, precision=Precision(gemm="fp8", block=block)) for block in (0, 32))
+    e = ELEMENT_BYTES["fp8"]
+
+    def cast(block, grad):
+        return sum(op.bytes for s in block.backward for op in s if (op.name, op.grad) == ("attn.out.cast", grad))
+
+    assert [cast(scaled, grad) for grad in ("input", "weight")] == [S / 4 * H * (2 + e), S * H * 2 * e]
+    assert [cast(blocked, grad) for grad in ("input", "weight")] == [S / 4 * H * (2 + 2 * e), 0]
+
+
 def test_pieces_need_rows_of_their_own():
     with pytest.raises(ProfileError, match="write sequence_parallel: true"):
         Plan(tp=2, sequence_parallel=False, overlap=Overlap(tp="pieces"))

@@ -78,9 +78,10 @@ LOSS_LAUNCHES = {
 #: ``VocabParallelEmbedding``); that look up learned positions, add them and drop out
 MASKED_LAUNCHES, POSITION_LAUNCHES = 7, 3
 #: kernels of scores, top-k, load counts, probabilities and the balancing loss, and of their gradients. Fused: top-k with its scores,
-#: scores of the loss, the loss; around them, in plain PyTorch, the random logits of forced balance, counts of tokens per expert, and
-#: the loss put aside (megatron/core/transformer/moe/router.py, transformer_engine/pytorch/router.py)
-ROUTER_LAUNCHES, COUNT_LAUNCHES = {"eager": (20, 15), "fused": (3, 3)}, (6, 2)
+#: scores of the loss, the loss; around them the random logits of forced balance, counts of tokens per expert, and the loss put aside
+#: (megatron/core/transformer/moe/router.py, transformer_engine/pytorch/router.py). Those three are bare functions without quantizers or
+#: workspaces, and cost the host what an operation of PyTorch does
+ROUTER_LAUNCHES = {"eager": (20, 15), "fused": (9, 5)}
 #: kernels of moving rows to their experts' order, for which a map of rows is made first; of moving whole chunks of rows
 PERMUTE_LAUNCHES, SORT_LAUNCHES = (8, 8), (3, 2)
 #: bytes per element that adding the last bias of experts moves, forward and backward, in separate operations of PyTorch: the bias
@@ -169,11 +170,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     if b.kernels.glue:
         b.memory("moe.input", 0.0, 3 * x.split_tokens * h * BF16 * (2 if e.shared_ffn else 1), launches=(0, 2 if e.shared_ffn else 1))
     b.linear("router", x.split_tokens, h, e.count, saved=scores, dtype="bf16", modules=moe)
-    plain = b.kernels.router == "eager"
-    there = 4 * scores if plain else 3 * scores
-    b.memory("router.topk", there, there, modules=moe, launches=ROUTER_LAUNCHES[b.kernels.router], plain=plain)
-    if not plain:
-        b.memory("router.counts", scores, scores, modules=moe, launches=COUNT_LAUNCHES, plain=True)
+    b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES[b.kernels.router], plain=True)
     copies = received * h
     # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
     cast = precision.dispatch == b.dtype != "bf16"
