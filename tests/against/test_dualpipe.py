@@ -14,11 +14,11 @@ Target: the step within 10 %, each phase above 1 s (forwards, backwards, pairs, 
 fitted to this row, published in brackets:
 
     routing   step            1F              1B              1F1B            bubble          1W            optimizer
-    balanced  20.18  (+1.3 %) 1.22  (+8 %)    1.90  (-5 %)    15.21  (+9 %)   1.26 (-39 %)    0.35 (-28 %)  0.25
-    natural   22.94 (+15.1 %) 1.43 (+27 %)    2.14  (+8 %)    17.15 (+23 %)   1.58 (-23 %)    0.35 (-28 %)  0.29
+    balanced  19.25  (-3.4 %) 1.19  (+5 %)    1.82  (-9 %)    14.46  (+4 %)   1.21 (-41 %)    0.30 (-37 %)  0.26
+    natural   21.84  (+9.6 %) 1.39 (+23 %)    2.06  (+3 %)    16.27 (+17 %)   1.52 (-26 %)    0.30 (-37 %)  0.30
 
-So the step and all phases but the bubble are met with balanced experts. With natural routing the step is missed by five
-points, forwards and pairs by seven and three. Missed at both ends: the bubble, by a quarter to two fifths.
+So the step and all phases but the bubble are met with balanced experts. With natural routing the step is met, too, and forwards are
+missed by three points. Missed at both ends: the bubble, by a quarter to two fifths.
 
 The bubble is what DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives with our mean times of an action, and up to 15 % more
 (`test_bubble_is_the_formulas`). With the published times it gives 0.98 s, half of what is published: the rest is
@@ -77,17 +77,17 @@ def test_phases_add_up(step):
 
 
 def test_step(step):
-    """Target 10 %: met with balanced experts, missed with natural routing; what is missed stays known."""
-    known = {"natural": 0.145, "balanced": 0.0}[step.scenario.job.routing]
+    """Target 10 %: met with balanced experts and, narrowly, with natural routing."""
+    known = {"natural": 0.096, "balanced": -0.034}[step.scenario.job.routing]
     assert step.step_time_s / PUBLISHED_STEP_S - 1 == pytest.approx(known, abs=0.05)
 
 
 def test_phases(step):
-    """Target 20 % for what is above 1 s: met by 1F, 1B and 1F1B with balanced experts, missed by the bubble; by 1B with natural."""
+    """Target 20 % for what is above 1 s: met by 1F, 1B and 1F1B with balanced experts, missed by the bubble; by 1B and 1F1B with natural."""
     found = misses(step)
-    met = ("backward_s",) if step.scenario.job.routing == "natural" else ("forward_s", "backward_s", "pair_s")
+    met = ("backward_s", "pair_s") if step.scenario.job.routing == "natural" else ("forward_s", "backward_s", "pair_s")
     assert max(abs(found[name]) for name in met) < 0.20
-    known = {"natural": (0.29, 0.22, -0.24), "balanced": (0.09, 0.08, -0.40)}[step.scenario.job.routing]  # what is missed stays known
+    known = {"natural": (0.23, 0.17, -0.26), "balanced": (0.05, 0.04, -0.41)}[step.scenario.job.routing]  # what is missed stays known
     assert (found["forward_s"], found["pair_s"], found["bubble_s"]) == pytest.approx(known, abs=0.05)
 
 
