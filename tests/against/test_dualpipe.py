@@ -83,7 +83,7 @@ def test_step(step):
 
 
 def test_phases(step):
-    """Target 20 % for what is above 1 s: met by 1F, 1B and 1F1B with balanced experts, missed by the bubble; by 1B and 1F1B with natural."""
+    """Target 20 % above 1 s: met by 1F, 1B and 1F1B with balanced experts, missed by the bubble; by 1B and 1F1B with natural."""
     found = misses(step)
     met = ("backward_s", "pair_s") if step.scenario.job.routing == "natural" else ("forward_s", "backward_s", "pair_s")
     assert max(abs(found[name]) for name in met) < 0.20
