@@ -18,7 +18,7 @@ from simulator.scenario.plan import Plan, PlanColumns, single
 from simulator.schedules import Schedule, by_segments
 from simulator.units import Number
 from simulator.workload.blocks import Block, passes
-from simulator.workload.ops import COMPUTE, HOST, Op, Segment, awaited, host_wait
+from simulator.workload.ops import COMPUTE, HOST, Op, Segment, awaited, launched
 from simulator.workload.stages import StageBlocks
 from simulator.workload.step import NORM_OP, gathers, gradient_ops, optimizer_ops, parameter_ops, send_op
 
@@ -191,7 +191,7 @@ def price_blocks(
     known = known or Known(model, plan, cluster)
 
     def runs(segments: tuple[Segment, ...], priced: Mapping[int, Number]) -> Runs:
-        launches = host_wait(segments, plan.kernels).launches
+        launches = launched(segments, plan.kernels)
         dispatch_s = 0.0 if cluster.host.dispatch_s is None else cluster.host.dispatch_s
         launched_s = launches * dispatch_s if np.any(launches) else None
         waits = awaited(segments, plan.kernels)
@@ -199,8 +199,8 @@ def price_blocks(
 
     def one(block: Block) -> BlockPrice:
         segments = {kind: passes(block, kind) for kind in PASSES}
-        priced = {id(op): op for kind in PASSES for segment in segments[kind] for op in segment}
-        priced = {number: known.op_s(op) for number, op in priced.items()}
+        ops = {id(op): op for kind in PASSES for segment in segments[kind] for op in segment}  # passes share most of them
+        priced = {number: known.op_s(op) for number, op in ops.items()}
         own = {kind: runs(segments[kind], priced) for kind in PASSES}
         alone = {kind: runs_s(own[kind]) for kind in PASSES}
         slow = {

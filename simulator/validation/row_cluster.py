@@ -100,9 +100,9 @@ def _accelerator(row: Row, printed: str, profile: Accelerator) -> Accelerator:
         profile = profile.model_copy(update={"in_training": {k: v for k, v in profile.in_training.items() if k != "collectives"}})
     if printed in UNSURE:
         row.assume(UNSURE[printed])
-    if printed not in VARIANTS or not VARIANTS[printed].changes:
+    variant = VARIANTS.get(printed)
+    if variant is None or not variant.changes:
         return profile
-    variant = VARIANTS[printed]
     for text in variant.said:
         row.assume(text)
     changes = dict(variant.changes)
@@ -115,14 +115,14 @@ def _accelerator(row: Row, printed: str, profile: Accelerator) -> Accelerator:
 
 def _cut(printed: str, profile: Host) -> Host:
     """Return the host of a variant with fewer or slower scale-up links than its profile's."""
-    if printed not in VARIANTS or VARIANTS[printed].links == 1:
+    variant = VARIANTS.get(printed)
+    if variant is None or variant.links == 1:
         return profile
-    share = VARIANTS[printed].links
     changes = {
-        "scale_up_bytes_per_s": profile.scale_up_bytes_per_s * share,
-        "bus_bytes_per_s": {name: rate * share for name, rate in profile.bus_bytes_per_s.items()},
+        "scale_up_bytes_per_s": profile.scale_up_bytes_per_s * variant.links,
+        "bus_bytes_per_s": {name: rate * variant.links for name, rate in profile.bus_bytes_per_s.items()},
     }
-    return adapted(profile, changes, VARIANTS[printed].grade, VARIANTS[printed].source, f"as of {VARIANTS[printed].suffix}")
+    return adapted(profile, changes, variant.grade, variant.source, f"as of {variant.suffix}")
 
 
 def _host(row: Row, profile: Host, count: int) -> Host:

@@ -75,7 +75,7 @@ _FP8_ATTENTION_RECIPE = r"(QWEN3|DEEPSEEK_V3(?!_PRETRAIN_CONFIG_GB200))\w*_FP8_M
 #: (NVIDIA/TransformerEngine common/fused_attn/fused_attn.cpp). Their recipes recompute ``core_attn`` there, which keeps scores (NVIDIA/
 #: dgxc-benchmarking @1f6d9f4 deepseek_v3/pretraining/launch.sh, NeMo 25.04.01); the next one, on NeMo 25.07.01, does not
 _NEMO_2504 = r"dgxc-benchmarking/deepseek_v3/\S*@v25\.0[1-7]"
-#: Aleph-Alpha's ``kernel=`` -> fields
+#: beginning of what follows ``kernel=``, in Aleph-Alpha's words or in others' -> fields; the first match counts
 _NAMED: dict[str, dict[str, str]] = {
     "torch": {"attention": "eager"},
     "fused": {"attention": "unfused"},
@@ -96,10 +96,10 @@ def kernels_of(row: Row) -> Kernels:
     fields = row.of_source(_STACKS, "kernels")
     if row.has("fp8 dot-product attention|fp8 attention", "overlap_notes", "notes"):
         fields["attention"] = "flash_fp8"
-    if row.has(_NEMO_2504, "provenance") and row.has("B[23]00", "gpu"):
-        row.assume("latent attention not printed: scores in memory (cuDNN before 9.11 has no gradient of it on Blackwell)")
-        fields["attention"] = "unfused"
     if row.has(_NEMO_2504, "provenance"):
+        if row.has("B[23]00", "gpu"):
+            row.assume("latent attention not printed: scores in memory (cuDNN before 9.11 has no gradient of it on Blackwell)")
+            fields["attention"] = "unfused"
         row.assume("rotary embedding of latent attention not printed: not fused (Megatron's configuration refused it until mid-2025)")
         fields["latent_rotary"] = "eager"
     named = re.search(r"kernel=([^;]*)", row.text("overlap_notes"))
@@ -109,7 +109,7 @@ def kernels_of(row: Row) -> Kernels:
         if known is None and kernel:
             row.assume(f"kernel not known: {kernel} (taken as the fastest fused attention)")
         fields |= known or {}
-        if "RMS kernel" in named.group(1):
+        if "RMS kernel" in kernel:
             fields["norm"] = "fused"
     if row.has(r"\beager\b", "overlap_notes"):
         fields |= {"norm": "eager_fp32" if row.has("torchtitan", "source") else "eager", "pointwise": "eager"}

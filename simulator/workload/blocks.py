@@ -241,10 +241,8 @@ class BlockBuilder:
             several = CURRENT_LAUNCHES if self.casts == "current" else 1  # of which all but the first come from C++
             looped = (several * groups if "groups" in more else several - 1.0) * EXPERT_LAUNCH
             host = {"routed": routed, "launches": 1 + looped}
-            sizes = (
-                *(groups * m / shared[0] * k, groups * m * k, groups * m / shared[1] * n, groups * m * n),
-                groups * k * n * (1.0 * self.cast_weights),
-            )
+            rows, weight = groups * m, groups * k * n * (1.0 * self.cast_weights)
+            sizes = rows / shared[0] * k, rows * k, rows / shared[1] * n, rows * n, weight
             there_b, again_b, back_b = self._cast_bytes(d, e, sizes, arrives)
             forward.insert(0, (_cast(name, there_b, "", **host),))
             backward.insert(0, (_cast(name, back_b, "input", **host),))

@@ -161,14 +161,28 @@ def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
 
     It launches while kernels and collectives run, but not while it waits for some (`awaited`).
     """
-    ops = [op for segment in segments for op in segment if op.kind in COMPUTE]
-    replays = "full" not in kernels.graphs and any(kernels.captured(op.name) for op in ops)
-    ops = [op for op in ops if not kernels.captured(op.name)]
-    ops = [op for op in ops if np.any(op.bytes) or np.any(op.addressed)]
-    launches = sum((op.launches * op.share * _cost(op, kernels) for op in ops), GRAPH_LAUNCHES * float(replays))
     waits = awaited(segments, kernels)
     beside = tuple(segment for at, segment in enumerate(segments) if at not in waits)
-    return Op(HOST, HOST, launches=launches, beside=beside, routed=any(op.routed for op in ops))
+    routed = any(op.routed for segment in segments for op in segment if _launched(op, kernels))
+    return Op(HOST, HOST, launches=launched(segments, kernels), beside=beside, routed=routed)
+
+
+def launched(segments: tuple[Segment, ...], kernels: Kernels) -> Number:
+    """Return what the host launches for `segments`, in kernels of a module of Transformer Engine."""
+    ops = [op for segment in segments for op in segment if op.kind in COMPUTE]
+    replays = "full" not in kernels.graphs and any(kernels.captured(op.name) for op in ops)
+    own = (op.launches * op.share * _cost(op, kernels) for op in ops if _launched(op, kernels))
+    return sum(own, GRAPH_LAUNCHES * float(replays))
+
+
+def _does_work(op: Op) -> bool:
+    """Return whether `op` is a kernel that has something to do for any plan."""
+    return op.kind in COMPUTE and bool(np.any(op.bytes) or np.any(op.addressed))
+
+
+def _launched(op: Op, kernels: Kernels) -> bool:
+    """Return whether the host launches `op` by itself."""
+    return _does_work(op) and not kernels.captured(op.name)
 
 
 def awaited(segments: tuple[Segment, ...], kernels: Kernels) -> set[int]:
@@ -187,9 +201,9 @@ def awaited(segments: tuple[Segment, ...], kernels: Kernels) -> set[int]:
             found |= replayed
         if any(op.holds for op in segment):
             found.add(at)
-        launched = [op.name for op in segment if op.kind in COMPUTE and (np.any(op.bytes) or np.any(op.addressed))]
-        if launched:
-            replayed = replayed | {at} if all(map(kernels.captured, launched)) else set()
+        names = [op.name for op in segment if _does_work(op)]
+        if names:
+            replayed = replayed | {at} if all(map(kernels.captured, names)) else set()
     return found
 
 
