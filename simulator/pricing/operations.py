@@ -145,9 +145,7 @@ class Known:
 
 
 #: the numbers that decide what an operation costs
-_NUMBERS = attrgetter(
-    "flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written", "addressed", "gathered"
-)
+_NUMBERS = attrgetter("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written", "addressed", "gathered")
 
 
 def _hashable(value: Number) -> Any:
