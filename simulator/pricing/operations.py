@@ -11,7 +11,7 @@ from simulator.network import collectives
 from simulator.network.sharing import share
 from simulator.pricing import compute
 from simulator.scenario.cluster import Cluster, InTraining
-from simulator.scenario.mesh import placed
+from simulator.scenario.mesh import Group, placed
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan
 from simulator.units import Number
@@ -72,7 +72,7 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         out, fan = _copies(op, model, plan, cluster)
         seconds = collectives.expert_all_to_all_s(op.bytes, members, cluster, out, fan)
     else:
-        seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster) / cluster.accelerator.in_training.get("collectives", 1.0)
+        seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster) / _kept(members, cluster)
     for ranks in measured_ranks(op, cluster):
         talk = cluster.host.collectives[f"{op.kind}.{op.dtype}.{ranks}"]
         size = np.minimum(members.size, 2) if op.kind == "send" else np.asarray(members.size)  # a message has two ends
@@ -82,6 +82,12 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     if op.listed:
         seconds = seconds + _copies_of_parts_s(op, members.size, cluster)
     return seconds if op.kind == "send" else np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: none is called
+
+
+def _kept(members: Group, cluster: Cluster) -> Number:
+    """Return the share of its benchmark's speed that a collective keeps in a step: all of it inside a scale-up domain."""
+    _, domains = collectives.crossings(members, cluster)
+    return np.where(domains > 1, cluster.accelerator.in_training.get("scale_out", 1.0), 1.0)
 
 
 def _copies_of_parts_s(op: Op, ranks: Number, cluster: Cluster) -> Number:
