@@ -268,7 +268,7 @@ def embedding(model: Model, plan: Plan, job: Job) -> Block:
 
 
 def head(model: Model, plan: Plan, job: Job) -> Block:
-    """Return the block of the final norm, the output projection (in bf16) and the cross-entropy.
+    """Return the block of the final norm, the output projection and the cross-entropy.
 
     Notes
     -----
@@ -276,7 +276,16 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     many are kept, and live at its fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16
     gradient, the rows it gathers again, their gradient and, unless it is added in place, the gradient of its matrix.
     """
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp in (True, "pieces"), kernels=plan.kernels)
+    x, precision = Shape.of(plan, job), plan.precision
+    b = BlockBuilder(
+        precision.head,
+        ELEMENT_BYTES[precision.head],
+        overlap=plan.overlap.tp in (True, "pieces"),
+        kernels=plan.kernels,
+        cast_weights=precision.parameter_gather not in ("fp8", "fp4"),
+        layouts=precision.copies,
+        block=precision.block,
+    )
     vocab = model.vocab / x.tp
     norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = enter_tp(b, "head", x, model.hidden)
