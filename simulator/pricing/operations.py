@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +65,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
     if op.kind == HOST:
         return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph, slow), cluster.host.dispatch_s)
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
+    if op.kind != "send" and not op.listed and not np.any((np.asarray(members.size) > 1) & (np.asarray(op.bytes) > 0)):
+        return np.zeros(np.broadcast_shapes(np.shape(members.size), np.shape(op.bytes)))  # none is called
     if graph and members.size > 1:
         kept = share(plan, cluster, op.axis, op.kind)
         members = replace(members, share=kept.rate if kept else 1.0)
@@ -134,16 +138,24 @@ class Known:
         """Return `op_s` of an operation."""
         if op.kind == HOST:
             return op_s(op, *self._of)
-        numbers = (
-            np.asarray(getattr(op, name))
-            for name in ("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written", "addressed")
-        )
-        words = (op.name, op.kind, op.axis, op.dtype, op.grad if op.grad in ("input", "weight") else "")  # again is forward
-        words = (*words, *((other.kind, other.dtype, np.asarray(other.bytes).tobytes()) for other in op.behind))
-        key = (*words, *((value.dtype.char, value.shape, value.tobytes()) for value in numbers))
+        words = op.name, op.kind, op.axis, op.dtype, op.listed, op.grad if op.grad in ("input", "weight") else ""  # again is forward
+        behind = tuple((other.kind, other.dtype, _hashable(other.bytes)) for other in op.behind)
+        key = (*words, *behind, *map(_hashable, _NUMBERS(op)))
         if key not in self._seconds:
             self._seconds[key] = op_s(op, *self._of)
         return self._seconds[key]
+
+    def in_turn_s(self, ops: Iterable[Op]) -> Number:
+        """Return the seconds of operations one after the other."""
+        return sum(map(self.op_s, ops), 0.0)
+
+
+#: the numbers that decide what an operation costs
+_NUMBERS = attrgetter("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written", "addressed", "gathered")
+
+
+def _hashable(value: Number) -> Any:
+    return (value.dtype.char, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
 
 
 def kernel_name(op: Op) -> str:
