@@ -17,7 +17,7 @@ from simulator.scenario.plan import ELEMENT_BYTES, Plan
 from simulator.units import Number
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP
 from simulator.workload.experts import copies
-from simulator.workload.ops import COMPUTE, EXPERT_LAUNCH, HOST, Op, Segment
+from simulator.workload.ops import COMPUTE, EXPERT_LAUNCH, HOST, LAUNCH, Op, Segment
 
 _COLLECTIVES = {
     "all_gather": collectives.all_gather_s,
@@ -62,6 +62,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         return slow * seconds
     if op.kind == HOST:
         return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph, slow), cluster.host.dispatch_s)
+    if op.kind == LAUNCH:
+        return op.launches * (cluster.host.dispatch_s or 0.0) + segments_s(op.beside, model, plan, cluster, graph, slow)
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
     if graph and members.size > 1:
         kept = share(plan, cluster, op.axis, op.kind)
@@ -126,7 +128,7 @@ class Known:
 
     def op_s(self, op: Op) -> Number:
         """Return `op_s` of an operation."""
-        if op.kind == HOST:
+        if op.kind in (HOST, LAUNCH):
             return op_s(op, *self._of)
         numbers = (
             np.asarray(getattr(op, name))
@@ -204,7 +206,7 @@ def device_bytes(op: Op, model: Model, plan: Plan, cluster: Cluster) -> Number:
 
 def loaded(op: Op, load: Number) -> Op:
     """Return an operation for `load` times the tokens: more rows forward, a deeper product for the weights."""
-    if op.kind == HOST:
+    if op.kind in (HOST, LAUNCH):
         return replace(op, beside=tuple(tuple(loaded(o, load) if o.routed else o for o in segment) for segment in op.beside))
     deeper = op.grad == "weight"
     sizes = {name: getattr(op, name) * load for name in ("flop", "bytes", "addressed")}
