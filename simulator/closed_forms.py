@@ -155,5 +155,10 @@ def orders(plan: Plan):
 
 def estimate(scenario: Scenario) -> float:
     """Return the estimated seconds of one step of `scenario`; balanced ranks, no slow hosts."""
+    return float(estimates(scenario))
+
+
+def estimates(scenario: Scenario) -> np.ndarray:
+    """Return `estimate` for a cluster whose speeds may be columns: one number for each of them."""
     times, micro_batches = times_of(scenario)
-    return float(estimate_s(scenario.plan, times, micro_batches, orders(scenario.plan)))
+    return np.asarray(estimate_s(scenario.plan, times, micro_batches, orders(scenario.plan)))

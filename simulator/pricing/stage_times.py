@@ -10,7 +10,7 @@ import numpy as np
 
 from simulator.engine.replay import Lap, Runs, entry_s
 from simulator.pricing.beside import Beside
-from simulator.pricing.operations import Known, op_s, segments_s
+from simulator.pricing.operations import Known, op_s
 from simulator.scenario.cluster import Accelerator, Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
@@ -216,8 +216,8 @@ def price_blocks(
         }
         return BlockPrice(
             **{field: alone[kind] for kind, field in PASSES.items()},
-            gather_s=segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster) if sharing else 0.0,
-            reduce_s=segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster) if sharing else 0.0,
+            gather_s=known.in_turn_s(parameter_ops(block, plan)) if sharing else 0.0,
+            reduce_s=known.in_turn_s(gradient_ops(block, plan)) if sharing else 0.0,
             forward_runs=own["F"],
             backward_runs=own["B"],
             extra_s={kind: runs_s(own[kind], slow[kind]) - alone[kind] if np.any(slow[kind] != 1.0) else 0.0 for kind in PASSES},
@@ -273,7 +273,7 @@ def stage_times(
     """
     kinds = list(prices)
     counts = np.array([[stage.count(kind) for stage in stages] for kind in kinds], dtype=float)  # (kinds, stages)
-    plans = np.broadcast_shapes(np.shape(plan.tp), np.shape(plan.dp_shard))
+    plans = np.broadcast_shapes(np.shape(plan.tp), *(np.shape(price.forward_s) for price in prices.values()))
 
     def over_stages(of: Callable[[BlockPrice], Number]) -> Number:
         return np.stack([np.broadcast_to(of(prices[kind]), plans) for kind in kinds], axis=-1) @ counts
@@ -282,7 +282,7 @@ def stage_times(
         dense, expert = (
             sum(names.count(k) * getattr(all_blocks[k], f) for k in dict.fromkeys(names)) for f in ("dense_parameters", "expert_parameters")
         )
-        return segments_s(((op,) for op in optimizer_ops(dense, expert, model, plan, job)), model, plan, cluster)
+        return Known(model, plan, cluster).in_turn_s(optimizer_ops(dense, expert, model, plan, job))
 
     own = [tuple(name for stage in held for name in stages[stage]) for held in order.held]
     known = {names: np.broadcast_to(optimizer(names), plans) for names in dict.fromkeys(own)}
