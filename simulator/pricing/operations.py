@@ -19,7 +19,7 @@ from simulator.scenario.plan import ELEMENT_BYTES, Plan
 from simulator.units import Number
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP
 from simulator.workload.experts import copies
-from simulator.workload.ops import COMPUTE, EXPERT_LAUNCH, HOST, Op, Segment
+from simulator.workload.ops import COMPUTE, EXPERT_LAUNCH, HOST, LAUNCH, Op, Segment
 
 _COLLECTIVES = {
     "all_gather": collectives.all_gather_s,
@@ -64,6 +64,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         return slow * seconds
     if op.kind == HOST:
         return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph, slow), cluster.host.dispatch_s)
+    if op.kind == LAUNCH:
+        return op.launches * (cluster.host.dispatch_s or 0.0) + segments_s(op.beside, model, plan, cluster, graph, slow)
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
     if op.kind != "send" and not op.listed and not np.any((np.asarray(members.size) > 1) & (np.asarray(op.bytes) > 0)):
         return np.zeros(np.broadcast_shapes(np.shape(members.size), np.shape(op.bytes)))  # none is called
@@ -136,7 +138,7 @@ class Known:
 
     def op_s(self, op: Op) -> Number:
         """Return `op_s` of an operation."""
-        if op.kind == HOST:
+        if op.kind in (HOST, LAUNCH):
             return op_s(op, *self._of)
         words = op.name, op.kind, op.axis, op.dtype, op.listed, op.grad if op.grad in ("input", "weight") else ""  # again is forward
         behind = tuple((other.kind, other.dtype, _hashable(other.bytes)) for other in op.behind)
@@ -222,7 +224,7 @@ def device_bytes(op: Op, model: Model, plan: Plan, cluster: Cluster) -> Number:
 
 def loaded(op: Op, load: Number) -> Op:
     """Return an operation for `load` times the tokens: more rows forward, a deeper product for the weights."""
-    if op.kind == HOST:
+    if op.kind in (HOST, LAUNCH):
         return replace(op, beside=tuple(tuple(loaded(o, load) if o.routed else o for o in segment) for segment in op.beside))
     deeper = op.grad == "weight"
     sizes = {name: getattr(op, name) * load for name in ("flop", "bytes", "addressed")}

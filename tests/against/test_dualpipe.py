@@ -14,15 +14,15 @@ Target: the step within 10 %, each phase above 1 s (forwards, backwards, pairs, 
 fitted to this row, published in brackets:
 
     routing   step            1F              1B              1F1B            bubble          1W            optimizer
-    balanced  19.25  (-3.4 %) 1.19  (+5 %)    1.82  (-9 %)    14.46  (+4 %)   1.21 (-41 %)    0.30 (-37 %)  0.26
-    natural   21.84  (+9.6 %) 1.39 (+23 %)    2.06  (+3 %)    16.27 (+17 %)   1.52 (-26 %)    0.30 (-37 %)  0.30
+    balanced  19.09  (-4.2 %) 1.19  (+5 %)    1.82  (-9 %)    14.56  (+4 %)   0.96 (-54 %)    0.30 (-37 %)  0.26
+    natural   21.68  (+8.8 %) 1.39 (+23 %)    2.06  (+3 %)    16.41 (+18 %)   1.22 (-41 %)    0.30 (-37 %)  0.30
 
 So the step and all phases but the bubble are met with balanced experts. With natural routing the step is met, too, and forwards are
-missed by three points. Missed at both ends: the bubble, by a quarter to two fifths.
+missed by three points. Missed at both ends: the bubble, by two fifths to a half.
 
-The bubble is what DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives with our mean times of an action, and up to 15 % more
-(`test_bubble_is_the_formulas`). With the published times it gives 0.98 s, half of what is published: the rest is
-waiting for stages, ranks and micro-batches that differ, which the source does not describe; jitter explains little of it
+The bubble is what DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives with our mean times of an action, less the fifth that
+forwards wait inside pairs (`test_bubble_is_the_formulas`). With the published times it gives 0.98 s, half of what is published: the
+rest is waiting for stages, ranks and micro-batches that differ, which the source does not describe; jitter explains little of it
 (`test_jitter`).
 """
 
@@ -78,8 +78,8 @@ def test_phases_add_up(step):
 
 
 def test_step(step):
-    """Target 10 %: met with balanced experts and, narrowly, with natural routing."""
-    known = {"natural": 0.096, "balanced": -0.034}[step.scenario.job.routing]
+    """Target 10 %: met with balanced experts and with natural routing."""
+    known = {"natural": 0.088, "balanced": -0.042}[step.scenario.job.routing]
     assert step.step_time_s / PUBLISHED_STEP_S - 1 == pytest.approx(known, abs=0.05)
 
 
@@ -88,7 +88,7 @@ def test_phases(step):
     found = misses(step)
     met = ("backward_s", "pair_s") if step.scenario.job.routing == "natural" else ("forward_s", "backward_s", "pair_s")
     assert max(abs(found[name]) for name in met) < 0.20
-    known = {"natural": (0.23, 0.17, -0.26), "balanced": (0.05, 0.04, -0.41)}[step.scenario.job.routing]  # what is missed stays known
+    known = {"natural": (0.23, 0.18, -0.41), "balanced": (0.05, 0.04, -0.54)}[step.scenario.job.routing]  # what is missed stays known
     assert (found["forward_s"], found["pair_s"], found["bubble_s"]) == pytest.approx(known, abs=0.05)
 
 
@@ -116,8 +116,8 @@ def test_the_published_phases_leave_one_sequence_per_micro_batch():
 
 
 def test_bubble_is_the_formulas(step):
-    """Of our times within 15 %; of the published ones half of the published bubble: what we lack is not in the schedule."""
-    assert phases(step)["bubble_s"] == pytest.approx(formula_s(phases(step)), rel=0.15)
+    """Of our times within 25 %; of the published ones half of the published bubble: what we lack is not in the schedule."""
+    assert phases(step)["bubble_s"] == pytest.approx(formula_s(phases(step)), rel=0.25)
     assert formula_s(PUBLISHED) == pytest.approx(0.98, abs=0.01)
 
 
