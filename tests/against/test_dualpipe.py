@@ -7,7 +7,8 @@ up-projections recomputed, SwiGLU's inputs cached in FP8 and its outputs recompu
 3.2.3 and 3.3).
 
 A micro-batch of one sequence is not printed, but follows: with two, a pair would take 1.9 times as long as its halves alone
-(`test_the_published_phases_leave_one_sequence_per_micro_batch`). Assumed: layers balanced over the stages, the phases means over ranks. The run was no benchmark with forced routing. How far its experts were from balanced is not printed, so it
+(`test_the_published_phases_leave_one_sequence_per_micro_batch`). Assumed: layers balanced over the stages, the phases means over
+ranks. The run was no benchmark with forced routing. How far its experts were from balanced is not printed, so it
 shown at both ends: balanced, and natural routing with the simulator's default for any model (heaviest rank at 1.25 of the mean).
 
 Target: the step within 10 %, each phase above 1 s (forwards, backwards, pairs, bubble) within 20 %. Found, with no number
