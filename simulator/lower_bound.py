@@ -12,7 +12,7 @@ from itertools import groupby
 
 import numpy as np
 
-from simulator.pricing.operations import Known, op_s, segments_s
+from simulator.pricing.operations import Known, op_s
 from simulator.pricing.stage_times import BlockPrice, least_pair_s, price_blocks
 from simulator.scenario.cluster import Cluster
 from simulator.scenario.job import Job
@@ -28,7 +28,7 @@ from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parame
 #: from the stages of a forward and of a backward to the seconds that the pair of them takes by itself
 PairSeconds = Callable[[int, int], Number]
 #: streams that the passes of a block keep busy
-BUSY = ("compute", "tp", "cp", "ep")
+BUSY = ("compute", "tp", "cp", "ep", "host")
 #: prices of a block that tokens and the groups inside a stage decide: its passes, and how long F and B keep each stream busy
 PASSES = ("forward_s", "backward_s", "input_s", "weight_s", *(f"{name}_{stream}_s" for name in ("forward", "backward") for stream in BUSY))
 #: prices that the data-parallel groups decide
@@ -121,11 +121,9 @@ def passes_table(
 
 def sharding_table(all_blocks: Mapping[str, Block], model: Model, plan: Plan | PlanColumns, cluster: Cluster) -> dict[str, np.ndarray]:
     """Return the `SHARDING` of every block, each (..., K)."""
+    known = Known(model, plan, cluster)
     rows = [
-        {
-            "gather_s": segments_s(((op,) for op in parameter_ops(block, plan)), model, plan, cluster),
-            "reduce_s": segments_s(((op,) for op in gradient_ops(block, plan)), model, plan, cluster),
-        }
+        {"gather_s": known.in_turn_s(parameter_ops(block, plan)), "reduce_s": known.in_turn_s(gradient_ops(block, plan))}
         for block in all_blocks.values()
     ]
     return _stacked(rows, SHARDING)
@@ -139,7 +137,7 @@ def sizes_table(all_blocks: Mapping[str, Block], fields: Iterable[str] = PARAMET
 def optimizer_of(model: Model, plan: Plan | PlanColumns, job: Job, cluster: Cluster) -> Callable[[Number, Number], Number]:
     """Return a function from dense and expert parameters on ranks, (..., n), to the optimizer's seconds."""
     beside = plan.with_rank_axis()
-    return lambda dense, expert: segments_s(((op,) for op in optimizer_ops(dense, expert, model, beside, job)), model, beside, cluster)
+    return lambda dense, expert: Known(model, beside, cluster).in_turn_s(optimizer_ops(dense, expert, model, beside, job))
 
 
 def hop_s(model: Model, plan: Plan | PlanColumns, job: Job, cluster: Cluster) -> Number:

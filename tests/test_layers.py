@@ -449,6 +449,16 @@ def test_fp8_layers():
     assert only(block.forward, "router").dtype == only(head(MOE, plan, JOB).forward, "head.logits").dtype == "bf16"
 
 
+def test_output_projection_in_8_bits():
+    """Its input and the gradient of its logits are cast as a layer's are, by rows and along columns."""
+    block, e, vocab = head(DENSE, Plan(dp_shard=1, precision=Precision(gemm="fp8", head="fp8")), JOB), 1 + 4 / 128, 128
+    assert only(block.forward, "head.logits").dtype == "fp8"
+    assert only(block.forward, "head.logits.cast").bytes == S * H * (2 + 2 * e)
+    assert only(block.backward, "head.logits.cast", grad="input").bytes == S * vocab * (2 + 2 * e)
+    plain = head(DENSE, Plan(dp_shard=1, precision=Precision(gemm="fp8")), JOB)
+    assert only(block.forward, "head.loss").bytes == only(plain.forward, "head.loss").bytes  # logits stay in 16 bits
+
+
 def test_one_layout_of_a_tensor_is_enough_where_the_matrix_units_take_either():
     e = ELEMENT_BYTES["fp8"]
     block = layer(DENSE, False, precision=Precision(gemm="fp8", copies=1))

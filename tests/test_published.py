@@ -391,6 +391,19 @@ def test_attention_that_only_the_recipe_tells(runs, name, attention):
     assert scenario_from_row(row(runs, name))[0].plan.kernels.attention == attention
 
 
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("dsv3-gb300-gke-256-4096-ep32-4d", "fp8"),
+        ("mbridge-26.06-gptoss120b-gb300-fp8_mx-64", "fp8"),
+        ("mbridge-26.06-qwen3_30b-gb300-fp8_mx-8", "bf16"),
+        ("mbridge-26.04.01-dsv3-b200-fp8_mx-256", "bf16"),  # before the option
+    ],
+)
+def test_output_projection_that_only_the_recipe_tells(runs, name, head):
+    assert scenario_from_row(row(runs, name))[0].plan.precision.head == head
+
+
 @pytest.mark.parametrize(("name", "rotary"), [("dgxc-v25.05.05-dsv3-h100-bf16-512", "eager"), (PAPER, "fused")])
 def test_latent_rotary_embedding_of_a_release(runs, name, rotary):
     assert scenario_from_row(row(runs, name))[0].plan.kernels.latent_rotary == rotary

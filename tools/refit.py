@@ -13,8 +13,8 @@ from textwrap import fill
 
 from simulator.fitting import Fitted, Parameter
 from simulator.scenario.profiles import ACCELERATORS
-from simulator.validation.parameters import SILICON, fitted, row_slopes
-from simulator.validation.published import published_runs, validate
+from simulator.validation.parameters import SILICON, fitted, predictions
+from simulator.validation.published import published_runs
 from simulator.validation.row_cluster import MACHINES
 
 PROFILES = Path(__file__).parent.parent / "hardware_profiles"
@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = published_runs()
     rows = rows[rows["complete"] == "yes"]
-    found = fitted(validate(rows=rows, processes=args.processes), row_slopes(rows, args.processes))
+    found = fitted(*predictions(rows, args.processes))
     for silicon, (parameters, result) in found.items():
         print(f"{silicon}: {result.rows} complete rows")
         for i, p in enumerate(parameters):

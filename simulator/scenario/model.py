@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -162,9 +163,7 @@ class Model(Frozen):
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of every layer, in order."""
-        moe = self.moe_layers or (False,) * self.layers
-        windows = self.windows or (None,) * self.layers
-        return tuple(LayerKind(moe=m, window=w) for m, w in zip(moe, windows, strict=True))
+        return _layer_kinds(self.layers, self.moe_layers, self.windows)
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -175,3 +174,9 @@ class Model(Frozen):
     def arch(self) -> Literal["dense", "moe"]:
         """``dense`` or ``moe``."""
         return "moe" if self.experts else "dense"
+
+
+@lru_cache(maxsize=256)
+def _layer_kinds(layers: int, moe_layers: tuple[bool, ...], windows: tuple[int | None, ...]) -> tuple[LayerKind, ...]:
+    every = zip(moe_layers or (False,) * layers, windows or (None,) * layers, strict=True)
+    return tuple(LayerKind(moe=moe, window=window) for moe, window in every)

@@ -7,23 +7,17 @@ from parameters fitted without its model on its accelerator.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from simulator.closed_forms import estimate_s, orders
-from simulator.errors import ProfileError, SimulatorError
+from simulator.closed_forms import estimates
 from simulator.fitting import Fitted, Parameter, fit, leave_out
-from simulator.pricing.stage_times import price_blocks, stage_times
-from simulator.scenario.plan import COLUMNS, PlanColumns
 from simulator.scenario.scenario import Scenario
-from simulator.validation.published import scenario_from_row
+from simulator.validation.published import step_s, validate
 from simulator.validation.regimes import common_part, others
-from simulator.workload.stages import blocks, stage_blocks
 
 #: beginning of an accelerator's name -> its generation of silicon and its power
 SILICON = {"a100": "Ampere", "h100": "Hopper", "h200": "Hopper", "h800": "Hopper", "mi300x": "CDNA 3", "mi325x": "CDNA 3"}
@@ -38,11 +32,11 @@ _PARTS = {
     "grouped": (0.5, 1.7, 0.3),
     "attention": (0.4, 1.5, 0.3),
     "memory": (0.4, 1.2, 0.3),
-    "collectives": (0.4, 1.5, 0.3),
+    "scale_out": (0.4, 1.5, 0.3),
 }
 #: parts that are fitted only where a profile has them: on silicon after the A100 collectives come out at 0.87 to 0.94 of their benchmarks,
-#: and predictions of models that are left out gain nothing
-_WHERE_LISTED = ("collectives",)
+#: and predictions of models that are left out gain nothing. Inside a host they come out as fast as their benchmark also on A100 (1.00)
+_WHERE_LISTED = ("scale_out",)
 #: seconds per launch: what a C++ loop needs at least, and what no eager framework exceeds
 _DISPATCH = (5e-6, 200e-6, 0.7)
 #: centre of what is assumed beside the rows: kernels as fast as in benchmarks, and 72 us for a module of Transformer Engine to launch one.
@@ -71,60 +65,61 @@ NAMES = (*(f"in_training.{name}" for name in _PARTS), "dispatch_s")
 
 
 def slopes(scenario: Scenario) -> dict[str, float]:
-    """Return ``d ln(step) / d ln(parameter)`` of the estimate for every one of `NAMES`: one estimate for a column of values.
+    """Return ``d ln(step) / d ln(parameter)`` of the estimate for every one of `NAMES`.
 
     It is 0 for parameters that the scenario does not rest on (`parameters_of`).
     """
-    model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
-    count = 1 + len(NAMES)
-    moved = {name: np.where(np.arange(count) == i, np.exp(_STEP), 1.0) for i, name in enumerate(NAMES, start=1)}
+    return _slopes(_moved_s(scenario))
+
+
+def _slopes(seconds: np.ndarray) -> dict[str, float]:
+    return dict(zip(NAMES, np.log(seconds[1:] / seconds[0]) / _STEP, strict=True))
+
+
+def _moved_s(scenario: Scenario) -> np.ndarray:
+    """Return the estimated step as it is, and with each of `NAMES` moved by `_STEP`: one estimate for columns of their values."""
+    cluster = scenario.cluster
+    moved = {name: np.where(np.arange(1 + len(NAMES)) == i, np.exp(_STEP), 1.0) for i, name in enumerate(NAMES, start=1)}
     parts = {p.name.split(".")[1]: p.start * moved[p.name] for p in parameters_of(scenario) if p.name != "dispatch_s"}
     dispatch = cluster.host.dispatch_s
     host = cluster.host.model_copy(update={"dispatch_s": None if dispatch is None else dispatch * moved["dispatch_s"]})
     accelerator = cluster.accelerator.model_copy(update={"in_training": parts})
     cluster = cluster.model_copy(update={"accelerator": accelerator, "host": host})
-    columns = PlanColumns(**{name: np.full(count, getattr(plan, name)) for name in COLUMNS}, like=plan)
-    micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
-    if not micro_batches:
-        raise ProfileError(f"global_batch = {job.global_batch} is less than one micro-batch on each of {plan.dp} ranks")
-    found, stages = blocks(model, columns, job), stage_blocks(model, plan, job)
-    prices = price_blocks(found, model, columns, cluster)
-    times = stage_times(model, columns, job, cluster, stages, found, prices, orders(plan)(micro_batches))
-    seconds = np.broadcast_to(estimate_s(columns, times, micro_batches, orders(plan)), (count,))
-    return dict(zip(NAMES, np.log(seconds[1:] / seconds[0]) / _STEP, strict=True))
+    return estimates(scenario.model_copy(update={"cluster": cluster}))
 
 
-def _row_slopes(row: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        scenario, _ = scenario_from_row(row)
-        starts = {f"start.{p.name}": p.start for p in parameters_of(scenario)}
-        return {"id": row["id"], "silicon": _silicon(scenario.cluster.accelerator.name)} | slopes(scenario) | starts
-    except SimulatorError:  # `validate` says why the row has no prediction
-        return {"id": row["id"], "silicon": ""}
+def sensitive(scenario: Scenario) -> dict[str, Any]:
+    """Return what `validate` tells of a row and a fit asks for: ``predicted_s`` (`step_s`), `slopes`, silicon and present values."""
+    seconds = _moved_s(scenario)
+    predicted = float(seconds[0]) if scenario.job.routing == "balanced" else step_s(scenario)
+    starts = {f"start.{p.name}": p.start for p in parameters_of(scenario)}
+    return {"predicted_s": predicted, "silicon": _silicon(scenario.cluster.accelerator.name)} | _slopes(seconds) | starts
 
 
 def _silicon(accelerator: str) -> str:
     return next(silicon for start, silicon in SILICON.items() if accelerator.startswith(start))
 
 
-def row_slopes(rows: pd.DataFrame, processes: int = 1) -> pd.DataFrame:
-    """Return the slopes of published rows, one line per row that can be read.
+def predictions(
+    rows: pd.DataFrame, processes: int = 1, progress: Callable[[int, int], None] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the `validate` table of published rows, complete or not, and the slopes of those that can be predicted.
 
     Parameters
     ----------
     rows : DataFrame
         In the columns of `simulator.validation.published.published_runs`.
-    processes : int
-        How many processes share the rows.
+    processes, progress
+        As for `simulator.validation.published.validate`.
     """
-    records = rows.to_dict("records")
-    if processes > 1 and len(records) > 1:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            lines = list(pool.map(_row_slopes, records, chunksize=16))
-    else:
-        lines = list(map(_row_slopes, records))
-    table = pd.DataFrame(lines)
-    return table[table["silicon"] != ""].reset_index(drop=True)
+    both = validate(sensitive, rows, complete_only=False, progress=progress, processes=processes)
+    columns = [name for name in both if name == "silicon" or name.removeprefix("start.") in NAMES]
+    return both.drop(columns=columns), both.loc[both["skipped"] == "", ["id", *columns]].reset_index(drop=True)
+
+
+def row_slopes(rows: pd.DataFrame, processes: int = 1) -> pd.DataFrame:
+    """Return the slopes of published rows, one line per row that can be predicted; parameters as for `predictions`."""
+    return predictions(rows, processes)[1]
 
 
 def _by_silicon(table: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame, list[Parameter]]]:

@@ -166,7 +166,7 @@ def roomy(scenario: Scenario) -> Scenario:
 
 
 def validate(
-    predict: Callable[[Scenario], float] = step_s,
+    predict: Callable[[Scenario], float | Mapping[str, Any]] = step_s,
     rows: pd.DataFrame | None = None,
     complete_only: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -177,8 +177,8 @@ def validate(
     Parameters
     ----------
     predict : callable
-        Returns the seconds of one step of a scenario; `step_s` by default. With more than one process it
-        must be a function of a module.
+        Returns the seconds of one step of a scenario, or ``predicted_s`` and more columns by name; `step_s` by default. With more
+        than one process it must be a function of a module.
     rows : DataFrame, optional
         Rows in the columns of `published_runs`; all of them when left out.
     complete_only : bool
@@ -215,10 +215,10 @@ def validate(
             gather(pool.map(partial(_line, predict), records, chunksize=16))
     else:
         gather(_line(predict, row) for row in records)
-    return pd.DataFrame(lines, columns=_COLUMNS)
+    return pd.DataFrame(lines, columns=list(dict.fromkeys([*_COLUMNS, *(name for line in lines for name in line)])))
 
 
-def _line(predict: Callable[[Scenario], float], row: dict[str, Any]) -> dict[str, Any]:
+def _line(predict: Callable[[Scenario], float | Mapping[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
     cells = Row(row)
     line: dict[str, Any] = {c: cells.text(c) for c in (*_PRINTED, "recompute", "precision")}
     line |= dict.fromkeys(_NUMBERS, float("nan")) | {"accelerator": cells.text("gpu"), "assumptions": "", "skipped": ""}
@@ -233,10 +233,12 @@ def _line(predict: Callable[[Scenario], float], row: dict[str, Any]) -> dict[str
         accelerator, dtype = scenario.cluster.accelerator, scenario.plan.precision.gemm
         line |= {"assumptions": "; ".join(assumptions)} | features(scenario)
         line |= {"flop": _model_flop(scenario, "causal"), "peak_flop_per_s": peak_flop_per_s(accelerator, dtype)}
-        predicted = float(predict(scenario))
+        found = predict(scenario)
+        more = found if isinstance(found, Mapping) else {"predicted_s": found}
+        predicted = float(more["predicted_s"])
         if not 0 < predicted < float("inf"):
             raise ProfileError(f"predicted {predicted} s")
-        line |= {"predicted_s": predicted, "relative_error": predicted / line["measured_s"] - 1}
+        line |= {**more, "predicted_s": predicted, "relative_error": predicted / line["measured_s"] - 1}
     except SimulatorError as error:
         line["skipped"] = " ".join(str(error).split())
     except Exception as error:  # noqa: BLE001 - one bad row among two thousand must not cost the table

@@ -11,15 +11,14 @@ import numpy as np
 import pandas as pd
 
 from simulator.results.confidence import quantiles, residuals
-from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
 from simulator.validation.choosing import choosing, sweeps
 from simulator.validation.collectives import summarise_collectives, validate_collectives
 from simulator.validation.intervals import judged, residual_table, write
 from simulator.validation.memory import memory_summary, published_memory, validate_memory
-from simulator.validation.parameters import cold, row_slopes
+from simulator.validation.parameters import cold, predictions
 from simulator.validation.peers import peers, plausible
-from simulator.validation.published import published_runs, roomy, scenario_from_row, step_s, validate
+from simulator.validation.published import published_runs, roomy, scenario_from_row, validate
 from simulator.validation.regimes import GROUP, errors, floor, kinds, regimes, scored
 from simulator.validation.scaling import slopes
 
@@ -188,7 +187,6 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def confront(
     own: Mapping[str, pd.DataFrame] | None = None,
-    predict: Callable[[Scenario], float] = step_s,
     processes: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
@@ -199,7 +197,7 @@ def confront(
     own : mapping, optional
         Rows of a user by kind, as `simulator.validation.user_rows.read_user_rows` returns them; a kind that is not there has
         no part in the report.
-    predict, processes
+    processes : int
         As in `simulator.validation.published.validate`.
     progress : callable, optional
         Called with what is being done, rows done and rows in all.
@@ -207,9 +205,10 @@ def confront(
     tell = progress or (lambda stage, done, total: None)
     runs, peaks = (published_runs(), None) if own is None else (own.get("data"), own.get("memory"))
     runs = published_runs().head(0) if runs is None else runs
-    table = validate(predict, runs, complete_only=False, progress=partial(tell, "step times"), processes=processes)
-    if own is None and len(table):  # a user's own rows shaped nothing
-        table = cold(table, row_slopes(runs, processes))
+    if own is None:
+        table = cold(*predictions(runs, processes, partial(tell, "step times")))
+    else:  # rows that shaped nothing
+        table = validate(rows=runs, complete_only=False, progress=partial(tell, "step times"), processes=processes)
     report = Report(table, residuals()[1], own=own is not None)
     if own is None or peaks is not None:
         report = replace(report, memory=validate_memory(peaks, partial(tell, "memory")))

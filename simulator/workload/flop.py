@@ -62,20 +62,18 @@ def count(model: Model, sequence_length: int) -> ModelCount:
     expert = sum(float(all_blocks[n].expert_parameters) for n in main)
     used = expert * model.experts.top_k / model.experts.count if model.experts else 0.0
     mtp = all_blocks.get("mtp")
-    causal = noncausal = 0.0
-    for name in names:
-        window = model.kinds[int(name[5:])].window if name.startswith("layer") else None
-        all_keys = sequence_length / float(attended(sequence_length, window))
-        causal += _forward_flop(all_blocks[name])
-        noncausal += _forward_flop(all_blocks[name], all_keys)
+    windows = {f"layer{i}": kind.window for i, kind in enumerate(model.kinds)}
+    all_keys = {name: sequence_length / float(attended(sequence_length, windows.get(name))) for name in all_blocks}
+    causal = {name: _forward_flop(block) for name, block in all_blocks.items()}
+    noncausal = {name: _forward_flop(block, all_keys[name]) for name, block in all_blocks.items()}
     return ModelCount(
         parameters=round(dense + expert),
         expert_parameters=round(expert),
         active_parameters=round(dense + used),
         mtp_parameters=round(model.mtp_layers * float(mtp.dense_parameters + mtp.expert_parameters)) if mtp else 0,
         flop_per_token_6n=6 * (dense + used),
-        flop_per_token_causal=3 * causal / sequence_length,
-        flop_per_token_noncausal=3 * noncausal / sequence_length,
+        flop_per_token_causal=3 * sum(causal[name] for name in names) / sequence_length,
+        flop_per_token_noncausal=3 * sum(noncausal[name] for name in names) / sequence_length,
     )
 
 
