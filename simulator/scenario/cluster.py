@@ -13,7 +13,7 @@ from simulator.scenario.wiring import SHAPES, Clos, Shape
 from simulator.units import Bytes, BytesPerS, Count, FlopPerS, Seconds, UsdPerHour, Watts, readable
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
-InTraining = Literal["gemm", "gemm_low", "grouped", "attention", "memory", "optimizer", "collectives"]
+InTraining = Literal["gemm", "gemm_low", "grouped", "attention", "memory", "optimizer", "scale_out"]
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
@@ -72,8 +72,9 @@ class Accelerator(Facts):
         Measured cost by kind of kernel (`simulator.pricing.operations.kernel_name`); what is here replaces the general model above.
     in_training : dict
         Speed in a training step over that of the benchmarks above, where power, clocks and caches are shared: ``gemm`` in 16 and
-        32 bits, ``gemm_low`` in 8 and 4 bits, ``grouped`` on top of either, ``attention``, ``memory``; ``collectives`` that gather
-        or reduce, whose ranks start together in a benchmark, and in a step when the last of them has come; 1 where left out.
+        32 bits, ``gemm_low`` in 8 and 4 bits, ``grouped`` on top of either, ``attention``, ``memory``; ``scale_out`` collectives
+        that gather or reduce between scale-up domains, whose ranks start together in a benchmark, and in a step when the last of them
+        has come; 1 where left out, as for collectives inside a domain.
     """
 
     vendor: str

@@ -52,6 +52,13 @@ _RECIPES_IN_PIECES = [
         "tp_comm_overlap=True of NVIDIA/NeMo nemo/collections/llm/recipes (@01d03c1), ub_tp_comm_overlap=True of "
         "NVIDIA/dgxc-benchmarking nemotron/configure.sh (@35a9aec)",
     ),
+    (
+        "NVIDIA NeMo performance",
+        "GPT(-3)? 175B|Llama-[23] 70B",
+        "mxfp8",
+        "ub_tp_comm_overlap of NVIDIA/NeMo-Framework-Launcher launcher_scripts/conf/training (@3dd3561 llama/llama3_70b.yaml, @1e46ac6 "
+        "gpt3/175b_fp8_performance.yaml)",
+    ),
 ]
 #: words for expert all-to-all beside the compute of another micro-batch
 _PAIRED = (
@@ -73,8 +80,9 @@ _LIKE_DEEPEP = r"\b(?:uccl|mori)\b"
 _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
 #: sources whose Megatron-LM could not yet reduce gradients beside the backward
 _NO_GRADIENT_OVERLAP = r"SC'21|MegaScale \(NSDI|Korthikanti|Zero Bubble"
-#: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
-_BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama|InternEvo"
+#: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False;
+#: foundation-model-stack/fms-fsdp @2e76f99 pretraining/policies/mixed_precision.py: reduce_dtype=bfloat16)
+_BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama|InternEvo|fms-fsdp"
 
 
 def plan_of(row: Row, model: Model) -> Plan:
