@@ -67,10 +67,10 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
 #: recipes whose table prints none of their options: NVIDIA-NeMo/Megatron-Bridge src/megatron/bridge/perf_recipes/gpt_oss,
 #: ``_apply_gpt_oss_120b_full_iter_fp8mx_configs``
 FULL_ITERATION_RECIPE = r"gpt_oss_120b_pretrain_64gpu_gb[23]00_fp8mx_config"
-#: recipes whose MXFP8 version with a full-iteration CUDA graph also attends in 8 bits, which their table does not print: Qwen3, GPT-OSS and,
-#: except on GB200, DeepSeek-V3 (NVIDIA-NeMo/Megatron-Bridge pull requests 4249, 4606, 4173 and 3983, ``fp8_dot_product_attention``).
-#: Transformer Engine attends in MXFP8 since its pull request 2719, with sinks, too (3441 tells from which cuDNN), and has no other kernel
-#: to fall back on
+#: recipes whose MXFP8 version with a full-iteration CUDA graph also attends in 8 bits, which their table does not print: Qwen3, GPT-OSS
+#: and, except on GB200, DeepSeek-V3 (NVIDIA-NeMo/Megatron-Bridge pull requests 4249, 4606, 4173, 3983, ``fp8_dot_product_attention``).
+#: Transformer Engine attends in MXFP8 since its pull request 2719, with sinks, too (3441 tells from which cuDNN), and has no other
+#: kernel to fall back on
 _FP8_ATTENTION_RECIPE = (
     r"(QWEN3|GPT_OSS_120B|DEEPSEEK_V3(?!_PRETRAIN_CONFIG_GB200))\w*_FP8_MX|(qwen3|gpt_oss_120b|deepseek_v3(?!\w*_gb200))\w*_fp8mx"
 )
