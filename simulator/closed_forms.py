@@ -118,11 +118,13 @@ def _laps(plan: Plan | PlanColumns, t: StageTimes, what: tuple[tuple[str, int], 
     if len(what) == 2:
         runs = pair_runs(*(t.stage_blocks[stage] for _, stage in what), t.accelerator)
     else:
-        runs = [[((("compute", p.pass_s(kind)),),) for p in row] for (kind, _), row in zip(what, blocks_of, strict=True)]
+        runs = [[(((("compute", p.pass_s(kind)),),), None) for p in row] for (kind, _), row in zip(what, blocks_of, strict=True)]
     found, how = [], (plan.overlap.queued, by_segments(plan.schedule, plan.table))
     for (kind, _), row, own in zip(what, blocks_of, runs, strict=True):
         times, reduces = gathers(plan, kind), plan.zero >= 2 and kind in "BW"
-        found.append([Lap(r, times * p.gather_s, p.reduce_s if reduces else None, *how) for r, p in zip(own, row, strict=True)])
+        found.append(
+            [Lap(r, times * p.gather_s, p.reduce_s if reduces else None, *how, host) for (r, host), p in zip(own, row, strict=True)]
+        )
     return [row or [Lap(((("compute", 0.0),),))] for row in found]  # a stage without blocks still waits for its message
 
 

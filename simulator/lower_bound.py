@@ -28,7 +28,7 @@ from simulator.workload.step import NORM_OP, gradient_ops, optimizer_ops, parame
 #: from the stages of a forward and of a backward to the seconds that the pair of them takes by itself
 PairSeconds = Callable[[int, int], Number]
 #: streams that the passes of a block keep busy
-BUSY = ("compute", "tp", "cp", "ep")
+BUSY = ("compute", "tp", "cp", "ep", "host")
 #: prices of a block that tokens and the groups inside a stage decide: its passes, and how long F and B keep each stream busy
 PASSES = ("forward_s", "backward_s", "input_s", "weight_s", *(f"{name}_{stream}_s" for name in ("forward", "backward") for stream in BUSY))
 #: prices that the data-parallel groups decide

@@ -32,6 +32,7 @@ from simulator.schedules import schedule
 from simulator.workload.build import build_step
 from simulator.workload.classes import RankClasses, rank_classes, rank_loads
 from simulator.workload.memory import kept_bytes
+from simulator.workload.ops import HOST
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import StepProgram
 
@@ -245,7 +246,7 @@ def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
     @cache
     def factor(task: int, pair: tuple[int, int] | None) -> float:
         name, kind = program.tasks[task].of
-        if program.tasks[task].stream != "compute" or not name:
+        if program.tasks[task].stream not in ("compute", HOST) or not name:
             return 1.0
         if pair is None:
             return float(of_block(name, kind, False).slowdown(cluster.accelerator))

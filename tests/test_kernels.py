@@ -354,6 +354,26 @@ def test_experts_one_after_the_other_are_dense_products():
     assert op_s(alone, model, s.plan, s.cluster) == op_s(dense_product, model, s.plan, s.cluster)
 
 
+def test_one_host_launches_both_actions_of_a_pair():
+    """A pair of a slow host takes the launches of both; where neither action waits for the other, each is hidden beside the device once."""
+    table = "0F0 0F1+0B0 0F2+0B1 0B2\n"
+    slow, slower, hidden = (
+        scenario(moe(4, 256, leading=0), 8, Plan(ep=8, schedule="table", table=table, micro_batch=2), 3, dispatch_s=d)
+        for d in (1e-3, 2e-3, 1e-9)
+    )
+    found = blocks(slow.model, slow.plan, slow.job)
+    passes = [p for name in ("embedding", *["layer0"] * 4, "head") for p in (found[name].forward, found[name].backward)]
+    launches = sum(float(host_wait(p, Kernels()).launches) for p in passes)
+    times = [simulate_step(s).step_time_s for s in (slow, slower, hidden)]
+    assert times[1] - times[0] == pytest.approx(3 * launches * 1e-3, rel=1e-9)
+    assert 0 < times[0] - 3 * launches * 1e-3 < times[2]  # what remains is the end of the step
+    for s, step in zip((slow, slower, hidden), times, strict=True):
+        assert estimate(s) == pytest.approx(step, rel=1e-9)
+        assert bound(s) <= step * (1 + 1e-12)
+    spent = simulate_step(slow).breakdown().set_index("part")["seconds"]
+    assert spent["exposed: host"] > 0.9 * 2 / 3 * times[0]  # two of three forwards and backwards are pairs
+
+
 @pytest.mark.parametrize("plan", [{"tp": 2}, {"tp": 2, "pp": 2}])
 def test_a_host_that_waits_hides_no_launches_behind_collectives(plan):
     """Where launches take longer than all that runs, each pass gets longer by its collectives; the estimate says the same."""

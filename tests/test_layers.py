@@ -92,6 +92,17 @@ def test_core_attention():
     assert ATTENTION_BACKWARD_FLOP == 2.5
 
 
+def test_backward_in_8_bits_skips_no_keys_of_a_window():
+    model = DENSE.model_copy(update={"windows": (8,) * DENSE.layers})
+    (there, back), (low, low_back) = (
+        (only(block.forward, "attn.core"), only(block.backward, "attn.core"))
+        for block in (layer(model, False, kernels=Kernels(attention=kind)) for kind in ("flash", "flash_fp8"))
+    )
+    assert low.flop == there.flop
+    assert back.flop == ATTENTION_BACKWARD_FLOP * there.flop
+    assert low_back.flop == ATTENTION_BACKWARD_FLOP * there.flop * attended(S, None) / attended(S, 8)
+
+
 def test_streaming_kernels():
     """Rows read and written: a norm 1 + 1 and 2 + 1, a residual 2 + 1 each way, SwiGLU 2 + 1 and 3 + 2, rotary q and k."""
     block, row = layer(DENSE, False), 2 * S * H
@@ -449,6 +460,16 @@ def test_fp8_layers():
     again = only(block.backward, "attn.qkv.cast", grad="weight")
     assert (again.bytes, again.launches) == (0, 0)
     assert only(block.forward, "router").dtype == only(head(MOE, plan, JOB).forward, "head.logits").dtype == "bf16"
+
+
+def test_output_projection_in_8_bits():
+    """Its input and the gradient of its logits are cast as a layer's are, by rows and along columns."""
+    block, e, vocab = head(DENSE, Plan(dp_shard=1, precision=Precision(gemm="fp8", head="fp8")), JOB), 1 + 4 / 128, 128
+    assert only(block.forward, "head.logits").dtype == "fp8"
+    assert only(block.forward, "head.logits.cast").bytes == S * H * (2 + 2 * e)
+    assert only(block.backward, "head.logits.cast", grad="input").bytes == S * vocab * (2 + 2 * e)
+    plain = head(DENSE, Plan(dp_shard=1, precision=Precision(gemm="fp8")), JOB)
+    assert only(block.forward, "head.loss").bytes == only(plain.forward, "head.loss").bytes  # logits stay in 16 bits
 
 
 def test_one_layout_of_a_tensor_is_enough_where_the_matrix_units_take_either():

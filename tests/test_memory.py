@@ -16,6 +16,7 @@ from simulator.errors import ProfileError
 from simulator.feasibility import check, memory, minimum_accelerators
 from simulator.scenario.framework import PRESETS
 from simulator.scenario.job import Job
+from simulator.scenario.kernels import Kernels
 from simulator.scenario.model import Experts, Model
 from simulator.scenario.overlap import Overlap
 from simulator.scenario.plan import ELEMENT_BYTES, EVERY_OTHER_PRODUCT, Plan, Precision, Reserve
@@ -212,14 +213,39 @@ def test_kernels_that_keep_more(kernels, more):
     assert layer_token(kernels=kernels) == TOKEN + more
 
 
-def test_a_graph_of_the_whole_step_leaves_room_for_uneven_experts():
-    """Pages for 1.2 times what even experts save: their inputs, the up-projection and its activation, all in 16 bits."""
+@pytest.mark.parametrize(("gemm", "more"), [("fp8", 0.2), ("bf16", 0.5)])
+def test_a_graph_of_the_whole_step_leaves_room_for_uneven_experts(gemm, more):
+    """Pages for 1.2 times what even experts save, where products mark it; buffers for 1.5 times in 16 bits, where none does."""
+    p = plan(pp=4, precision=Precision(gemm=gemm))
     kept = [
-        float(measured(MOE, plan(pp=4, kernels={"experts": "fused", "graphs": graphs}))["activations"][1]) / (16 * 3)
+        float(measured(MOE, p.model_copy(update={"kernels": Kernels(experts="fused", graphs=graphs)}))["activations"][1]) / (16 * 3)
         for graphs in ((), ("full",))
     ]
-    saved = EXPERTS.top_k * 2 * (8 + 2 * EXPERTS.ffn + EXPERTS.ffn)
-    assert kept[1] - kept[0] == pytest.approx(0.2 * saved)
+    element = ELEMENT_BYTES[gemm]
+    saved = EXPERTS.top_k * (8 * element + 2 * EXPERTS.ffn * 2 + EXPERTS.ffn * element)
+    assert kept[1] - kept[0] == pytest.approx(more * saved)
+
+
+def test_hybridep_has_room_for_every_token_of_its_group():
+    """Rows in 16 bits, a probability in fp32 for each of 4 experts and a scale for 128 elements, of 2 ranks of 16 tokens."""
+    parts = {d: measured(MOE, plan(dp_shard=2, ep=2, dispatcher=d))["communication"] for d in ("alltoall", "hybridep")}
+    assert (parts["hybridep"] - parts["alltoall"]).tolist() == [2 * 16 * (2 * 8 + 4 * (4 + 8 / 128))]
+
+
+@pytest.mark.parametrize(
+    ("graphs", "precision", "copied"),
+    [
+        (("full",), {"gradients": "bf16"}, True),
+        (("attn",), {"gradients": "bf16"}, False),  # made where activations were
+        (("full",), {}, False),  # gradients in fp32 are used as they are
+        (("full",), {"gradients": "bf16", "moments": "bf16"}, False),
+    ],
+)
+def test_a_graph_of_the_whole_step_leaves_no_room_for_the_optimizers_gradients(graphs, precision, copied):
+    """Of the part of the parameters that a rank updates: a quarter of the dense ones."""
+    p = plan(dp_shard=4, zero=1, precision=Precision(**precision))
+    with_graphs = measured(DENSE, p.model_copy(update={"kernels": Kernels(graphs=graphs)}))
+    assert (with_graphs["buffers"] - measured(DENSE, p)["buffers"]).tolist() == [4 * WHOLE / 4 * copied]
 
 
 def test_unfused_attention_is_korthikantis_formula():

@@ -13,6 +13,7 @@ from simulator.validation.parameters import NAMES, cold, fitted, parameters_of, 
 from simulator.validation.published import published_runs, scenario_from_row, validate
 from simulator.validation.regimes import common_part, pairs, scored
 from simulator.workload.ops import Op, host_wait
+from simulator.workload.step import send_op
 
 IDS = ("aa-131868", "vtrain-s-0000", "korth-22b-sel", "internevo-ck-8-8", "internevo-tp2-z4-8", "sc21-t2-zero-3-174.6-384")
 
@@ -101,19 +102,22 @@ def test_a_row_is_anchored_on_other_models_by_its_own_parameters():
     )
 
 
-def test_collectives_lose_speed_only_where_a_profile_says_so(runs):
+def test_collectives_lose_speed_only_between_hosts_and_where_a_profile_says_so(runs):
     rows = runs.set_index("id", drop=False)
     a100 = scenario_from_row(rows.loc["korth-22b-sel"])[0]
-    assert "in_training.collectives" in {p.name for p in parameters_of(a100)}
-    plan, cluster = a100.plan, a100.cluster
-    whole = cluster.accelerator.model_copy(update={"in_training": cluster.accelerator.in_training | {"collectives": 1.0}})
-    kept = cluster.accelerator.in_training["collectives"]
-    gather = Op("gather", "all_gather", bytes=1e8, axis="tp")
-    slow, fast = (op_s(gather, a100.model, plan, c) for c in (cluster, cluster.model_copy(update={"accelerator": whole})))
-    assert slow == pytest.approx(fast / kept)
+    assert "in_training.scale_out" in {p.name for p in parameters_of(a100)}
+    plan, cluster = a100.plan.model_copy(update={"pp": 2}), a100.cluster.model_copy(update={"accelerators": 16})
+    kept = cluster.accelerator.in_training["scale_out"]
+    whole = cluster.accelerator.model_copy(update={"in_training": cluster.accelerator.in_training | {"scale_out": 1.0}})
+    ratios = []
+    for axis in ("tp", "world"):
+        gather = Op("gather", "all_gather", bytes=1e8, axis=axis)
+        slow, fast = (op_s(gather, a100.model, plan, c) for c in (cluster, cluster.model_copy(update={"accelerator": whole})))
+        ratios.append(float(slow / fast))
+    assert ratios == pytest.approx([1.0, 1 / kept])
     bare = whole.model_copy(update={"in_training": {"gemm": 1.0}})
     bare = a100.model_copy(update={"cluster": cluster.model_copy(update={"accelerator": bare})})
-    assert "in_training.collectives" not in {p.name for p in parameters_of(bare)}
+    assert "in_training.scale_out" not in {p.name for p in parameters_of(bare)}
 
 
 def test_one_host_of_vtrain_is_read_without_recompute_and_with_heads_cut_into_whole_parts():
@@ -122,7 +126,7 @@ def test_one_host_of_vtrain_is_read_without_recompute_and_with_heads_cut_into_wh
     eight = scenario_from_row(own[own["tp"].astype(str).isin(("8", "8.0"))].iloc[0])[0]
     assert (eight.model.vocab, eight.plan.recompute) == (8 * 6282, "none")
     assert (eight.plan.framework.cross_entropy, eight.plan.kernels.accumulation, eight.plan.overlap.host_waits) == ("half", "none", True)
-    assert "collectives" not in eight.cluster.accelerator.in_training
+    assert eight.plan.framework.splits_messages is False
     several = table[(table["source"] == "vTrain ground truth (multi-node)") & (table["tp"].astype(str).isin(("1", "1.0")))]
     padded = scenario_from_row(several.iloc[0])[0]
     assert (padded.model.vocab, padded.plan.recompute) == (50304, "full")
@@ -142,6 +146,19 @@ def test_one_host_of_vtrain_follows_the_formulas_of_its_source_and_not_a_clock()
     expected = mebibytes / 1024 * (1 / 197.28 - 1 / 221.86)
     for turns in (2, 4, 8):
         assert by_turns[2, turns] - by_turns[4, turns] == pytest.approx(expected, abs=2e-6)
+
+
+def test_one_host_of_vtrain_sends_at_the_rate_of_its_source():
+    """Of two micro-batches, two stages show three messages and four stages seven; lines over the layers leave four of them: 2.5 ms each."""
+    table = published_runs()
+    rows = table[table["source"] == "vTrain ground truth (single node)"].astype({"gbs": int, "pp": int, "layers": int, "value": float})
+    rows = rows[(rows["tp"] == "1") & (rows["dp"] == "1") & (rows["hidden"] == "2048") & (rows["mbs"] == "8") & (rows["gbs"] == 16)]
+    seconds = {(r.pp, r.layers): r.value for r in rows.itertuples()}
+    without_layers = {pp: seconds[pp, 12] - 3 * (seconds[pp, 16] - seconds[pp, 12]) for pp in (2, 4)}
+    shown = (without_layers[4] - without_layers[2]) / 4
+    scenario = scenario_from_row(rows.iloc[0])[0]
+    message = send_op(scenario.plan, scenario.model, scenario.job)
+    assert float(op_s(message, scenario.model, scenario.plan, scenario.cluster)) == pytest.approx(shown, rel=0.01)
 
 
 def test_the_engine_launches_gradients_at_half_the_cost_of_functions_in_python():

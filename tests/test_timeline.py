@@ -55,6 +55,7 @@ def test_exposed_and_hidden_seconds(handmade):
         "ep_exposed_s": 1.0, "ep_hidden_s": 0.5,  # 2.5 to 3 counts for tp, 3 to 4 for ep, 4 to 4.5 is hidden
         "pp_exposed_s": 0.0, "pp_hidden_s": 0.0,
         "dp_exposed_s": 3.0, "dp_hidden_s": 1.0,
+        "host_exposed_s": 0.0, "host_hidden_s": 0.0,
         "idle_s": 1.0,  # 9 to 10, while the other class computes
     }  # fmt: skip
     assert {k: v for k, v in second.items() if v} == {
@@ -106,7 +107,7 @@ def test_a_simulated_trace_has_one_thread_per_stream_and_no_overlap(simulated, t
     meta, spans = events_of(simulated.save_trace(tmp_path / "trace.json"))
     threads = [(e["pid"], e["tid"], e["args"]["name"]) for e in meta if e["name"] == "thread_name"]
     assert len({thread[:2] for thread in threads}) == len({(pid, name) for pid, _, name in threads}) == len(threads)
-    assert {name for _, _, name in threads} == set(STREAMS)
+    assert {name for _, _, name in threads} == set(STREAMS) - {"host"}  # which has a thread in pairs alone
     assert len(spans) == int((simulated.end_s > simulated.start_s).sum())
     on: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for e in spans:

@@ -101,6 +101,8 @@ class Lap:
         Whether its all-to-alls start behind the kernels launched before them (`simulator.scenario.plan.Overlap`).
     by_segments : bool
         In a pair: `simulator.schedules.by_segments`.
+    host : Number, optional
+        In a pair: how long the host is busy with it, which serves both actions; the block ends no sooner.
     """
 
     runs: Runs
@@ -108,6 +110,7 @@ class Lap:
     reduce: Number | None = None
     queued: bool = False
     by_segments: bool = False
+    host: Number | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +218,8 @@ class _Walk:
                 _, start, seconds = self.waiting.pop(0)
                 self._talk(start, seconds)
             thread.begun = [thread.last, *thread.begun[:-1]]
+            if lap.host is not None:
+                launched = self.streams["host"] = np.maximum(thread.last, self.streams.get("host", self.free)) + lap.host
             exchanges = 0
             for segment in lap.runs:
                 streams = [stream for stream, _ in segment]
@@ -234,6 +239,10 @@ class _Walk:
                     ends.append(self.streams[stream])
                 thread.last = reduce(np.maximum, ends)
                 if after:
+                    yield True
+            if lap.host is not None:
+                thread.last = np.maximum(thread.last, launched)
+                if lap.by_segments:
                     yield True
             if lap.reduce is not None:
                 self.waiting.append(((of, number), thread.last, lap.reduce))

@@ -14,7 +14,9 @@ import pandas as pd
 from simulator.files import write_atomically
 
 #: streams in the order in which an idle compute stream is blamed on them
-STREAMS = ("compute", "tp", "cp", "ep", "pp", "dp")
+STREAMS = ("compute", "tp", "cp", "ep", "pp", "dp", "host")
+#: streams on which nothing tells when an action begins or ends: messages, data-parallel collectives, the host
+ASIDE = ("pp", "dp", "host")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Timeline:
 
         Notes
         -----
-        When several streams communicate while none computes, the time counts for the first of tp, cp, ep, pp, dp.
+        When several streams communicate while none computes, the time counts for the first of tp, cp, ep, pp, dp; then for the host
+        that launches the actions of a pair.
         """
         rows = []
         for c in range(len(self.ranks)):
@@ -102,9 +105,9 @@ class Timeline:
         return spent
 
     def action_times(self) -> tuple[dict[tuple[int, str], float], dict[tuple[int, str], float]]:
-        """Return when each (class, action) begins and ends, messages and data-parallel collectives aside."""
+        """Return when each (class, action) begins and ends, messages, data-parallel collectives and the host aside."""
         spans = self.table()
-        spans = spans[(spans["action"] != "") & ~spans["stream"].isin(("pp", "dp"))].groupby(["rank_class", "action"])
+        spans = spans[(spans["action"] != "") & ~spans["stream"].isin(ASIDE)].groupby(["rank_class", "action"])
         return spans["start_s"].min().to_dict(), spans["end_s"].max().to_dict()
 
     def memory(self) -> pd.DataFrame:

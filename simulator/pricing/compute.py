@@ -25,9 +25,9 @@ _KEYS = 4096
 #: leaves 19 %. On one H100 0.3 to 0.5 (cuBLAS of CUDA 13.0, four streams, 256 to 2,048 rows) and 3.4 to 3.6 us
 COLD_WEIGHTS, EACH_PRODUCT_S = 0.5, 3.8e-6
 #: speed of the backward of heads wider than 128, over that of 128: 0.87 to 0.91 for widths of 192 and 128 on an H100 (cuDNN of
-#: PyTorch 2.11, measured by this project on 2026-11-26); 0.77 to 0.83 on B200 (MooreThreads/SimuMax @e691807), in tables whose other
-#: figures scatter as much, so that one figure serves both
-_WIDE_BACKWARD = 0.87
+#: PyTorch 2.11, measured by this project on 2026-11-26); 0.92, 0.90 and 0.86 over 4,096, 8,192 and 16,384 tokens on GB200 and GB300
+#: alike (NVIDIA/cudnn-frontend @60e572b benchmark/sdpa_benchmark_training/results, dsv3 over llama3.1)
+_WIDE_BACKWARD = 0.9
 #: what the backward of attention keeps up in a long step, over the forward: 0.413 and 0.50 of the peak over 131,072 tokens on B200
 #: (MooreThreads/SimuMax @e691807 configs/system/b200_bf16_ceperm.json, 8 and 16 heads), where it also finds scores again and adds gradients
 _LONG_BACKWARD = 0.83
@@ -182,7 +182,9 @@ def attention_s(
     share = accelerator.attention_efficiency["backward" if backward else "forward"] * accelerator.older_attention.get(generation, 1.0)
     share = share * narrow * _in_training(accelerator, "attention")
     if generation == "flash_fp8":
-        share = share * (accelerator.fp8_attention or 1.0)
+        way = "backward" if backward else "forward"
+        wide, ordinary, slim = (accelerator.fp8_attention.get(name, 1.0) for name in (f"wide_{way}", way, f"narrow_{way}"))
+        share = share * np.where(width > 128, wide, np.where(width > 64, ordinary, slim))
     else:
         share = np.minimum(share, _sustained(accelerator, backward))
     seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))

@@ -29,7 +29,7 @@ def shares(program: StepProgram, scenario: Scenario) -> Shares:
     found: Shares = {}
     for task in program.tasks:
         for op in task.ops:
-            if op.stream != "compute" and (op.axis, op.kind) not in found:
+            if op.axis and (op.axis, op.kind) not in found:
                 kept = share(scenario.plan, scenario.cluster, op.axis, op.kind)
                 if kept is not None:
                     found[op.axis, op.kind] = kept

@@ -20,7 +20,7 @@ from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
 from simulator.schedules import schedule
 from simulator.workload.classes import rank_loads
-from simulator.workload.ops import HOST
+from simulator.workload.ops import HOST, LAUNCH
 from simulator.workload.routing import RoutedTokens, moe_layer_count, route
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import StepProgram, Task
@@ -265,7 +265,7 @@ class RankDurations:
                     routed += known.op_s(op, loads, slow) - price
                 elif op.name.startswith("attn.core"):
                     square += price
-                elif op.kind == HOST:  # what it waits for is left as it is at the mean
+                elif op.kind in (HOST, LAUNCH):  # what it waits for is left as it is at the mean
                     continue
                 elif op.axis not in _STATE:
                     linear += float(known.op_s(loaded(op, 2.0), slow=slow)) - price

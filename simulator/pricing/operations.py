@@ -13,13 +13,13 @@ from simulator.network import collectives
 from simulator.network.sharing import share
 from simulator.pricing import compute
 from simulator.scenario.cluster import Cluster, InTraining
-from simulator.scenario.mesh import placed
+from simulator.scenario.mesh import Group, placed
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan
 from simulator.units import Number
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP
 from simulator.workload.experts import copies
-from simulator.workload.ops import COMPUTE, EXPERT_LAUNCH, HOST, Op, Segment
+from simulator.workload.ops import COMPUTE, EXPERT_LAUNCH, HOST, LAUNCH, Op, Segment
 
 _COLLECTIVES = {
     "all_gather": collectives.all_gather_s,
@@ -72,6 +72,8 @@ class Known:
             op = loaded(op, load)
         if op.kind == HOST:
             return compute.host_wait_s(op.launches, self.segments_s(op.beside, slow), self._dispatch_s)
+        if op.kind == LAUNCH:
+            return op.launches * (self._dispatch_s or 0.0) + self.segments_s(op.beside, slow)
         words = op.name, op.kind, op.axis, op.dtype, op.listed, op.grad if op.grad in ("input", "weight") else ""  # again is forward
         behind = tuple((other.kind, other.dtype, _hashable(other.bytes)) for other in op.behind)
         key = (*words, *behind, *map(_hashable, _NUMBERS(op)))
@@ -129,7 +131,7 @@ def _collective_s(op: Op, model: Model, plan: Plan, cluster: Cluster, graph: boo
         out, fan = _copies(op, model, plan, cluster)
         seconds = collectives.expert_all_to_all_s(op.bytes, members, cluster, out, fan)
     else:
-        seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster) / cluster.accelerator.in_training.get("collectives", 1.0)
+        seconds = _COLLECTIVES[op.kind](op.bytes, members, cluster) / _kept(members, cluster)
     for ranks in measured_ranks(op, cluster):
         talk = cluster.host.collectives[f"{op.kind}.{op.dtype}.{ranks}"]
         size = np.minimum(members.size, 2) if op.kind == "send" else np.asarray(members.size)  # a message has two ends
@@ -139,6 +141,12 @@ def _collective_s(op: Op, model: Model, plan: Plan, cluster: Cluster, graph: boo
     if op.listed:
         seconds = seconds + _copies_of_parts_s(op, members.size, cluster)
     return seconds if op.kind == "send" else np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: none is called
+
+
+def _kept(members: Group, cluster: Cluster) -> Number:
+    """Return the share of its benchmark's speed that a collective keeps in a step: all of it inside a scale-up domain."""
+    _, domains = collectives.crossings(members, cluster)
+    return np.where(domains > 1, cluster.accelerator.in_training.get("scale_out", 1.0), 1.0)
 
 
 def _copies_of_parts_s(op: Op, ranks: Number, cluster: Cluster) -> Number:
@@ -235,7 +243,7 @@ def device_bytes(op: Op, model: Model, plan: Plan, cluster: Cluster) -> Number:
 
 def loaded(op: Op, load: Number) -> Op:
     """Return an operation for `load` times the tokens: more rows forward, a deeper product for the weights."""
-    if op.kind == HOST:
+    if op.kind in (HOST, LAUNCH):
         return replace(op, beside=tuple(tuple(loaded(o, load) if o.routed else o for o in segment) for segment in op.beside))
     deeper = op.grad == "weight"
     sizes = {name: getattr(op, name) * load for name in ("flop", "bytes", "addressed")}

@@ -84,8 +84,7 @@ _AWAITED = "awaited"
 def _runs(segments: list[list[tuple[Op, Number]]], waits: set[int], launched_s: Number | None) -> Runs:
     """Join kernels in a row and leave out what takes no time for any plan, as the step program does.
 
-    What the host launches is last, `launched_s` long, None where it launches nothing; it is a segment of its own also where it
-    holds up nothing, and has its turn in a pair. Segments at `waits` are marked.
+    What the host launches is last, `launched_s` long, None where it launches nothing. Segments at `waits` are marked.
     """
     runs: list[tuple[tuple[str, Number], ...]] = []
     for at, segment in enumerate(segments):
@@ -104,34 +103,41 @@ def _append(runs: list[tuple[tuple[str, Number], ...]], parts: tuple[tuple[str, 
         runs.append(parts)
 
 
-def slowed(runs: Runs, slow: Number = 1.0) -> Runs:
-    """Return runs as they take their time beside communication: kernels `slow` times as long, at last the wait for the host.
+def slowed(runs: Runs, slow: Number = 1.0) -> tuple[Runs, Number | None]:
+    """Return runs as they take their time beside communication, kernels `slow` times as long, and how long the host is busy with them.
 
-    The host launches while all goes on but what it waits for (`simulator.workload.ops.awaited`).
+    That is as long as it launches and waits for some (`simulator.workload.ops.awaited`); None where it launches nothing.
     """
     found: list[tuple[tuple[str, Number], ...]] = []
-    meanwhile: Number = 0.0
+    launched: Number | None = None
+    awaited_s: Number = 0.0
     for segment in runs:
         if segment[0][0] == HOST:
-            found.append((("compute", np.maximum(segment[0][1] - meanwhile, 0.0)),))
+            launched = segment[0][1]
             continue
         parts = tuple((stream, seconds * slow if stream == "compute" else seconds) for stream, seconds in segment if stream != _AWAITED)
-        if len(parts) == len(segment):
-            meanwhile = meanwhile + _longest([seconds for _, seconds in parts])
+        if len(parts) < len(segment):
+            awaited_s = awaited_s + _longest([seconds for _, seconds in parts])
         _append(found, parts)
-    return tuple(found)
+    return tuple(found), None if launched is None else launched + awaited_s
 
 
 def runs_s(runs: Runs, slow: Number = 1.0) -> Number:
     """Return the seconds of runs one after the other, the wait for the host included."""
-    return sum((_longest([seconds for _, seconds in segment]) for segment in slowed(runs, slow)), 0.0)
+    segments, host = slowed(runs, slow)
+    seconds = sum((_longest([seconds for _, seconds in segment]) for segment in segments), 0.0)
+    return seconds if host is None else np.maximum(seconds, host)
 
 
 def _longest(parts: list[Number]) -> Number:
     return parts[0] if len(parts) == 1 else np.maximum.reduce(np.broadcast_arrays(*parts))
 
 
-def pair_runs(forward: Sequence[BlockPrice], backward: Sequence[BlockPrice], accelerator: Accelerator) -> tuple[list[Runs], list[Runs]]:
+#: the blocks of an action, each with how long it keeps the host busy
+_Timed = list[tuple[Runs, Number | None]]
+
+
+def pair_runs(forward: Sequence[BlockPrice], backward: Sequence[BlockPrice], accelerator: Accelerator) -> tuple[_Timed, _Timed]:
     """Return the blocks of a pair's forward and of its backward, each in the order in which they run, slowed by what all of it shares."""
     shared = sum((*(p.paired["F"] for p in forward), *(p.paired["B"] for p in backward)), Beside())
     slow = shared.slowdown(accelerator)
@@ -144,7 +150,8 @@ def least_pair_s(
 ) -> Number:
     """Return the seconds of a pair of `plan` that waits for nothing: no message, no gather; `shape` is that of the prices."""
     how = plan.overlap.queued, by_segments(plan.schedule, plan.table)
-    return entry_s([[Lap(runs, 0.0, None, *how) for runs in row] for row in pair_runs(forward, backward, accelerator)], shape)
+    timed = pair_runs(forward, backward, accelerator)
+    return entry_s([[Lap(runs, 0.0, None, *how, host) for runs, host in row] for row in timed], shape)
 
 
 def beside(block: Block, kind: str, plan: Plan | PlanColumns, paired: bool = False) -> tuple[Op, ...]:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from simulator.engine.order import RankProgram
 from simulator.engine.ranks import Replay, critical_path, replay_ranks
+from simulator.engine.timeline import ASIDE
 from simulator.expert_memory import RankActivations, memory_per_rank
 from simulator.pricing.durations import RankDurations
 from simulator.results.outcome import Outcome, divided
@@ -151,7 +152,7 @@ class RanksResult(Outcome):
         assert kept.ends is not None
         begin, end = ([{} for _ in range(self.order.stages)] for _ in range(2))
         for node, action in enumerate(self.program.label):
-            if action is None or self.program.tasks[self.program.task[node]].stream in ("pp", "dp"):
+            if action is None or self.program.tasks[self.program.task[node]].stream in ASIDE:
                 continue
             stage, name, done = self.program.rank_class[node], str(action), kept.ends[node]
             if name not in begin[stage]:  # kernels come first

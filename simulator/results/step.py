@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from simulator.engine.timeline import Timeline
+from simulator.engine.timeline import ASIDE, STREAMS, Timeline
 from simulator.network.sharing import Share
 from simulator.results.outcome import Outcome, divided
 from simulator.scenario.scenario import Scenario
@@ -18,7 +18,7 @@ NOT_MODELLED = (
     "failures, restarts and checkpoints (training days are of uninterrupted steps)",
     "overlap of expert all-to-all with compute outside pairs of forward and backward",
     "contention between different kinds of collectives on one link (simulate_step adds it with contention=True)",
-    "jitter and clock or power limits",
+    "jitter, and a clock that follows what a step does (the fitted efficiencies of products hold the power limit of an average one)",
     "input pipeline and logging",
 )
 
@@ -60,13 +60,14 @@ class StepResult(Outcome):
         -------
         DataFrame
             Columns ``part``, ``seconds``, ``share``, ``hidden_s``: kernels by kind, communication that nothing hides by
-            stream, idle time (pipeline bubble and waiting). Seconds add up to the step; ``hidden_s`` runs beside compute.
+            stream, the host where nothing else runs in a pair, idle
+            time (pipeline bubble and waiting). Seconds add up to the step; ``hidden_s`` runs beside compute.
         """
         spent = self.timeline.exposed()
         weight = spent["ranks"] / spent["ranks"].sum()
         kernels = sum(self.compute_parts_s.values())
         rows = [(f"compute: {part}", seconds, 0.0) for part, seconds in self.compute_parts_s.items()]
-        for stream in ("tp", "cp", "ep", "pp", "dp"):
+        for stream in STREAMS[1:]:
             exposed, hidden = (float((spent[f"{stream}_{how}_s"] * weight).sum()) for how in ("exposed", "hidden"))
             if exposed or hidden:
                 rows.append((f"exposed: {stream}", exposed, hidden))
@@ -160,7 +161,7 @@ class StepsResult:
         """Return what each class of ranks does not compute or communicate of the pace: ``stage``, ``ranks``, ``bubble_s``."""
         t, rows = self.timeline, []
         for c, ranks in enumerate(t.ranks.tolist()):
-            mine = (t.rank_class == c) & ~np.isin(t.stream, ("pp", "dp"))
+            mine = (t.rank_class == c) & ~np.isin(t.stream, ASIDE)
             borders = np.unique(np.concatenate([t.start_s[mine], t.end_s[mine]]))
             change = np.zeros(len(borders))
             np.add.at(change, np.searchsorted(borders, t.start_s[mine]), 1)

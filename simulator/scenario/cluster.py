@@ -13,7 +13,7 @@ from simulator.scenario.wiring import SHAPES, Clos, Shape
 from simulator.units import Bytes, BytesPerS, Count, FlopPerS, Seconds, UsdPerHour, Watts, readable
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
-InTraining = Literal["gemm", "gemm_low", "grouped", "attention", "memory", "optimizer", "collectives"]
+InTraining = Literal["gemm", "gemm_low", "grouped", "attention", "memory", "optimizer", "scale_out"]
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
@@ -63,16 +63,18 @@ class Accelerator(Facts):
         Tiles of queries per multiprocessor that cost fused attention half of its speed: a mask makes them uneven, so that the
         last ones leave other multiprocessors idle; the published efficiency is that of 16 heads and 16,384 queries. Left out:
         any number is as fast.
-    fp8_attention : float
-        Speed of fused attention in 8 bits over that in bf16; the same where left out.
+    fp8_attention : dict
+        Speed of fused attention in 8 bits over that in bf16: ``forward`` and ``backward`` of heads 128 wide, ``wide_forward`` and
+        ``wide_backward`` of wider ones, ``narrow_forward`` and ``narrow_backward`` up to 64; the same where left out.
     older_attention : dict
         Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
     kernels : dict
         Measured cost by kind of kernel (`simulator.pricing.operations.kernel_name`); what is here replaces the general model above.
     in_training : dict
         Speed in a training step over that of the benchmarks above, where power, clocks and caches are shared: ``gemm`` in 16 and
-        32 bits, ``gemm_low`` in 8 and 4 bits, ``grouped`` on top of either, ``attention``, ``memory``; ``collectives`` that gather
-        or reduce, whose ranks start together in a benchmark, and in a step when the last of them has come; 1 where left out.
+        32 bits, ``gemm_low`` in 8 and 4 bits, ``grouped`` on top of either, ``attention``, ``memory``; ``scale_out`` collectives
+        that gather or reduce between scale-up domains, whose ranks start together in a benchmark, and in a step when the last of them
+        has come; 1 where left out, as for collectives inside a domain.
     """
 
     vendor: str
@@ -94,7 +96,10 @@ class Accelerator(Facts):
     head_ramp: int = Field(ge=0)
     keys_ramp: int | None = Field(default=None, ge=0)
     tiles_ramp: float | None = Field(default=None, ge=0, lt=10)
-    fp8_attention: float | None = Field(default=None, ge=1, lt=2.5)
+    fp8_attention: dict[
+        Literal["forward", "backward", "wide_forward", "wide_backward", "narrow_forward", "narrow_backward"],
+        Annotated[float, Field(gt=0.5, lt=2.5)],
+    ] = {}
     older_attention: dict[Literal["flash2", "flash1"], Fraction] = {}
     in_training: dict[InTraining, Annotated[float, Field(gt=0.3, lt=2.0)]] = {}
     tdp_w: Watts

@@ -55,6 +55,8 @@ class Precision(Frozen):
         Model weights, main gradients, master weights (``None`` if the weights are their own) and optimizer moments.
     gemm : str
         Linear layers; attention stays in bf16.
+    head : str
+        The output projection: in 16 bits, or in 8 where the recipe asks for it (Megatron's ``fp8_output_proj``, with MXFP8 alone).
     activations : str
         What an MLP keeps of its up-projection for the gradient of the activation function (DeepSeek-V3: fp8).
     dispatch, combine : str
@@ -83,6 +85,7 @@ class Precision(Frozen):
     master: Dtype | None = "fp32"
     moments: Dtype = "fp32"
     gemm: Dtype = "bf16"
+    head: Dtype = "bf16"
     activations: Dtype = "bf16"
     dispatch: Dtype = "bf16"
     combine: Dtype = "bf16"

@@ -20,6 +20,10 @@ _NOT_INFINIBAND = r"RoCE|ROCE|RDMA per GPU|Ethernet|Omni-Path|EFA"
 #: eight A100, which come in through one of their four adapters of 100 Gbit/s and leave through another, as the log shows
 #: (bigscience-workshop/bigscience @358e3c8 experiments/bandwidth/all_reduce_bench-a100-n4.txt)
 OMNI_PATH_EFFICIENCY = 40.55 / 100
+#: at which a message between stages leaves in rows that are no measurements (`TRACED`): their source moves twice the tensor at a quarter
+#: of 800 Gibit/s (VIA-Research/vTrain @f8dda84 src/predictor.py, ``_compute_p2p_latency`` and what calls it; src/config.py), and pipelines
+#: of two and four stages differ by that: 2.5 ms per message of 8 sequences of 1,024 x 2,048, where NVLink takes 0.12
+TRACED_SEND_BYTES_PER_S = 800 * 2**30 / 8 / 4 / 2
 _RATE = r"(?<![x\d.])(\d+(?:\.\d+)?)\s*"  # not the 200 of "8x200"
 #: how a source writes its NICs -> what the numbers mean; first match wins; the case tells bits from bytes
 _NICS: list[tuple[str, str]] = [
@@ -95,9 +99,6 @@ def capped(profile: Accelerator, power_w: float) -> dict[str, float]:
 
 
 def _accelerator(row: Row, printed: str, profile: Accelerator) -> Accelerator:
-    if row.has(TRACED, "source"):
-        row.assume("collectives as fast as in their benchmark, which they come from (trace/a100)")
-        profile = profile.model_copy(update={"in_training": {k: v for k, v in profile.in_training.items() if k != "collectives"}})
     if printed in UNSURE:
         row.assume(UNSURE[printed])
     variant = VARIANTS.get(printed)
@@ -142,6 +143,10 @@ def _host(row: Row, profile: Host, count: int) -> Host:
         # Expert groups of 64 would straddle domains of 72; NVIDIA's launch scripts use 64 ranks of each
         row.assume("NVLink domain: 64 of its 72 GPUs used")
         profile = adapted(profile, {"scale_up_domain": 64}, "assumed", "64 of 72, so that no expert group straddles domains", "64 of 72")
+    if row.has(TRACED, "source"):
+        row.assume("messages between stages at the rate of the source's formula (src/predictor.py)")
+        rates = profile.bus_bytes_per_s | {"send": TRACED_SEND_BYTES_PER_S}
+        profile = adapted(profile, {"bus_bytes_per_s": rates}, "published", "VIA-Research/vTrain @f8dda84 src/predictor.py", "of vTrain")
     nic = _nic_bytes_per_s(row.text("inter_node"), per_host)
     outside = count > changes.get("scale_up_domain", profile.scale_up_domain)
     if outside and not nic:

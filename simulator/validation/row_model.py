@@ -32,6 +32,7 @@ _STYLES: dict[str, tuple[dict[str, bool], str]] = {
         {"gated": False, "layer_norm": True, "tied_embeddings": True},
         "layer details not printed: MPT (plain MLP, LayerNorm, tied embeddings)",
     ),
+    "Tencent Hunyuan|Hy3|Qwen3": ({"qk_norm": True}, "layer details not printed: queries and keys normalised (config.json of its models)"),
     "Nemotron-4": ({"gated": False, "layer_norm": True}, "layer details not printed: Nemotron-4 (plain MLP, LayerNorm)"),
 }
 #: GPT-2's 50,257 tokens, padded by Megatron for eight tensor-parallel ranks

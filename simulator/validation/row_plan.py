@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from simulator.errors import ProfileError
 from simulator.scenario.job import Job
+from simulator.scenario.kernels import Kernels
 from simulator.scenario.model import Model
 from simulator.scenario.overlap import Overlap, TensorParallel
 from simulator.scenario.plan import Plan, Precision
@@ -51,12 +52,23 @@ _RECIPES_IN_PIECES = [
         "tp_comm_overlap=True of NVIDIA/NeMo nemo/collections/llm/recipes (@01d03c1), ub_tp_comm_overlap=True of "
         "NVIDIA/dgxc-benchmarking nemotron/configure.sh (@35a9aec)",
     ),
+    (
+        "NVIDIA NeMo performance",
+        "GPT(-3)? 175B|Llama-[23] 70B",
+        "mxfp8",
+        "ub_tp_comm_overlap of NVIDIA/NeMo-Framework-Launcher launcher_scripts/conf/training (@3dd3561 llama/llama3_70b.yaml, @1e46ac6 "
+        "gpt3/175b_fp8_performance.yaml)",
+    ),
 ]
 #: words for expert all-to-all beside the compute of another micro-batch
 _PAIRED = (
     r"(?:moe_a2a_|a2a-)overlap|EP-comm overlap|EP-comm/1F1B|EP-A2A overlap"
     "|overlap_moe_expert_parallel_comm=True|A2A_OVERLAP=1|DualPipe overlaps"
 )
+#: recipes whose MXFP8 version with a full-iteration CUDA graph multiplies with the output matrix in MXFP8, too (``fp8_output_proj``,
+#: NVIDIA/Megatron-LM pull request 4825): DeepSeek-V3 (NVIDIA-NeMo/Megatron-Bridge pull requests 3983, 4226 and 4458) and GPT-OSS
+#: (perf_recipes/gpt_oss/common.py @3564acf); Qwen3's do not
+_NARROW_HEAD = r"(DEEPSEEK_V3|GPT_OSS_120B)\w*_FP8_MX|(deepseek_v3|gpt_oss_120b)\w*_fp8mx|gpu-tpu-pedia/\S*deepseekv3"
 #: recipes that name a backend of the flexible dispatcher and set ``moe_token_dispatcher_type = "alltoall"``, so that it is not used
 #: (NVIDIA-NeMo/Megatron-Bridge @05c0c90 scripts/performance/configs/qwen/qwen3_llm_pretrain.py)
 _ALLTOALL_RECIPE = "QWEN3_235B_A22B_PRETRAIN_CONFIG_(H100|B200)"
@@ -68,8 +80,9 @@ _LIKE_DEEPEP = r"\b(?:uccl|mori)\b"
 _NO_SEQUENCE_PARALLEL = "BLOOM|vTrain|SC'21|InternEvo|JAX-Toolbox|MT-NLG"
 #: sources whose Megatron-LM could not yet reduce gradients beside the backward
 _NO_GRADIENT_OVERLAP = r"SC'21|MegaScale \(NSDI|Korthikanti|Zero Bubble"
-#: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False)
-_BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama|InternEvo"
+#: sources whose public recipe reduces gradients in bf16 (performance scripts of NeMo and Megatron-Bridge: grad_reduce_in_fp32=False;
+#: foundation-model-stack/fms-fsdp @2e76f99 pretraining/policies/mixed_precision.py: reduce_dtype=bfloat16)
+_BF16_GRADIENTS = "Megatron-Bridge|Megatron-Core MoE|gpu-tpu-pedia|dgxc|NVIDIA NeMo|MLPerf|Megatron-LM examples/llama|InternEvo|fms-fsdp"
 
 
 def plan_of(row: Row, model: Model) -> Plan:
@@ -100,7 +113,7 @@ def plan_of(row: Row, model: Model) -> Plan:
         row.assume("micro-batches run through the pipe in both directions (DualPipe)")
     elif model.experts is not None and (row.has(_PAIRED, "overlap_notes", "notes") or row.has(FULL_ITERATION_RECIPE, "provenance")):
         schedule, table = _paired(row, degrees, schedule)
-    overlap = _overlap(row, degrees, sequence_parallel)
+    overlap, kernels = _overlap(row, degrees, sequence_parallel), kernels_of(row)
     if row.has(TRACED, "source"):
         row.assume("collectives timed apart from the kernels: nothing is launched meanwhile (src/predictor.py)")
         overlap = overlap.model_copy(update={"host_waits": True})
@@ -119,9 +132,9 @@ def plan_of(row: Row, model: Model) -> Plan:
         sequence_parallel=sequence_parallel,
         dispatcher=_dispatcher(row, model),
         context_parallel=_context_parallel(row),
-        precision=_precision(row),
+        precision=_precision(row, kernels),
         overlap=overlap,
-        kernels=kernels_of(row),
+        kernels=kernels,
         framework=framework_of(row),
     )
 
@@ -273,10 +286,10 @@ def _dispatcher(row: Row, model: Model) -> str:
     return "deepep"
 
 
-def _precision(row: Row) -> Precision:
+def _precision(row: Row, kernels: Kernels) -> Precision:
     printed = row.default("precision", "bf16", row.text("precision")).lower()
     fields: dict[str, Any] = {}
-    if "fp4" in printed:
+    if re.search("fp4|4.bit|w4a4|e2m1", printed):
         fields["gemm"] = "fp4"
     elif re.search("fp8|float8|e4m3|w8a8|8.bit", printed):
         fields["gemm"] = "fp8"
@@ -297,6 +310,9 @@ def _precision(row: Row) -> Precision:
         fields["block"] = 16
     elif fields.get("gemm") == "fp8" and row.has(r"\bMX|1x32", "precision"):
         fields["block"] = 32
+    if "full" in kernels.graphs and row.has("MXFP8", "precision") and row.has(_NARROW_HEAD, "provenance"):
+        row.assume("output projection not printed: in MXFP8, as the recipe says (fp8_output_proj)")
+        fields["head"] = "fp8"
     if row.has("fp8 all-gather", "precision"):
         fields["parameter_gather"] = "fp8"
     if row.has("FP8_PARAMS=True", "overlap_notes"):

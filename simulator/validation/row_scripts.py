@@ -78,6 +78,12 @@ _SCRIPTS = [
         f"{_BRIDGE} @v0.2.0 scripts/performance/configs/deepseek/workload_base_configs.py",
     ),
     Script(
+        {"source": "gpu-tpu-pedia GB300 Qwen3-235B", "overlap_notes": "^$"},
+        {"overlap_notes": "cuda_graph=full_iteration; hybridep; moe_a2a_overlap; cutedsl; fp8 attention; paged stash"},
+        "the recipe that its script starts, version 2 in MXFP8 (yangwhale/gpu-tpu-pedia @d50b896 gpu/a4x-max/07-megatron-training/"
+        "07d-gb300-qwen3-235b-gke/run-qwen3-yw.sh)",
+    ),
+    Script(
         {"source": "Megatron-Bridge", "model": "Llama-3 70B", "gpu": "B[23]00", "pp": "^4$", "vpp": "^$"},
         {"vpp": "5"},
         f"{_BRIDGE} @00919dc scripts/performance/configs/llama/llama3_workload_base_configs.py",

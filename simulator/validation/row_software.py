@@ -47,7 +47,11 @@ _SOFTWARE: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("BLOOM|MT-NLG", PRESETS["deepspeed"], "Megatron-DeepSpeed: flat fp32 copies, stage outputs and default buckets kept"),
     ("Zero Bubble|Korthikanti|SC'21|vTrain|MegaScale", PRESETS["megatron-2022"], "Megatron-LM before Transformer Engine"),
-    (TRACED, {"cross_entropy": "half"}, "PyTorch's cross-entropy in 16 bits (VIA-Research/vTrain @f8dda84 src/trainer.py)"),
+    (
+        TRACED,
+        {"cross_entropy": "half", "splits_messages": False},
+        "PyTorch's cross-entropy in 16 bits, messages between stages whole (VIA-Research/vTrain @f8dda84 src/trainer.py, src/predictor.py)",
+    ),
 ]
 #: torchtitan's pages of June 2025: since its pull request 1033 (April) the loss is compiled wherever the model is
 _COMPILED_LOSS = r"torchtitan/benchmarks/\S*_2025-?06"

@@ -18,7 +18,7 @@ from simulator.scenario.plan import Plan
 from simulator.schedules import EXCHANGE, Action, Entry, Pair, Schedule, by_segments, schedule, turn_ends
 from simulator.workload.blocks import Block, passes
 from simulator.workload.classes import RankClasses
-from simulator.workload.ops import Op, Segment, host_wait
+from simulator.workload.ops import Op, host_time, host_wait
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import (
     NORM_OP,
@@ -39,28 +39,26 @@ _EMPTY: Body = ((Task("empty", "compute", "", ()),),)
 
 @dataclass(frozen=True)
 class _Pieces:
-    """The bodies of one block by kind of action, and its data-parallel tasks."""
+    """The bodies of one block by kind of action, what keeps the host busy with them in a pair, and its data-parallel tasks."""
 
     body: dict[str, Body]
+    host: dict[str, tuple[Task, ...]]
     gather: tuple[Task, ...]
     reduce: tuple[Task, ...]
 
     @classmethod
     def of(cls, name: str, block: Block, plan: Plan) -> _Pieces:
+        of = {kind: passes(block, kind) for kind in "FBIW"}
         return cls(
-            {kind: fused(_launched(passes(block, kind), plan), plan, (name, kind)) for kind in "FBIW"},
+            {kind: fused((*segments, (host_wait(segments, plan.kernels),)), plan, (name, kind)) for kind, segments in of.items()},
+            {kind: _tasks([host_time(segments, plan.kernels)], plan, (name, kind)) for kind, segments in of.items()},
             _tasks(parameter_ops(block, plan), plan),
             _tasks(gradient_ops(block, plan), plan),
         )
 
 
-def _launched(segments: tuple[Segment, ...], plan: Plan) -> tuple[Segment, ...]:
-    """Return a pass that ends no sooner than the host has launched it."""
-    return (*segments, (host_wait(segments, plan.kernels),))
-
-
-def _tasks(ops: Iterable[Op], plan: Plan) -> tuple[Task, ...]:
-    return tuple(task for segment in fused(((op,) for op in ops), plan) for task in segment)
+def _tasks(ops: Iterable[Op], plan: Plan, of: tuple[str, str] = ("", "")) -> tuple[Task, ...]:
+    return tuple(task for segment in fused(((op,) for op in ops), plan, of) for task in segment)
 
 
 @dataclass
@@ -186,7 +184,7 @@ class _Builder:
             return
         begin = len(self.program)
         threads = [_Thread(row.thread.last, row.thread.begun) for _ in entry]
-        turns = [self.action(row, thread, action, left) for thread, action in zip(threads, entry, strict=True)]
+        turns = [self.action(row, thread, action, left, paired=True) for thread, action in zip(threads, entry, strict=True)]
         if not self.by_segments:
             turns.reverse()
         while turns:
@@ -198,10 +196,11 @@ class _Builder:
         pair = held[entry.forward.chunk], held[entry.backward.chunk]
         self.program.pair[begin:] = [pair] * (len(self.program) - begin)
 
-    def action(self, row: _Row, thread: _Thread, action: Action, left: tuple[int, ...]) -> Iterator[bool]:
+    def action(self, row: _Row, thread: _Thread, action: Action, left: tuple[int, ...], paired: bool = False) -> Iterator[bool]:
         """Append an action of one chunk: wait for its message, run its blocks, send the result on; yields where its turn ends.
 
-        It also waits for the nodes in `left`.
+        It also waits for the nodes in `left`. In a pair no block ends before the host has launched it, which serves both actions;
+        alone, a wait behind its kernels says the same.
         """
         stage = self.schedule.held[row.rank][action.chunk]
         names, forward = list(enumerate(self.stages[stage])), action.kind == "F"
@@ -211,13 +210,19 @@ class _Builder:
             piece = self.pieces[name]
             also += self.parameters(row, thread, piece, action, i)
             self.release(row, keep=self.ahead - 1)
-            for nodes, ends in self.segments(row, thread, piece.body[action.kind], action, also):
+            body, host = piece.body[action.kind], piece.host[action.kind] if paired else ()
+            launched = self.aside(row, host, thread.last, action)
+            for nodes, ends in self.segments(row, thread, body[:-1] if host else body, action, also):
                 if first and nodes:
                     self.await_message(row, nodes, action)
                     first = False
                 if ends:
                     yield True
             also = ()
+            if launched:
+                thread.last += launched
+                if self.by_segments:  # its end has a turn, as segments have
+                    yield True
             if action.kind in "BW" and self.reduces_now(row, action):
                 row.held.append((piece.reduce, thread.last, action))
         if first:  # a stage without blocks hands the message on

@@ -104,7 +104,9 @@ CLAMP_ADDRESSED, CLAMP_BYTES, CLAMP_LAUNCHES = (1.0, 2.5), (4.0, 5.5), (3, 7)
 #: memory of experts in a CUDA graph of the whole step, whose sizes cannot follow the tokens that come, over what even loads need: the
 #: pages that hold what their gradients read, and the buffers that they run in (``moe_paged_stash_buffer_size_factor_cuda``,
 #: ``moe_expert_rank_capacity_factor`` of NVIDIA-NeMo/Megatron-Bridge's recipes with such graphs, ``_enable_full_iteration_cuda_graph``
-#: and ``set_full_iter_cg_configs``; what they multiply: NVIDIA/Megatron-LM pull requests 2690 and 4247)
+#: and ``set_full_iter_cg_configs``; what they multiply: NVIDIA/Megatron-LM pull requests 2690 and 4247). Only tensors that the fused
+#: products of low precision mark are paged (``on_save_for_backward``, NVIDIA/Megatron-LM @02f11f6 megatron/core/transformer/moe/
+#: paged_stash.py; NVIDIA/TransformerEngine @010de66 marks none in pytorch/ops/basic/grouped_linear.py): in 16 bits the buffers stay
 STASHED, CAPACITY = 1.2, 1.5
 
 
@@ -190,7 +192,8 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     per_expert, (saved, kept) = rows / local, _kept(rows * mats * ffn, precision.activations)
     # what stays in memory is of the tokens that really come, or in a graph of everything has room for more than come evenly
     whole = "full" in b.kernels.graphs
-    held = np.maximum(b.load, STASHED) if whole else b.load
+    pages = STASHED if b.dtype != "bf16" else CAPACITY
+    held = np.maximum(b.load, pages) if whole else b.load
     taken, room = rows * held, rows * (np.maximum(b.load, CAPACITY) if whole else b.load)
     fused = b.kernels.experts == "fused"
     b.linear(
@@ -265,7 +268,7 @@ def embedding(model: Model, plan: Plan, job: Job) -> Block:
 
 
 def head(model: Model, plan: Plan, job: Job) -> Block:
-    """Return the block of the final norm, the output projection (in bf16) and the cross-entropy.
+    """Return the block of the final norm, the output projection and the cross-entropy.
 
     Notes
     -----
@@ -273,7 +276,16 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     many are kept, and live at its fullest moment, is `LOGIT_BYTES`; then the projection's backward holds their bf16
     gradient, the rows it gathers again, their gradient and, unless it is added in place, the gradient of its matrix.
     """
-    x, b = Shape.of(plan, job), BlockBuilder("bf16", BF16, overlap=plan.overlap.tp in (True, "pieces"), kernels=plan.kernels)
+    x, precision = Shape.of(plan, job), plan.precision
+    b = BlockBuilder(
+        precision.head,
+        ELEMENT_BYTES[precision.head],
+        overlap=plan.overlap.tp in (True, "pieces"),
+        kernels=plan.kernels,
+        cast_weights=precision.parameter_gather not in ("fp8", "fp4"),
+        layouts=precision.copies,
+        block=precision.block,
+    )
     vocab = model.vocab / x.tp
     norm(b, "head.norm", x.split_tokens, model.hidden, model, 2 * x.split_tokens * model.hidden * BF16)
     beside = enter_tp(b, "head", x, model.hidden)

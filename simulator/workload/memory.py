@@ -185,6 +185,38 @@ def communicators(plan: Plan) -> Number:
     return 1.0 + sum(np.asarray(degree) > 1 for degree in axes)
 
 
+def _gradients_of_update(dense: Number, expert: Number, plan: Plan) -> Number:
+    """Return fp32 copies of the optimizer's part of 16-bit gradients where they find the activations' memory still taken, bytes.
+
+    Notes
+    -----
+    Megatron's distributed optimizer makes them for its step, except with moments below fp32, which it updates from the gradients as
+    they are (``_copy_model_grads_to_main_grads``, megatron/core/optimizer/distrib_optimizer.py). They fit where activations were, but
+    a CUDA graph of the whole step keeps what it ever used in a pool of its own (NVIDIA/Megatron-LM pull request 4698).
+    """
+    p = plan.precision
+    if "full" not in plan.kernels.graphs or ELEMENT_BYTES[p.gradients] > AUTOGRAD or p.master != "fp32" or p.moments != "fp32":
+        return 0.0
+    return ELEMENT_BYTES["fp32"] * (dense / plan.shard + expert / plan.expert_shard)
+
+
+def dispatch_buffers(model: Model, plan: Plan, job: Job) -> Number:
+    """Return what HybridEP keeps on every rank to receive the tokens of a group of experts, bytes, outside the allocator.
+
+    Notes
+    -----
+    Room for all tokens of all ranks of the group, as if every one came here, with a probability in fp32 for each expert and a scale for
+    128 elements; dispatch and combine share it (``allocate_combine_buffers``, deepseek-ai/DeepEP @2540b8a csrc/hybrid_ep/buffer/
+    intranode.cu; ``use_shared_buffer`` of its deep_ep/hybrid_ep_buffer.py). One for all layers (``_hybrid_ep_buffer``, Megatron-Core
+    transformer/moe/fused_a2a.py). DeepEP's own, of chunks instead of tokens, are as small as a communicator's.
+    """
+    if model.experts is None or plan.dispatcher != "hybridep":
+        return 0.0
+    tokens = plan.micro_batch * job.sequence_length / plan.cp / (plan.tp if plan.sequence_parallel else 1) * plan.ep
+    size = AUTOGRAD * model.hidden + ELEMENT_BYTES["fp32"] * (model.experts.count + model.hidden / 128)
+    return np.where(np.asarray(plan.ep) > 1, tokens * size, 0.0)
+
+
 class _Held(NamedTuple):
     """What ranks hold: stages by rank and chunk, (ranks, vpp), and micro-batches, (ranks, moments, 2, vpp).
 
@@ -311,12 +343,13 @@ def memory_per_stage(
     peaks = np.stack([of_rank @ moments for of_rank, moments in zip(flat, by_rank, strict=True)], axis=-2)  # (..., ranks, moments)
     parts["activations"] = peaks.max(axis=-1) if activations is None else activations
     parts["buffers"] = _buffers(stages, blocks, plan, job, model.hidden, places, order.layerwise)
+    parts["buffers"] = parts["buffers"] + _gradients_of_update(dense, expert, columns)
     reserve = plan.reserve
     parts["fragmentation"] = sum(parts.values()) * (reserve.fragmentation / (1 - reserve.fragmentation))
     if plan.framework.weight_gradients == "copied":
         copied = ELEMENT_BYTES["fp32"] * (dense / columns.shard + expert / columns.expert_shard)
         parts["fragmentation"] = parts["fragmentation"] + copied
-    parts["communication"] = np.asarray(communicators(plan) * reserve.communicator)[..., None]
+    parts["communication"] = np.asarray(communicators(plan) * reserve.communicator + dispatch_buffers(model, plan, job))[..., None]
     parts["context"] = np.float64(reserve.context)
     shape = np.shape(sum(parts.values()))
     parts = {name: np.broadcast_to(parts[name], shape) for name in PARTS}

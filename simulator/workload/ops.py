@@ -41,8 +41,10 @@ MAXIMUM_READS = 2
 CURRENT_LAUNCHES = 4
 #: kinds that run on the compute stream; the others are collectives
 COMPUTE = ("gemm", "grouped_gemm", "attention", "memory")
-#: kind that waits, on the compute stream, until the host has launched what came before
+#: kind that waits, on the compute stream, until the host has launched what came before; also the stream of the host itself
 HOST = "host"
+#: kind that keeps the host busy with one action of a pair, beside which the other one runs
+LAUNCH = "launch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Op:
         Part of the layer, e.g. ``attn.qkv``.
     kind : str
         ``gemm``, ``grouped_gemm``, ``attention``, ``memory`` (bandwidth-bound), ``all_gather``, ``reduce_scatter``,
-        ``all_reduce``, ``all_to_all`` or ``send``; ``host`` waits for the host that launches the kernels.
+        ``all_reduce``, ``all_to_all`` or ``send``; ``host`` waits for the host that launches the kernels, ``launch`` is the host that does.
     flop : Number
         Floating-point operations on this rank.
     bytes : Number
@@ -74,7 +76,7 @@ class Op:
     launches : Number
         Kernels that the host launches for it, as much of its time as ones that the framework launches singly.
     beside : tuple of Segment
-        Of ``host``: what runs while the host launches.
+        Of ``host``: what runs while the host launches. Of ``launch``: what it waits for in between.
     apart : bool or ndarray of bool
         Of a collective: it takes no multiprocessors from the kernels beside it, because copy engines move it or some are set
         aside for it. Of a kernel: it runs on the others only.
@@ -135,6 +137,8 @@ class Op:
     @property
     def stream(self) -> str:
         """The queue that it runs on: ``compute``, or one per kind of communication."""
+        if self.kind == LAUNCH:
+            return HOST
         return "compute" if self.kind in COMPUTE or self.kind == HOST else STREAMS[self.axis]
 
 
@@ -165,6 +169,16 @@ def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     beside = tuple(segment for at, segment in enumerate(segments) if at not in waits)
     routed = any(op.routed for segment in segments for op in segment if _launched(op, kernels))
     return Op(HOST, HOST, launches=launched(segments, kernels), beside=beside, routed=routed)
+
+
+def host_time(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
+    """Return what keeps the host busy with `segments` in a pair, where it does nothing for the other action meanwhile.
+
+    One thread launches both (megatron/core/models/common/model_chunk_schedule_plan.py, ``TransformerLayerSchedulePlan.run``), and
+    waits for what either of them reads back.
+    """
+    beside = tuple(segments[at] for at in sorted(awaited(segments, kernels)))
+    return Op(HOST, LAUNCH, launches=launched(segments, kernels), beside=beside, routed=any(op.routed for s in beside for op in s))
 
 
 def launched(segments: tuple[Segment, ...], kernels: Kernels) -> Number:

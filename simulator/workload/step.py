@@ -16,7 +16,7 @@ from simulator.schedules import Action
 from simulator.workload.blocks import Block
 from simulator.workload.classes import RankClasses
 from simulator.workload.memory import MOMENTS
-from simulator.workload.ops import BF16, COMPUTE, HOST, Op, Segment
+from simulator.workload.ops import BF16, COMPUTE, HOST, LAUNCH, Op, Segment
 
 #: Newton-Schulz iterations of Muon per step (Jordan et al., "Muon", 2024)
 MUON_ITERATIONS = 5
@@ -107,7 +107,7 @@ def fused(segments: Iterable[Segment], plan: Plan, of: tuple[str, str] = ("", ""
             run.clear()
 
     for segment in segments:
-        ops = [op for op in segment if op.flop or op.bytes or op.addressed or (op.kind == HOST and op.launches)]
+        ops = [op for op in segment if op.flop or op.bytes or op.addressed or (op.kind in (HOST, LAUNCH) and op.launches)]
         ops = [op for op in ops if not op.axis or group(plan, op.axis).size > 1]
         if len(ops) == 1 and ops[0].kind in COMPUTE:
             run.append(ops[0])

@@ -6,23 +6,24 @@ ranks, EP64, ZeRO-1, no TP, FP8 linear layers and dispatch, bf16 moments, fp32 g
 up-projections recomputed, SwiGLU's inputs cached in FP8 and its outputs recomputed, the dense and shared ones' too (sections
 3.2.3 and 3.3).
 
-Assumed: a micro-batch of one sequence (not printed; it makes 120 per pipeline), layers balanced over the stages, the phases
-means over ranks. The run was no benchmark with forced routing. How far its experts were from balanced is not printed, so it
+A micro-batch of one sequence is not printed, but follows: with two, a pair would take 1.9 times as long as its halves alone
+(`test_the_published_phases_leave_one_sequence_per_micro_batch`). Assumed: layers balanced over the stages, the phases means over
+ranks. The run was no benchmark with forced routing. How far its experts were from balanced is not printed, so it
 shown at both ends: balanced, and natural routing with the simulator's default for any model (heaviest rank at 1.25 of the mean).
 
 Target: the step within 10 %, each phase above 1 s (forwards, backwards, pairs, bubble) within 20 %. Found, with no number
 fitted to this row, published in brackets:
 
     routing   step            1F              1B              1F1B            bubble          1W            optimizer
-    balanced  19.25  (-3.4 %) 1.19  (+5 %)    1.82  (-9 %)    14.46  (+4 %)   1.21 (-41 %)    0.30 (-37 %)  0.26
-    natural   21.84  (+9.6 %) 1.39 (+23 %)    2.06  (+3 %)    16.27 (+17 %)   1.52 (-26 %)    0.30 (-37 %)  0.30
+    balanced  19.09  (-4.2 %) 1.19  (+5 %)    1.82  (-9 %)    14.56  (+4 %)   0.96 (-54 %)    0.30 (-37 %)  0.26
+    natural   21.68  (+8.8 %) 1.39 (+23 %)    2.06  (+3 %)    16.41 (+18 %)   1.22 (-41 %)    0.30 (-37 %)  0.30
 
 So the step and all phases but the bubble are met with balanced experts. With natural routing the step is met, too, and forwards are
-missed by three points. Missed at both ends: the bubble, by a quarter to two fifths.
+missed by three points. Missed at both ends: the bubble, by two fifths to a half.
 
-The bubble is what DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives with our mean times of an action, and up to 15 % more
-(`test_bubble_is_the_formulas`). With the published times it gives 0.98 s, half of what is published: the rest is
-waiting for stages, ranks and micro-batches that differ, which the source does not describe; jitter explains little of it
+The bubble is what DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives with our mean times of an action, less the fifth that
+forwards wait inside pairs (`test_bubble_is_the_formulas`). With the published times it gives 0.98 s, half of what is published: the
+rest is waiting for stages, ranks and micro-batches that differ, which the source does not describe; jitter explains little of it
 (`test_jitter`).
 """
 
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import pytest
 
+from simulator.errors import PlanError
 from simulator.scenario.scenario import Scenario
 from simulator.scenario.variation import Variation
 from simulator.schedules import Pair, schedule
@@ -77,8 +79,8 @@ def test_phases_add_up(step):
 
 
 def test_step(step):
-    """Target 10 %: met with balanced experts and, narrowly, with natural routing."""
-    known = {"natural": 0.096, "balanced": -0.034}[step.scenario.job.routing]
+    """Target 10 %: met with balanced experts and with natural routing."""
+    known = {"natural": 0.088, "balanced": -0.042}[step.scenario.job.routing]
     assert step.step_time_s / PUBLISHED_STEP_S - 1 == pytest.approx(known, abs=0.05)
 
 
@@ -87,23 +89,36 @@ def test_phases(step):
     found = misses(step)
     met = ("backward_s", "pair_s") if step.scenario.job.routing == "natural" else ("forward_s", "backward_s", "pair_s")
     assert max(abs(found[name]) for name in met) < 0.20
-    known = {"natural": (0.23, 0.17, -0.26), "balanced": (0.05, 0.04, -0.41)}[step.scenario.job.routing]  # what is missed stays known
+    known = {"natural": (0.23, 0.18, -0.41), "balanced": (0.05, 0.04, -0.54)}[step.scenario.job.routing]  # what is missed stays known
     assert (found["forward_s"], found["pair_s"], found["bubble_s"]) == pytest.approx(known, abs=0.05)
 
 
-def formula_s(phase: dict[str, float]) -> float:
-    """Return DualPipe's bubble for the mean seconds that a rank spends in each phase; B is a whole backward, I and W."""
-    order, count = schedule("dualpipe", 16, 2, 120), dict.fromkeys("FBIW+", 0.0)
+def actions_s(phase: dict[str, float], micro_batches: int = 120) -> dict[str, float]:
+    """Return the mean seconds of a pair, a forward, a weight gradient and a whole backward (I and W) that phases of a rank amount to."""
+    order, count = schedule("dualpipe", 16, 2, micro_batches), dict.fromkeys("FBIW+", 0.0)
     for entry in (entry for row in order.table for entry in row):
         count["+" if isinstance(entry, Pair) else entry.kind] += 1 / 16
-    pair, weight = phase["pair_s"] / count["+"], phase["weight_s"] / count["W"]
-    whole = (phase["backward_s"] + count["I"] * weight) / (count["B"] + count["I"])
-    return 7 * (pair + whole - 3 * weight)
+    pair, forward, weight = phase["pair_s"] / count["+"], phase["forward_s"] / count["F"], phase["weight_s"] / count["W"]
+    return {"+": pair, "F": forward, "W": weight, "B": (phase["backward_s"] + count["I"] * weight) / (count["B"] + count["I"])}
+
+
+def formula_s(phase: dict[str, float]) -> float:
+    """Return DualPipe's bubble for the mean seconds that a rank spends in each phase."""
+    each = actions_s(phase)
+    return 7 * (each["+"] + each["B"] - 3 * each["W"])
+
+
+def test_the_published_phases_leave_one_sequence_per_micro_batch():
+    """Pairs hide communication: they are shorter than their halves one after the other. So they are with 120 micro-batches, not with 60."""
+    ratio = {count: each["+"] / (each["F"] + each["B"]) for count in (120, 60) for each in [actions_s(PUBLISHED, count)]}
+    assert ratio == {120: pytest.approx(0.76, abs=0.01), 60: pytest.approx(1.88, abs=0.01)}
+    with pytest.raises(PlanError, match="an even number from 32 on"):
+        schedule("dualpipe", 16, 2, 30)
 
 
 def test_bubble_is_the_formulas(step):
-    """Of our times within 15 %; of the published ones half of the published bubble: what we lack is not in the schedule."""
-    assert phases(step)["bubble_s"] == pytest.approx(formula_s(phases(step)), rel=0.15)
+    """Of our times within 25 %; of the published ones half of the published bubble: what we lack is not in the schedule."""
+    assert phases(step)["bubble_s"] == pytest.approx(formula_s(phases(step)), rel=0.25)
     assert formula_s(PUBLISHED) == pytest.approx(0.98, abs=0.01)
 
 
