@@ -92,6 +92,17 @@ def test_core_attention():
     assert ATTENTION_BACKWARD_FLOP == 2.5
 
 
+def test_backward_in_8_bits_skips_no_keys_of_a_window():
+    model = DENSE.model_copy(update={"windows": (8,) * DENSE.layers})
+    (there, back), (low, low_back) = (
+        (only(block.forward, "attn.core"), only(block.backward, "attn.core"))
+        for block in (layer(model, False, kernels=Kernels(attention=kind)) for kind in ("flash", "flash_fp8"))
+    )
+    assert low.flop == there.flop
+    assert back.flop == ATTENTION_BACKWARD_FLOP * there.flop
+    assert low_back.flop == ATTENTION_BACKWARD_FLOP * there.flop * attended(S, None) / attended(S, 8)
+
+
 def test_streaming_kernels():
     """Rows read and written: a norm 1 + 1 and 2 + 1, a residual 2 + 1 each way, SwiGLU 2 + 1 and 3 + 2, rotary q and k."""
     block, row = layer(DENSE, False), 2 * S * H

@@ -19,6 +19,7 @@ from simulator.validation.row import Row
 from simulator.validation.row_cluster import _nic_bytes_per_s
 from simulator.validation.row_layout import expand_layout
 from simulator.validation.row_machines import MACHINES, known_machine
+from simulator.validation.row_names import canonical
 from simulator.validation.row_recompute import recompute_of
 from simulator.validation.row_scripts import with_scripts
 from simulator.workload.flop import count
@@ -384,7 +385,8 @@ def test_a_recipe_with_a_whole_iteration_as_a_graph_does_nothing_again(runs):
         ("dgxc-v25.05.05-llama4maverick-gb200-bf16-256", "flash"),
         ("mbridge-26.06-qwen3_30b-gb300-fp8_mx-8", "flash_fp8"),
         ("mbridge-26.04-qwen3_30b-gb300-fp8_mx-8", "flash"),
-        ("mbridge-26.06-gptoss120b-gb300-fp8_mx-64", "flash"),  # sinks
+        ("mbridge-26.06-gptoss120b-gb300-fp8_mx-64", "flash_fp8"),
+        ("mbridge-26.04-gptoss120b-gb300-bf16-64", "flash"),
     ],
 )
 def test_attention_that_only_the_recipe_tells(runs, name, attention):
@@ -659,3 +661,45 @@ def test_bad_rows_never_stop_the_run(runs):
     assert math.isnan(by_id["relative_error"][PAPER])
     assert by_id["accelerator"]["bloom-738"] == "abacus"
     assert validate(lambda s: math.inf, some)["skipped"].ne("").all()
+
+
+@pytest.mark.parametrize(
+    ("written", "usual"),
+    [
+        ("deepseek-ai/DeepSeek-V3", "DeepSeek-V3"),
+        ("DeepSeek V3 671B", "DeepSeek-V3 671B"),
+        ("Qwen3 235B A22B", "Qwen3-235B-A22B"),
+        ("qwen3_30b_a3b", "Qwen3-30B-A3B"),
+        ("openai/gpt-oss-120b", "GPT-OSS 120B"),
+        ("Kimi K2", "Kimi-K2"),
+        ("Meta-Llama-3-70B", "Llama-3 70B"),
+        ("llama3.1-405b", "Llama-3.1 405B"),
+        ("nemotron4-340b", "Nemotron-4 340B"),
+        ("mixtral_8x22b", "Mixtral 8x22B"),
+        ("gpt3 175b", "GPT-3 175B"),
+        ("GPT 310.1B", "GPT 310.1B"),
+        ("Mixtral-8x22B-G8T8 (fine-grained)", "Mixtral-8x22B-G8T8 (fine-grained)"),
+    ],
+)
+def test_models_by_other_names(written, usual):
+    assert canonical(written) == usual
+
+
+def test_published_names_are_the_usual_ones(runs):
+    assert [name for name in runs["model"].unique() if canonical(name) != name] == []
+
+
+@pytest.mark.parametrize("written", ["deepseek-v3", "deepseek-ai/DeepSeek-V3", "DeepSeek V3"])
+def test_a_model_by_another_name_is_the_same_scenario(runs, written):
+    """With its latent attention, which no column holds; only its name and that it was another differ."""
+    printed = row(runs, "mbridge-26.04.01-dsv3-b200-fp8_mx-256")
+    usual, said = scenario_from_row(printed)
+    other, more = scenario_from_row(printed | {"model": written})
+    assert other == usual
+    assert set(more) - set(said) == {f"model printed as {written}: DeepSeek-V3"}
+
+
+@pytest.mark.parametrize("printed", ["NVFP4", "mxfp4", "4-bit", "W4A4"])
+def test_four_bits_by_other_names(runs, printed):
+    scenario, _ = scenario_from_row(row(runs, "mbridge-26.04.01-llama3_70b-gb300-nvfp4-64") | {"precision": printed})
+    assert scenario.plan.precision.gemm == "fp4"

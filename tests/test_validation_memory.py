@@ -101,6 +101,8 @@ def test_calculations_say_nothing_about_a_device(table):
         ("peak torch.cuda max_memory_allocated over ranks", "allocated"),
         ("activations per GPU (first stage), tensor parallel only", "activations"),
         ("parameters+optimizer per GPU", "states"),
+        ("HBM used", "device"),
+        ("Max memory", "allocated"),
     ],
 )
 def test_metrics(words, metric):

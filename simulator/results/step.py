@@ -18,7 +18,7 @@ NOT_MODELLED = (
     "failures, restarts and checkpoints (training days are of uninterrupted steps)",
     "overlap of expert all-to-all with compute outside pairs of forward and backward",
     "contention between different kinds of collectives on one link (simulate_step adds it with contention=True)",
-    "jitter and clock or power limits",
+    "jitter, and a clock that follows what a step does (the fitted efficiencies of products hold the power limit of an average one)",
     "input pipeline and logging",
 )
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simulator.validation.row import Row
+from simulator.validation.row_names import canonical
 
 #: how sources name the software that a row ran on; the first match in the cells of `_WHERE` is the release
 _RELEASES = (
@@ -65,7 +66,7 @@ def family_of(name: str) -> str:
     -----
     Leaving a model out leaves its truncations out, too: they share every layer.
     """
-    name = re.sub(r" (?:PROXY|truncated to) .*| \(paper re-implementation\)", "", name)
+    name = re.sub(r" (?:PROXY|truncated to) .*| \(paper re-implementation\)", "", canonical(name))
     return re.sub(r"^GPT-3 ", "GPT ", name)
 
 

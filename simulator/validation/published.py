@@ -21,6 +21,7 @@ from simulator.validation.keys import configuration_of, family_of, layout_of, re
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import cluster_of
 from simulator.validation.row_model import model_of
+from simulator.validation.row_names import named
 from simulator.validation.row_plan import job_of, plan_of
 from simulator.validation.row_scripts import with_scripts
 from simulator.workload.flop import count
@@ -75,7 +76,7 @@ def scenario_from_row(row: Mapping[str, Any]) -> tuple[Scenario, tuple[str, ...]
     ProfileError
         When the run is out of reach, with a short reason that rows can be counted by.
     """
-    cells = with_scripts(Row(row))
+    cells = with_scripts(named(Row(row)))
     cluster = cluster_of(cells)
     model = model_of(cells)
     scenario = Scenario(model=model, cluster=cluster, plan=plan_of(cells, model), job=job_of(cells))

@@ -12,6 +12,7 @@ from simulator.scenario.scenario import Scenario
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import cluster_of
 from simulator.validation.row_model import BLOOM_VOCAB, model_of
+from simulator.validation.row_names import canonical
 from simulator.validation.row_plan import job_of, plan_of
 from simulator.validation.row_scripts import with_scripts
 
@@ -66,6 +67,9 @@ def memory_scenario(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, An
 def _filled(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> Row:
     """Return the row with what it leaves out: from its own training run, from one of the same model, or assumed."""
     own = Row(cells)
+    usual = canonical(own.text("model"))
+    if usual != own.text("model"):
+        return _filled({**cells, "model": usual}, runs)
     run = runs.get(own.text("training_run_id"))
     if run is not None:
         notes = {name: "; ".join(filter(None, (own.text(name), Row(run).text(name)))) for name in ("notes", "overlap_notes")}
@@ -180,14 +184,14 @@ def metric_of(text: str) -> str:
         When the words are not known.
     """
     known = {
-        r"nvidia-smi|device": "device",
+        r"nvidia-smi|device|\bused\b|\bHBM\b": "device",
         r"reserved": "reserved",
         r"^optimizer": "optimizer",
         r"parameters\+optimizer|states": "states",
         r"activations": "activations",
-        r"allocated|peak memory|max_memory|^total$": "allocated",
+        r"allocated|(?:peak|max)\w*[ _]mem|^total$|^peak$": "allocated",
     }
     for pattern, metric in known.items():
-        if re.search(pattern, text):
+        if re.search(pattern, text, re.IGNORECASE):
             return metric
     raise ProfileError(f"metric not known: {text or 'empty'}")

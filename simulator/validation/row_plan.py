@@ -289,7 +289,7 @@ def _dispatcher(row: Row, model: Model) -> str:
 def _precision(row: Row, kernels: Kernels) -> Precision:
     printed = row.default("precision", "bf16", row.text("precision")).lower()
     fields: dict[str, Any] = {}
-    if "fp4" in printed:
+    if re.search("fp4|4.bit|w4a4|e2m1", printed):
         fields["gemm"] = "fp4"
     elif re.search("fp8|float8|e4m3|w8a8|8.bit", printed):
         fields["gemm"] = "fp8"

@@ -1,0 +1,42 @@
+"""How people write the names of models."""
+
+from __future__ import annotations
+
+import re
+
+from simulator.validation.row import Row
+
+#: other spellings -> the name that rules and shipped models go by; ``\1`` and ``\2`` are versions and sizes. Names that are written so
+#: already stay as they are
+_SPELLINGS = (
+    (r"deep[ _-]?seek[ _-]?v(\d)", r"DeepSeek-V\1"),
+    (r"kimi[ _-]?k(\d)", r"Kimi-K\1"),
+    (r"gpt[ _-]?oss[ _-]?(\d+)b", r"GPT-OSS \1B"),
+    (r"gpt-?3[ _-](\d+(?:\.\d+)?)b", r"GPT-3 \1B"),
+    (r"qwen[ _-]?3[ _-](\d+)b[ _-]a(\d+)b", r"Qwen3-\1B-A\2B"),
+    (r"mixtral[ _-]8x(\d+)b(?!.*g\dt\d)", r"Mixtral 8x\1B"),
+    (r"nemotron[ _-]?([34])[ _-](\d+)b", r"Nemotron-\1 \2B"),
+    (r"(?:meta[ _-])?llama[ _-]?([234](?:\.\d)?)[ _-](\d+)b", r"Llama-\1 \2B"),
+)
+#: whose repository a name is in
+_OWNER = r"^[\w.-]+/"
+
+
+def canonical(name: str) -> str:
+    """Return the name of a model as rules and shipped models spell it: ``deepseek-ai/DeepSeek-V3`` is ``DeepSeek-V3``."""
+    name = re.sub(_OWNER, "", name)
+    for pattern, usual in _SPELLINGS:
+        if re.match(pattern, name, re.IGNORECASE):
+            return re.sub(rf"^{pattern}", usual, name, flags=re.IGNORECASE)
+    return name
+
+
+def named(row: Row) -> Row:
+    """Return the row with the usual name of its model; another spelling is one of its assumptions."""
+    printed = row.text("model")
+    usual = canonical(printed)
+    if usual == printed:
+        return row
+    row = row.replaced({"model": usual})
+    row.assume(f"model printed as {printed}: {usual}")
+    return row
