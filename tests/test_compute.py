@@ -175,12 +175,22 @@ def test_attention_of_few_keys_and_in_8_bits():
     gb200 = ACCELERATORS.load("gb200-186").model_copy(update={"in_training": {"gemm": 1.2}})  # a burst: no power is short
     speed = {s: 1 / attention_s(1e15, 1e6, 128, (s + 1) / 2, BENCHMARKED, True, gb200) for s in (2048, 4096, 8192, 32768)}
     assert [speed[s] / speed[8192] for s in (2048, 4096, 32768)] == pytest.approx([0.754, 0.902, 1.089], abs=1e-3)
-    for width, gains in ((128, (1.2, 0.94)), (160, (1.38, 1.27))):
+    for width, gains in ((64, (1.0, 0.6)), (128, (1.2, 0.94)), (160, (1.38, 1.27))):
         for backward, gain in zip((False, True), gains, strict=True):
             bf16, low = (attention_s(1e15, 1e6, width, 4096, BENCHMARKED, backward, gb200, kernel) for kernel in ("flash", "flash_fp8"))
             assert bf16 / low == pytest.approx(gain)
     unknown = attention_s(1e12, 1e6, 128, 4096, BENCHMARKED, False, ROUND, "flash_fp8")
     assert attention_s(1e12, 1e6, 128, 64, BENCHMARKED, False, ROUND) == unknown
+
+
+@pytest.mark.parametrize(("name", "rates"), [("gb200-186", (660, 740, 787)), ("gb300-288", (734, 827, 880))])
+def test_backward_of_narrow_heads_in_8_bits(name, rates):
+    """cuDNN 9.22, two sequences of 4,096 to 16,384 tokens, 128 heads of 64: TFLOP/s over all causal keys."""
+    gpu = ACCELERATORS.load(name).model_copy(update={"in_training": {}})
+    for sequence, rate in zip((4096, 8192, 16384), rates, strict=True):
+        flop = 2.5 * 4 * 2 * 128 * 64 * sequence**2 / 2
+        seconds = attention_s(flop, 1e6, 64, sequence / 2, 128 * 2 * sequence, True, gpu, "flash_fp8")
+        assert flop / seconds / 1e12 == pytest.approx(rate, rel=0.03)
 
 
 def test_attention_keeps_the_matrix_units_no_busier_than_products_do():

@@ -25,7 +25,7 @@ from simulator.workload.attention import ATTENTION_BACKWARD_FLOP, attended
 from simulator.workload.blocks import Block, passes
 from simulator.workload.layers import embedding, head, transformer_layer
 from simulator.workload.memory import memory_per_stage
-from simulator.workload.ops import Op, Segment, arriving, gemm, leaving, total
+from simulator.workload.ops import Op, Segment, arriving, gemm, launched, leaving, total
 from simulator.workload.stages import blocks, stage_blocks
 
 S, H = 64, 32
@@ -90,6 +90,17 @@ def test_core_attention():
     assert there.bytes == 2 * S * (4 * (16 + 16) + 2 * 2 * 16)
     assert (back.flop, back.bytes) == (2.5 * there.flop, 2.5 * there.bytes)
     assert ATTENTION_BACKWARD_FLOP == 2.5
+
+
+def test_backward_in_8_bits_skips_no_keys_of_a_window():
+    model = DENSE.model_copy(update={"windows": (8,) * DENSE.layers})
+    (there, back), (low, low_back) = (
+        (only(block.forward, "attn.core"), only(block.backward, "attn.core"))
+        for block in (layer(model, False, kernels=Kernels(attention=kind)) for kind in ("flash", "flash_fp8"))
+    )
+    assert low.flop == there.flop
+    assert back.flop == ATTENTION_BACKWARD_FLOP * there.flop
+    assert low_back.flop == ATTENTION_BACKWARD_FLOP * there.flop * attended(S, None) / attended(S, 8)
 
 
 def test_streaming_kernels():
@@ -475,6 +486,15 @@ def test_a_scale_for_the_tensor_as_it_is_costs_a_pass_for_its_maximum():
         assert after.bytes / before.bytes == pytest.approx((4 + 2 * e) / (2 + 2 * e))
         assert after.launches == pytest.approx(1 + (4 * groups - one) * 0.12)
     assert only(known.forward, "attn.qkv.cast").launches == 1
+
+
+def test_the_host_launches_tensor_parallel_collectives_too():
+    """Forward two gathers and two reduce-scatters, backward as many and two gathers more; in pieces the products' calls start them."""
+    for tp, how, expected in ((1, True, (0, 0)), (2, True, (4, 6)), (2, "pieces", (0, 0))):
+        block = layer(DENSE, False, tp=tp, overlap=Overlap(tp=how))
+        for segments, count in zip((block.forward, block.backward), expected, strict=True):
+            kernels = tuple(tuple(op for op in segment if op.axis != "tp") for segment in segments)
+            assert float(launched(segments, Kernels()) - launched(kernels, Kernels())) == pytest.approx(count)
 
 
 def test_grouped_queries_are_copied_out_of_the_joint_projection():

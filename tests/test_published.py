@@ -385,7 +385,8 @@ def test_a_recipe_with_a_whole_iteration_as_a_graph_does_nothing_again(runs):
         ("dgxc-v25.05.05-llama4maverick-gb200-bf16-256", "flash"),
         ("mbridge-26.06-qwen3_30b-gb300-fp8_mx-8", "flash_fp8"),
         ("mbridge-26.04-qwen3_30b-gb300-fp8_mx-8", "flash"),
-        ("mbridge-26.06-gptoss120b-gb300-fp8_mx-64", "flash"),  # sinks
+        ("mbridge-26.06-gptoss120b-gb300-fp8_mx-64", "flash_fp8"),
+        ("mbridge-26.04-gptoss120b-gb300-bf16-64", "flash"),
     ],
 )
 def test_attention_that_only_the_recipe_tells(runs, name, attention):

@@ -183,8 +183,8 @@ def attention_s(
     share = share * narrow * _in_training(accelerator, "attention")
     if generation == "flash_fp8":
         way = "backward" if backward else "forward"
-        ordinary, wide = (accelerator.fp8_attention.get(name, 1.0) for name in (way, f"wide_{way}"))
-        share = share * np.where(width > 128, wide, ordinary)
+        wide, ordinary, slim = (accelerator.fp8_attention.get(name, 1.0) for name in (f"wide_{way}", way, f"narrow_{way}"))
+        share = share * np.where(width > 128, wide, np.where(width > 64, ordinary, slim))
     else:
         share = np.minimum(share, _sustained(accelerator, backward))
     seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))

@@ -64,8 +64,8 @@ class Accelerator(Facts):
         last ones leave other multiprocessors idle; the published efficiency is that of 16 heads and 16,384 queries. Left out:
         any number is as fast.
     fp8_attention : dict
-        Speed of fused attention in 8 bits over that in bf16: ``forward`` and ``backward`` of heads up to 128 wide, ``wide_forward`` and
-        ``wide_backward`` of wider ones; the same where left out.
+        Speed of fused attention in 8 bits over that in bf16: ``forward`` and ``backward`` of heads 128 wide, ``wide_forward`` and
+        ``wide_backward`` of wider ones, ``narrow_forward`` and ``narrow_backward`` up to 64; the same where left out.
     older_attention : dict
         Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
     kernels : dict
@@ -96,7 +96,10 @@ class Accelerator(Facts):
     head_ramp: int = Field(ge=0)
     keys_ramp: int | None = Field(default=None, ge=0)
     tiles_ramp: float | None = Field(default=None, ge=0, lt=10)
-    fp8_attention: dict[Literal["forward", "backward", "wide_forward", "wide_backward"], Annotated[float, Field(gt=0.5, lt=2.5)]] = {}
+    fp8_attention: dict[
+        Literal["forward", "backward", "wide_forward", "wide_backward", "narrow_forward", "narrow_backward"],
+        Annotated[float, Field(gt=0.5, lt=2.5)],
+    ] = {}
     older_attention: dict[Literal["flash2", "flash1"], Fraction] = {}
     in_training: dict[InTraining, Annotated[float, Field(gt=0.3, lt=2.0)]] = {}
     tdp_w: Watts

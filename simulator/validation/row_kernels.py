@@ -67,10 +67,13 @@ _STACKS: list[tuple[str, dict[str, Any], str]] = [
 #: recipes whose table prints none of their options: NVIDIA-NeMo/Megatron-Bridge src/megatron/bridge/perf_recipes/gpt_oss,
 #: ``_apply_gpt_oss_120b_full_iter_fp8mx_configs``
 FULL_ITERATION_RECIPE = r"gpt_oss_120b_pretrain_64gpu_gb[23]00_fp8mx_config"
-#: recipes whose MXFP8 version with a full-iteration CUDA graph also attends in 8 bits, which their table does not print: Qwen3 and,
-#: except on GB200, DeepSeek-V3 (NVIDIA-NeMo/Megatron-Bridge pull requests 4249, 4606 and 3983, ``fp8_dot_product_attention``). GPT-OSS asks
-#: for it too (4173), but Transformer Engine has no sinks and no windows in 8 bits (@002a3e5 pytorch/attention/.../utils.py)
-_FP8_ATTENTION_RECIPE = r"(QWEN3|DEEPSEEK_V3(?!_PRETRAIN_CONFIG_GB200))\w*_FP8_MX|(qwen3|deepseek_v3(?!\w*_gb200))\w*_fp8mx"
+#: recipes whose MXFP8 version with a full-iteration CUDA graph also attends in 8 bits, which their table does not print: Qwen3, GPT-OSS
+#: and, except on GB200, DeepSeek-V3 (NVIDIA-NeMo/Megatron-Bridge pull requests 4249, 4606, 4173, 3983, ``fp8_dot_product_attention``).
+#: Transformer Engine attends in MXFP8 since its pull request 2719, with sinks, too (3441 tells from which cuDNN), and has no other
+#: kernel to fall back on
+_FP8_ATTENTION_RECIPE = (
+    r"(QWEN3|GPT_OSS_120B|DEEPSEEK_V3(?!_PRETRAIN_CONFIG_GB200))\w*_FP8_MX|(qwen3|gpt_oss_120b|deepseek_v3(?!\w*_gb200))\w*_fp8mx"
+)
 #: releases whose cuDNN is older than 9.11, the first that trains latent attention (keys of 192, values of 128) on Blackwell as one kernel
 #: (NVIDIA/TransformerEngine common/fused_attn/fused_attn.cpp). Their recipes recompute ``core_attn`` there, which keeps scores (NVIDIA/
 #: dgxc-benchmarking @1f6d9f4 deepseek_v3/pretraining/launch.sh, NeMo 25.04.01); the next one, on NeMo 25.07.01, does not

@@ -81,7 +81,7 @@ def _core_attention(
     backward, the gradients of both pass. Fused, the query's gradient is summed up in fp32.
     """
     fused = b.kernels.attention not in SCORE_BYTES
-    cores = _fused_core(x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim)
+    cores = _fused_core(b, x, heads, qk_dim, v_dim, kv_width, window) if fused else _unfused_core(b, x, heads, qk_dim, v_dim)
     if x.context_parallel == "all_to_all":
         forward, backward = _exchanged(x, *cores, x.tokens * (heads * qk_dim + kv_width) * BF16, x.tokens * heads * v_dim * BF16)
     else:
@@ -138,13 +138,20 @@ def _of_softmax(b: BlockBuilder, x: Shape, heads: Number, what: dict[str, Any]) 
 
 
 def _fused_core(
-    x: Shape, heads: Number, qk_dim: int, v_dim: int, kv_width: Number, window: int | None
+    b: BlockBuilder, x: Shape, heads: Number, qk_dim: int, v_dim: int, kv_width: Number, window: int | None
 ) -> tuple[list[Segment], list[Segment]]:
-    flop = 2 * x.tokens * attended(x.sequence, window) * heads * (qk_dim + v_dim)
+    """Return fused attention; its backward in 8 bits multiplies with all keys before a query, whatever the window.
+
+    Published: cuDNN's backward in FP8 and MXFP8 with a window of 128 takes four times as long for twice the sequence on GB200 and GB300,
+    its forward and 16 bits twice (NVIDIA/cudnn-frontend @60e572b benchmark/sdpa_benchmark_training/results/gpt_oss).
+    """
+    each = 2 * x.tokens * heads * (qk_dim + v_dim)
+    flop, skipping = each * attended(x.sequence, window), None if b.kernels.attention == "flash_fp8" else window
     traffic = x.tokens * (heads * (qk_dim + v_dim) + kv_width) * BF16
     turns = _ring_turns(x.cp) if x.context_parallel == "ring" else 1.0
     there = Op("attn.core", "attention", flop=flop, bytes=traffic, m=x.tokens, k=qk_dim, n=v_dim, groups=heads, turns=turns)
-    back = replace(there, flop=ATTENTION_BACKWARD_FLOP * flop, bytes=2.5 * traffic, grad="input")
+    again = ATTENTION_BACKWARD_FLOP * each * attended(x.sequence, skipping)
+    back = replace(there, flop=again, bytes=2.5 * traffic, grad="input")
     return [(there,)], [(back,)]
 
 
