@@ -53,6 +53,13 @@ _RECIPES_IN_PIECES = [
         "NVIDIA/dgxc-benchmarking nemotron/configure.sh (@35a9aec)",
     ),
     (
+        "Parallel Folding|Megatron-MoE-ModelZoo",
+        "",
+        "fp8",
+        "--tp-comm-overlap of the authors' scripts in bf16 (yanring/Megatron-MoE-ModelZoo @0993e66 model_configs/benchmarking/"
+        "Mixtral-8x22B.yaml, @38ce2ed sbatch_benchmarking.sh)",
+    ),
+    (
         "NVIDIA NeMo performance",
         "GPT(-3)? 175B|Llama-[23] 70B",
         "mxfp8",

@@ -298,7 +298,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     b.works(logits * BF16 - kept + 2 * x.tokens * model.hidden * BF16 + written)
     b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
     if gathered:
-        b.add([(Op("head.gather", "all_gather", bytes=seen * BF16, axis="tp"),)], [])
+        b.add([(Op("head.gather", "all_gather", bytes=seen * BF16, axis="tp", launches=x.several),)], [])
     b.memory("head.loss", *_of_loss(LOSS_BYTES, plan, x, seen), launches=_of_loss(LOSS_LAUNCHES, plan, x, 1.0))
     if plan.framework.metrics:
         logged = plan.framework.metrics * seen * METRIC_BYTES

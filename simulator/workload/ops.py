@@ -74,7 +74,8 @@ class Op:
     routed : bool
         Whether the work grows with the tokens that the router sends to this rank.
     launches : Number
-        Kernels that the host launches for it, as much of its time as ones that the framework launches singly.
+        Kernels that the host launches for it, as much of its time as ones that the framework launches singly; of a tensor-parallel
+        collective its own call, if it has one.
     beside : tuple of Segment
         Of ``host``: what runs while the host launches. Of ``launch``: what it waits for in between.
     apart : bool or ndarray of bool
@@ -182,8 +183,12 @@ def host_time(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
 
 
 def launched(segments: tuple[Segment, ...], kernels: Kernels) -> Number:
-    """Return what the host launches for `segments`, in kernels of a module of Transformer Engine."""
-    ops = [op for segment in segments for op in segment if op.kind in COMPUTE]
+    """Return what the host launches for `segments`, in kernels of a module of Transformer Engine.
+
+    A tensor-parallel collective is a call of torch.distributed in Python, as much as such a kernel; where collectives were timed apart,
+    the host waits and none counts (`Overlap.host_waits`). Those of experts are among the launches of their dispatcher.
+    """
+    ops = [op for segment in segments for op in segment if op.kind in COMPUTE or op.axis == "tp"]
     replays = "full" not in kernels.graphs and any(kernels.captured(op.name) for op in ops)
     own = (op.launches * op.share * _cost(op, kernels) for op in ops if _launched(op, kernels))
     return sum(own, GRAPH_LAUNCHES * float(replays))
@@ -196,7 +201,7 @@ def _does_work(op: Op) -> bool:
 
 def _launched(op: Op, kernels: Kernels) -> bool:
     """Return whether the host launches `op` by itself."""
-    return _does_work(op) and not kernels.captured(op.name)
+    return (_does_work(op) or (op.axis == "tp" and not op.holds)) and not kernels.captured(op.name)
 
 
 def awaited(segments: tuple[Segment, ...], kernels: Kernels) -> set[int]:
@@ -223,7 +228,7 @@ def awaited(segments: tuple[Segment, ...], kernels: Kernels) -> set[int]:
 
 def _cost(op: Op, kernels: Kernels) -> float:
     """Return what a launch of `op` costs the host, over one of a forward by what most of the stack is written in."""
-    by_engine = op.grad in ("input", "weight") and (kernels.backward == "engine" or op.plain)
+    by_engine = op.grad in ("input", "weight") and op.kind in COMPUTE and (kernels.backward == "engine" or op.plain)
     return (ENGINE_LAUNCH if by_engine else 1.0) * (PLAIN_LAUNCH if op.plain and kernels.backward == "functions" else 1.0)
 
 
