@@ -474,7 +474,7 @@ def test_output_projection_in_8_bits():
 
 def test_one_layout_of_a_tensor_is_enough_where_the_matrix_units_take_either():
     e = ELEMENT_BYTES["fp8"]
-    block = layer(DENSE, False, precision=Precision(gemm="fp8", copies=1))
+    block = layer(DENSE, False, precision=Precision(gemm="fp8", layouts=1))
     assert only(block.forward, "attn.qkv.cast").bytes == S * H * (2 + e)
     assert only(block.backward, "attn.qkv.cast", grad="input").bytes == S * 128 * (2 + e)
 

@@ -219,7 +219,7 @@ def _copies(op: Op, model: Model, plan: Plan, cluster: Cluster) -> tuple[Number,
     if op.axis != "ep":
         return (members.size - inside) / members.size, (inside - 1) / members.size
     assert model.experts is not None
-    return copies(model.experts, plan.dispatcher, members.size, inside, domains)
+    return copies(model.experts, plan.fans_out, members.size, inside, domains)
 
 
 #: bytes that a ring collective moves in device memory per byte of its buffer: the neighbour writes, the next step reads; a

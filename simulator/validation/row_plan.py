@@ -312,7 +312,7 @@ def _precision(row: Row, kernels: Kernels) -> Precision:
         fields["gather"] = "bf16"
     if fields.get("gemm") == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x|block", "precision"):
         row.assume("one copy of a tensor in FP8: one scale for it, either layout")
-        fields["copies"] = 1
+        fields["layouts"] = 1
     if fields.get("gemm") == "fp4":
         fields["block"] = 16
     elif fields.get("gemm") == "fp8" and row.has(r"\bMX|1x32", "precision"):
