@@ -12,6 +12,7 @@ import numpy as np
 from simulator.network import collectives
 from simulator.network.sharing import share
 from simulator.pricing import compute
+from simulator.pricing.host import wait_s
 from simulator.scenario.cluster import Cluster, InTraining
 from simulator.scenario.mesh import Group, placed
 from simulator.scenario.model import Model
@@ -63,7 +64,8 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
             seconds = seconds + np.minimum(later, op_s(op.behind[0], model, plan, cluster, graph=graph))
         return slow * seconds
     if op.kind == HOST:
-        return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph, slow), cluster.host.dispatch_s)
+        priced = {id(part): op_s(part, model, plan, cluster, graph=graph, slow=slow) for segment in op.beside for part in segment}
+        return wait_s(op.beside, lambda part: priced[id(part)], plan.kernels, cluster.host.dispatch_s)
     if op.kind == LAUNCH:
         return op.launches * (cluster.host.dispatch_s or 0.0) + segments_s(op.beside, model, plan, cluster, graph, slow)
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
