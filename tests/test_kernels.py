@@ -11,7 +11,8 @@ from simulator.closed_forms import estimate
 from simulator.lower_bound import bound
 from simulator.pricing.compute import host_wait_s
 from simulator.pricing.host import wait_s
-from simulator.pricing.operations import op_s, segments_s
+from simulator.pricing.operations import Known, op_s
+from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.kernels import Kernels
 from simulator.scenario.overlap import Overlap
 from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Plan, Precision
@@ -305,8 +306,8 @@ def test_a_pass_lasts_as_long_as_the_longer_of_device_and_host():
     s = host_bound(40e-6)
     forward = tuple(segment for segment in blocks(s.model, s.plan, s.job)["layer0"].forward if not segment[0].axis)
     wait = host_wait(forward, s.plan.kernels)
-    both = segments_s((*forward, (wait,)), s.model, s.plan, s.cluster)
-    assert both == pytest.approx(max(float(segments_s(forward, s.model, s.plan, s.cluster)), wait.launches * 40e-6), rel=1e-12)
+    both = Known(s.model, s.plan, s.cluster).segments_s((*forward, (wait,)))
+    assert both == pytest.approx(max(float(Known(s.model, s.plan, s.cluster).segments_s(forward)), wait.launches * 40e-6), rel=1e-12)
 
 
 @pytest.mark.parametrize("plan", [{}, {"pp": 2}, {"ep": 8}, {"pp": 2, "vpp": 2, "schedule": "interleaved"}, {"pp": 2, "schedule": "zb-h1"}])
@@ -396,16 +397,20 @@ def test_one_host_launches_both_actions_of_a_pair():
 
 @pytest.mark.parametrize("plan", [{"tp": 2}, {"tp": 2, "pp": 2}])
 def test_a_host_that_waits_hides_no_launches_behind_collectives(plan):
-    """Where launches take longer than all that runs, each pass gets longer by its collectives; the estimate says the same."""
+    """Where launches take longer than all that runs, each pass gets longer by its collectives, which it does not launch."""
     model, alone = dense(4, 256), Overlap(tp=False)
     plans = [Plan(**plan, overlap=alone.model_copy(update={"host_waits": waits})) for waits in (False, True)]
     hidden, waited = (scenario(model, 8, p, 4, dispatch_s=1e-3) for p in plans)
-    block = blocks(model, hidden.plan, hidden.job)["layer0"]
-    times = [simulate_step(s).step_time_s for s in (hidden, waited)]
-    collectives = [op for segments in (block.forward, block.backward) for segment in segments for op in segment if op.axis == "tp"]
+    found = [blocks(model, s.plan, s.job) for s in (hidden, waited)]
+    launches = [sum(float(host_wait(p, Kernels()).launches) for p in (f["layer0"].forward, f["layer0"].backward)) for f in found]
+    segments = (*found[0]["layer0"].forward, *found[0]["layer0"].backward)
+    collectives = [op for segment in segments for op in segment if op.axis == "tp"]
+    assert launches[0] == launches[1] + len(collectives)  # calls of its own, which nobody makes where they were timed apart
     each = sum(float(op_s(op, model, hidden.plan, hidden.cluster)) for op in collectives)
-    assert times[1] - times[0] > 4 * 4 / plan.get("pp", 1) * each  # four layers, four micro-batches; embedding and head have theirs
-    assert estimate(waited) == pytest.approx(times[1], rel=0.02)
+    prices = [price_blocks(f, model, s.plan, s.cluster)["layer0"] for f, s in zip(found, (hidden, waited), strict=True)]
+    taken = [float(price.forward_s + price.backward_s) for price in prices]
+    assert taken == pytest.approx([launches[0] * 1e-3, launches[1] * 1e-3 + each], rel=1e-9)
+    assert estimate(waited) == pytest.approx(simulate_step(waited).step_time_s, rel=0.02)
 
 
 def test_gradients_of_biases_are_sums_over_rows_by_kernels_of_their_own():

@@ -33,7 +33,8 @@ def wait_s(segments: tuple[Segment, ...], seconds: Callable[[Op], Number], kerne
     """
     if dispatch_s is None:
         return 0.0
-    lasts = [longest([seconds(op) for op in segment]) for segment in segments]
+    priced = [[seconds(op) for op in segment] for segment in segments]
+    lasts = list(map(longest, priced))
     device = sum(lasts, 0.0)
     reads = reads_back(segments, kernels)
     if not reads:
@@ -45,16 +46,16 @@ def wait_s(segments: tuple[Segment, ...], seconds: Callable[[Op], Number], kerne
     began: Number = 0.0
     for _ in range(2):
         began = ended
-        for at, (segment, row) in enumerate(zip(segments, launches, strict=True)):
+        for at, (row, lengths) in enumerate(zip(launches, priced, strict=True)):
             if reads.get(at) is False:
                 host = np.maximum(host, ended)
             start = ended
-            for op, many in zip(segment, row, strict=True):
+            for many, length in zip(row, lengths, strict=True):
                 if not np.any(many):
-                    ended = np.maximum(ended, start + seconds(op))
+                    ended = np.maximum(ended, start + length)
                     continue
                 first, host = host + np.minimum(many, 1.0) * dispatch_s, host + many * dispatch_s
-                ended = np.maximum(np.maximum(ended, host), np.maximum(start, first) + seconds(op))
+                ended = np.maximum(np.maximum(ended, host), np.maximum(start, first) + length)
             if reads.get(at):
                 host = np.maximum(host, ended)
     return np.maximum(ended - began - device, 0.0)

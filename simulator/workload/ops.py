@@ -74,7 +74,8 @@ class Op:
     routed : bool
         Whether the work grows with the tokens that the router sends to this rank.
     launches : Number
-        Kernels that the host launches for it, as much of its time as ones that the framework launches singly.
+        Kernels that the host launches for it, as much of its time as ones that the framework launches singly; of a tensor-parallel
+        collective its own call, if it has one.
     beside : tuple of Segment
         Of ``host``: what it launches. Of ``launch``: what it waits for in between.
     apart : bool or ndarray of bool
@@ -180,7 +181,11 @@ def host_time(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
 
 
 def launched(segments: tuple[Segment, ...], kernels: Kernels) -> Number:
-    """Return what the host launches for `segments`, in kernels of a module of Transformer Engine."""
+    """Return what the host launches for `segments`, in kernels of a module of Transformer Engine.
+
+    A tensor-parallel collective is a call of torch.distributed in Python, as much as such a kernel; where collectives were timed apart,
+    the host waits and none counts (`Overlap.host_waits`). Those of experts are among the launches of their dispatcher.
+    """
     return sum((launches for row in launches_of(segments, kernels) for launches in row), 0.0)
 
 
@@ -213,7 +218,7 @@ def _does_work(op: Op) -> bool:
 
 def _launched(op: Op, kernels: Kernels) -> bool:
     """Return whether the host launches `op` by itself."""
-    return _does_work(op) and not kernels.captured(op.name)
+    return (_does_work(op) or (op.axis == "tp" and not op.holds)) and not kernels.captured(op.name)
 
 
 def awaited(segments: tuple[Segment, ...], kernels: Kernels) -> set[int]:
@@ -240,7 +245,7 @@ def awaited(segments: tuple[Segment, ...], kernels: Kernels) -> set[int]:
 
 def _cost(op: Op, kernels: Kernels) -> float:
     """Return what a launch of `op` costs the host, over one of a forward by what most of the stack is written in."""
-    by_engine = op.grad in ("input", "weight") and (kernels.backward == "engine" or op.plain)
+    by_engine = op.grad in ("input", "weight") and op.kind in COMPUTE and (kernels.backward == "engine" or op.plain)
     return (ENGINE_LAUNCH if by_engine else 1.0) * (PLAIN_LAUNCH if op.plain and kernels.backward == "functions" else 1.0)
 
 

@@ -19,6 +19,8 @@ from simulator.workload.ops import BF16, FP32, Op, Segment
 
 #: bytes per element of an RMSNorm written in PyTorch: cast, square, mean, scale, cast back, weight; and their gradients
 EAGER_NORM_BYTES = (36.0, 100.0)
+#: launches of a collective that runs in pieces beside its product: none of its own, the product's call starts them from C++
+IN_PIECES_LAUNCHES = 0.0
 #: bytes of one element of a dropout mask
 MASK = 1.0
 #: how much longer PyTorch's sum of the parts that other ranks have sent takes than its traffic: it reaches 23 to 43 % of the
@@ -45,6 +47,11 @@ class Shape:
     def of_torch(self) -> bool:
         """Whether PyTorch's own tensor parallelism runs the collectives."""
         return self.style in ("torch", "torch_async")
+
+    @property
+    def several(self) -> Number:
+        """1 where a tensor-parallel group has several ranks, else 0: what its collectives cost the host, in launches."""
+        return 1.0 * (np.asarray(self.tp) > 1)
 
     @property
     def keeps_rows(self) -> bool:
@@ -87,7 +94,7 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         plan.framework.casts,
         plan.precision.parameter_gather not in ("fp8", "fp4"),
         plan.recompute_share,
-        plan.precision.copies,
+        plan.precision.layouts,
         plan.precision.block,
     )
 
@@ -133,9 +140,9 @@ def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple
     """
     size = x.tokens * width * BF16
     if not x.sequence_parallel:
-        return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input", ahead=True)
-    gather = _gather(b, f"{name}.gather", x.tokens * width)
-    scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input")
+        return None, Op(f"{name}.grad", "all_reduce", bytes=size, axis="tp", grad="input", ahead=True, launches=x.several)
+    gather = _gather(b, x, f"{name}.gather", width)
+    scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", grad="input", launches=x.several)
     if x.keeps_rows:
         b.add(_joined(x, gather), _joined(x, scatter), _beyond_own(x, gather), (*modules, "tp_gather"))
         return None, None
@@ -143,10 +150,11 @@ def enter_tp(b: BlockBuilder, name: str, x: Shape, width: Number, modules: tuple
     return replace(gather, grad="weight", ahead=True), replace(scatter, ahead=True)
 
 
-def _gather(b: BlockBuilder, name: str, elements: Number) -> Op:
+def _gather(b: BlockBuilder, x: Shape, name: str, width: Number, launches: Number | None = None) -> Op:
     """Gather rows that are cast to the datatype of the products first."""
     dtype, element = b.gathered
-    return Op(name, "all_gather", bytes=elements * element, axis="tp", dtype=dtype)
+    own = x.several if launches is None else launches
+    return Op(name, "all_gather", bytes=x.tokens * width * element, axis="tp", dtype=dtype, launches=own)
 
 
 def _for_both(b: BlockBuilder, gather: Op) -> Op:
@@ -167,7 +175,7 @@ def _scales(b: BlockBuilder, x: Shape, name: str, width: int, times: int = 1) ->
     """
     if not b.block or x.style != "pieces" or b.gathered[0] != b.dtype:
         return []
-    return [(Op(f"{name}.scales", "all_gather", bytes=x.tokens * width / b.block, axis="tp", dtype=b.dtype),)] * times
+    return [(Op(f"{name}.scales", "all_gather", bytes=x.tokens * width / b.block, axis="tp", dtype=b.dtype, launches=x.several),)] * times
 
 
 def _beyond_own(x: Shape, gather: Op) -> Number:
@@ -186,7 +194,7 @@ def _joined(x: Shape, op: Op) -> list[Segment]:
     """
     if not x.of_torch:
         return [(op,)]
-    several = 1.0 * (np.asarray(x.tp) > 1)
+    several = x.several
     copy = Op(f"{op.name}.copy", "memory", bytes=2 * op.bytes * several, grad=op.grad, launches=several)
     return [(op,), (copy,)] if op.kind == "all_gather" else [(copy,), (op,)]
 
@@ -200,11 +208,11 @@ def leave_tp(b: BlockBuilder, name: str, x: Shape, width: int, modules: tuple[st
     """Sum the partial rows of a row-parallel layer."""
     size = x.tokens * width * BF16
     if x.sequence_parallel:
-        scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp")
-        gather = replace(_for_both(b, _gather(b, f"{name}.gather", x.tokens * width)), grad="input")
+        scatter = Op(f"{name}.scatter", "reduce_scatter", bytes=size, axis="tp", launches=x.several)
+        gather = replace(_for_both(b, _gather(b, x, f"{name}.gather", width)), grad="input")
         b.add(_joined(x, scatter), _joined(x, gather), modules=modules)
     else:
-        b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp"),)], [], modules=modules)
+        b.add([(Op(f"{name}.reduce", "all_reduce", bytes=size, axis="tp", launches=x.several),)], [], modules=modules)
 
 
 def column_parallel(
@@ -229,8 +237,8 @@ def column_parallel(
         beside = enter_tp(b, part, x, width, modules) if gathers else (None, None)
         b.linear(name, x.tokens, width, n, saved=saved, modules=modules, beside=beside, shared=shared)
         return
-    gather = _gather(b, f"{part}.gather", x.tokens * width)
-    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input")
+    gather = _gather(b, x, f"{part}.gather", width, IN_PIECES_LAUNCHES)
+    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp", grad="input", launches=IN_PIECES_LAUNCHES)
     beside = replace(gather, grad="weight"), scatter
     if x.of_torch:
         b.add([], _joined(x, scatter), _beyond_own(x, gather), (*modules, "tp_gather"))
@@ -252,12 +260,13 @@ def row_parallel(
         b.linear(name, x.tokens, k, width, saved=saved, modules=modules, shared=shared)
         leave_tp(b, part, x, width, tuple(m for m in modules if m != "attn_out"))  # by operation, what is reduce-scattered is kept
         return
-    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=x.tokens * width * BF16, axis="tp")
-    gather = replace(_for_both(b, _gather(b, f"{part}.gather", x.tokens * width)), grad="input", apart=True)
+    size = x.tokens * width * BF16
+    scatter = Op(f"{part}.scatter", "reduce_scatter", bytes=size, axis="tp", launches=IN_PIECES_LAUNCHES)
+    gather = replace(_for_both(b, _gather(b, x, f"{part}.gather", width, IN_PIECES_LAUNCHES)), grad="input", apart=True)
     b.linear(name, x.tokens, k, width, saved, modules, scatter=(replace(scatter, apart=True), gather), pieces=x.tp, shared=shared)
     b.add([], [tuple(replace(op, grad="input") for op in segment) for segment in _scales(b, x, part, width, 2)])
     if x.of_torch:
-        several = 1.0 * (np.asarray(x.tp) > 1)
+        several = x.several
         summed = (x.tokens + x.split_tokens) * width * BF16 * SUM_SLOWDOWN
         b.memory(f"{part}.sum", summed * several, 0.0, modules=modules, launches=(several, 0.0))
 
