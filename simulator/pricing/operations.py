@@ -12,7 +12,7 @@ import numpy as np
 from simulator.network import collectives
 from simulator.network.sharing import share
 from simulator.pricing import compute
-from simulator.pricing.host import wait_s
+from simulator.pricing.operations.host import wait_s
 from simulator.scenario.cluster import Cluster, InTraining
 from simulator.scenario.mesh import Group, placed
 from simulator.scenario.model import Model
