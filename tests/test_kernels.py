@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from simulator.pricing.operations.host import wait_s
 
 from simulator.closed_forms import estimate
 from simulator.lower_bound import bound
 from simulator.pricing.compute import host_wait_s
-from simulator.pricing.operations import Known, op_s
+from simulator.pricing.operations import Known, op_s, wait_s
 from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.kernels import Kernels
 from simulator.scenario.overlap import Overlap

@@ -10,8 +10,7 @@ import numpy as np
 
 from simulator.engine.replay import Lap, Runs, entry_s
 from simulator.pricing.beside import Beside
-from simulator.pricing.operations import Known, op_s
-from simulator.pricing.operations.host import longest, wait_s
+from simulator.pricing.operations import Known, longest, op_s, wait_s
 from simulator.scenario.cluster import Accelerator, Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model

@@ -164,7 +164,7 @@ Segment = tuple[Op, ...]
 def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     """Return what the last kernel of `segments` waits for: the host, which launches them one after the other.
 
-    How long it waits, `simulator.pricing.operations.host` says.
+    How long it waits, `simulator.pricing.operations.wait_s` says.
     """
     routed = any(op.routed for segment in segments for op in segment)
     return Op(HOST, HOST, launches=launched(segments, kernels), beside=segments, routed=routed)
