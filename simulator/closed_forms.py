@@ -15,6 +15,9 @@ from simulator.units import Number
 from simulator.workload.stages import blocks, stage_blocks
 from simulator.workload.step import gathers
 
+#: rounds of pp micro-batches that stand for longer steps: from the first on, a round takes as long as the one before
+ROUNDS = (6, 8)
+
 
 def _ahead(plan: Plan | PlanColumns) -> bool:
     """Whether sharded parameters are gathered ahead of the first forward."""
@@ -75,12 +78,12 @@ def estimate_s(plan: Plan | PlanColumns, t: StageTimes, micro_batches: int, orde
 
     Notes
     -----
-    The schedule is replayed action by action with the same prices. Long steps are replayed for six and eight rounds of
-    pp micro-batches and continued at that pace. Where ZeRO-2 reduces and ZeRO-3 gathers for every micro-batch, and in pairs,
+    The schedule is replayed action by action with the same prices. Long steps are replayed for `ROUNDS` rounds of pp
+    micro-batches and continued at that pace. Where ZeRO-2 reduces and ZeRO-3 gathers for every micro-batch, and in pairs,
     the blocks of an action and the streams beside them are replayed, too.
     """
     pp = single(plan.pp)
-    long, short = 8 * pp, 6 * pp
+    short, long = (rounds * pp for rounds in ROUNDS)
     if plan.schedule in ("gpipe", "table") or micro_batches <= long or (single(plan.vpp) > 1 and micro_batches % pp):
         order = order_of(micro_batches)
         ends, done = _ends(plan, t, order)

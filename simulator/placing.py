@@ -87,7 +87,7 @@ def _copies(scenario: Scenario, domain: np.ndarray) -> float:
     experts = scenario.model.experts
     assert experts is not None
     apart = float(_distinct(domain).mean())
-    return float(expected_destinations(experts, apart)) if scenario.plan.dispatcher != "alltoall" else float(experts.top_k)
+    return float(expected_destinations(experts, apart)) if scenario.plan.fans_out else float(experts.top_k)
 
 
 def _distinct(block: np.ndarray) -> np.ndarray:

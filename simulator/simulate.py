@@ -17,8 +17,8 @@ from simulator.network.collectives import crossings
 from simulator.placing import settled
 from simulator.pricing.beside import Beside
 from simulator.pricing.contention import shares, stretched
-from simulator.pricing.durations import RankDurations, spans, uneven, variants
-from simulator.pricing.operations import op_s
+from simulator.pricing.durations import Prices, RankDurations, spans, uneven
+from simulator.pricing.operations import Known
 from simulator.pricing.stage_times import pass_beside
 from simulator.results.ranks import RanksResult
 from simulator.results.step import StepResult, StepsResult
@@ -104,14 +104,14 @@ def simulate_events(scenario: Scenario, every_rank: bool = False, contention: bo
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
     classes = classify(plan, cluster, job.expert_load if job.routing == "natural" else 1.0, every_rank)
     program = build_step(model, plan, job, classes)
-    slow = slowdowns(program, scenario)
-    seconds = node_seconds(program, scenario, slow)
+    prices = Prices.of(program, scenario, slowdowns(program, scenario))
+    seconds = prices.node_s(program)
     found, queues = shares(program, scenario), program.streams()
     start, end = run(queues, program.needs, program.meet, seconds, lambda n: describe(program, n))
     if contention:
         seconds = stretched(program, scenario, seconds, start, end, found)
         start, end = run(queues, program.needs, program.meet, seconds, lambda n: describe(program, n))
-    return StepResult(scenario, _timeline(program, scenario, start, end), compute_parts(program, scenario, slow), found)
+    return StepResult(scenario, _timeline(program, scenario, start, end), prices.parts_s(program), found)
 
 
 def simulate_steps(scenario: Scenario, steps: int = 3, post_validation: bool = True) -> StepsResult:
@@ -224,16 +224,9 @@ def classify(plan: Plan, cluster: Cluster, heaviest: float, every_rank: bool) ->
     return rank_classes(plan, slowdown[host], load, every_rank)
 
 
-def node_seconds(program: StepProgram, scenario: Scenario, slow: np.ndarray | None = None) -> np.ndarray:
-    """Return the seconds of every node: the price of its task, times the slowdown of its class and of sharing when it computes."""
-    slow = slowdowns(program, scenario) if slow is None else slow
-    args = scenario.model, scenario.plan, scenario.cluster
-    loads, place = np.unique(program.classes.load, return_inverse=True)
-    kinds, variant = variants(program, slow)
-    price = np.array([[sum(float(op_s(op, *args, load, True, s)) for op in program.tasks[t].ops) for load in loads] for t, s in kinds])
-    computes = np.array([program.tasks[t].computes for t, _ in kinds])[variant]
-    rank = np.asarray(program.rank_class)
-    return price[variant, place[rank]] * np.where(computes, program.classes.slowdown[rank], 1.0)
+def node_seconds(program: StepProgram, scenario: Scenario) -> np.ndarray:
+    """Return the seconds of every node of `program`, as communication beside it, its load and its rank's speed make them."""
+    return Prices.of(program, scenario, slowdowns(program, scenario)).node_s(program)
 
 
 def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
@@ -244,10 +237,11 @@ def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
     """
     model, plan, job, cluster = scenario.model, scenario.plan, scenario.job, scenario.cluster
     all_blocks, stages = blocks(model, plan, job), stage_blocks(model, plan, job)
+    known = Known(model, plan, cluster)
 
     @cache
     def of_block(name: str, kind: str, paired: bool) -> Beside:
-        return pass_beside(all_blocks[name], kind, model, plan, cluster, paired)
+        return pass_beside(all_blocks[name], kind, model, plan, cluster, paired, known)
 
     @cache
     def factor(task: int, pair: tuple[int, int] | None) -> float:
@@ -260,26 +254,6 @@ def slowdowns(program: StepProgram, scenario: Scenario) -> np.ndarray:
         return float(sum(parts, Beside()).slowdown(cluster.accelerator))
 
     return np.array([factor(task, pair) for task, pair in zip(program.task, program.pair, strict=True)])
-
-
-def compute_parts(program: StepProgram, scenario: Scenario, slow: np.ndarray) -> dict[str, float]:
-    """Return the mean seconds per rank that the compute stream spends on each kind of kernel."""
-    args = scenario.model, scenario.plan, scenario.cluster
-    classes, parts = program.classes, {}
-    share = classes.count / classes.count.sum()
-    loads, place = np.unique(classes.load, return_inverse=True)
-    kinds, variant = variants(program, slow)
-    rank, computes = np.asarray(program.rank_class), np.array([program.tasks[t].computes for t, _ in kinds])[variant]
-    runs = np.zeros((len(kinds), len(loads)))
-    np.add.at(runs, (variant, place[rank]), share[rank] * np.where(computes, classes.slowdown[rank], 1.0))
-    for times, (task, factor) in zip(runs, kinds, strict=True):
-        if program.tasks[task].stream != "compute":
-            continue
-        for op in program.tasks[task].ops:
-            part = "optimizer" if op.name.startswith("optimizer") else "recompute" if op.grad == "again" else op.kind
-            seconds = sum(n * float(op_s(op, *args, load=load, slow=factor)) for n, load in zip(times, loads, strict=True))
-            parts[part] = parts.get(part, 0.0) + seconds
-    return parts
 
 
 def describe(program: StepProgram, node: int) -> str:

@@ -95,15 +95,15 @@ def test_finer_parts_are_never_fewer(size, groups, top_k, halvings):
 def test_every_copy_leaves_stays_or_travels_inside(top_k, inside, domains):
     """alltoall: top_k copies; those for this rank's own experts go nowhere."""
     ranks = inside * domains
-    out, fan = copies(experts(64, top_k), "alltoall", ranks, inside, domains)
+    out, fan = copies(experts(64, top_k), False, ranks, inside, domains)
     assert out + fan + top_k / ranks == pytest.approx(top_k, rel=1e-12)
 
 
 @given(top_k=st.integers(1, 8), inside=st.sampled_from([1, 2, 4, 8]), domains=st.sampled_from([1, 2, 4, 8]))
 def test_deepep_sends_no_more_over_the_network_than_alltoall(top_k, inside, domains):
     e = experts(64, top_k)
-    out, fan = copies(e, "deepep", inside * domains, inside, domains)
-    assert out <= copies(e, "alltoall", inside * domains, inside, domains)[0] + 1e-12
+    out, fan = copies(e, True, inside * domains, inside, domains)
+    assert out <= copies(e, False, inside * domains, inside, domains)[0] + 1e-12
     assert out == pytest.approx(float(expected_destinations(e, domains)) * (1 - 1 / domains))
     assert fan == pytest.approx(float(expected_destinations(e, inside * domains)) * (1 - 1 / inside))
 
@@ -128,7 +128,7 @@ def test_copies_counted_one_by_one(count, top_k, ranks, inside):
             fan["deepep"] += len({r for r in at if r % inside != sender % inside})
     cases = len(choices) * ranks
     for dispatcher in ("alltoall", "deepep"):
-        found = copies(experts(count, top_k), dispatcher, ranks, inside, domains)
+        found = copies(experts(count, top_k), dispatcher != "alltoall", ranks, inside, domains)
         assert found == pytest.approx((out[dispatcher] / cases, fan[dispatcher] / cases), rel=1e-12)
 
 
@@ -141,9 +141,9 @@ def test_columns_are_counted_as_rows():
 def test_rows_sorted():
     """Eight of 128 experts: written in their order, and sorted again where they arrive; or copied there, once per rank and expert."""
     e = experts(128, 8)
-    sent, arrived = rows_sorted(e, "alltoall", np.array([1, 16, 128]))
+    sent, arrived = rows_sorted(e, False, np.array([1, 16, 128]))
     assert sent.tolist() == [9, 9, 9]
     assert arrived.tolist() == [0, 16, 0]  # one rank, or one expert on each
-    sent, arrived = rows_sorted(e, "deepep", np.array([1, 16]))
+    sent, arrived = rows_sorted(e, True, np.array([1, 16]))
     assert sent.tolist() == [0, 0]
     assert arrived == pytest.approx([1 + 8, 16 * (1 - np.prod([(120 - d) / (128 - d) for d in range(8)])) + 8])

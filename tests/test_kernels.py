@@ -10,7 +10,7 @@ import pytest
 from simulator.closed_forms import estimate
 from simulator.lower_bound import bound
 from simulator.pricing.compute import host_wait_s
-from simulator.pricing.operations import op_s, segments_s
+from simulator.pricing.operations import Known, op_s
 from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.kernels import Kernels
 from simulator.scenario.overlap import Overlap
@@ -286,8 +286,8 @@ def test_a_pass_lasts_as_long_as_the_longer_of_device_and_host():
     s = host_bound(40e-6)
     forward = tuple(segment for segment in blocks(s.model, s.plan, s.job)["layer0"].forward if not segment[0].axis)
     wait = host_wait(forward, s.plan.kernels)
-    both = segments_s((*forward, (wait,)), s.model, s.plan, s.cluster)
-    assert both == pytest.approx(max(float(segments_s(forward, s.model, s.plan, s.cluster)), wait.launches * 40e-6), rel=1e-12)
+    both = Known(s.model, s.plan, s.cluster).segments_s((*forward, (wait,)))
+    assert both == pytest.approx(max(float(Known(s.model, s.plan, s.cluster).segments_s(forward)), wait.launches * 40e-6), rel=1e-12)
 
 
 @pytest.mark.parametrize("plan", [{}, {"pp": 2}, {"ep": 8}, {"pp": 2, "vpp": 2, "schedule": "interleaved"}, {"pp": 2, "schedule": "zb-h1"}])

@@ -13,7 +13,7 @@ from small import H100
 from simulator.errors import ProfileError
 from simulator.pricing.beside import Beside
 from simulator.pricing.compute import memory_s
-from simulator.pricing.operations import op_s, segments_s
+from simulator.pricing.operations import Known, op_s
 from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.job import Job
 from simulator.scenario.kernels import Kernels
@@ -231,9 +231,10 @@ def test_pieces_take_as_long_as_their_formulas(size):
     gather, scatter = (Op("talk", kind, bytes=rows * 8192, axis="tp") for kind in ("all_gather", "reduce_scatter"))
     g, whole = seconds(replace(product(rows / 4), streams=4.0)), seconds(gather)
     assert (g * 3 > whole) == (size == 8192)
-    assert float(segments_s(arriving(product, rows, gather, 4.0), DENSE, plan, H100)) == pytest.approx(max(4 * g, whole + g), rel=1e-12)
+    arrives = float(Known(DENSE, plan, H100).segments_s(arriving(product, rows, gather, 4.0)))
+    assert arrives == pytest.approx(max(4 * g, whole + g), rel=1e-12)
     others, last = (seconds(replace(scatter, bytes=scatter.bytes * share)) for share in (3 / 4, 1 / 4))
-    leaves = float(segments_s(leaving(product, rows, scatter, 4.0), DENSE, plan, H100))
+    leaves = float(Known(DENSE, plan, H100).segments_s(leaving(product, rows, scatter, 4.0)))
     assert leaves == pytest.approx(g + max(3 * g, others) + last, rel=1e-12)
 
 
@@ -277,9 +278,10 @@ def test_streams_fill_the_tails_of_each_other():
 
 def test_pieces_of_one_rank_are_the_whole():
     whole, pieces = (layer(DENSE, False, overlap=Overlap(tp=tp)) for tp in (True, "pieces"))
-    args = DENSE, Plan(dp_shard=1), H100
+    known = Known(DENSE, Plan(dp_shard=1), H100)
     for direction in ("forward", "backward"):
-        assert float(segments_s(getattr(pieces, direction), *args)) == pytest.approx(float(segments_s(getattr(whole, direction), *args)))
+        cut, uncut = (float(known.segments_s(getattr(block, direction))) for block in (pieces, whole))
+        assert cut == pytest.approx(uncut)
 
 
 @pytest.mark.parametrize("tp", [True, "pieces"])
@@ -472,7 +474,7 @@ def test_output_projection_in_8_bits():
 
 def test_one_layout_of_a_tensor_is_enough_where_the_matrix_units_take_either():
     e = ELEMENT_BYTES["fp8"]
-    block = layer(DENSE, False, precision=Precision(gemm="fp8", copies=1))
+    block = layer(DENSE, False, precision=Precision(gemm="fp8", layouts=1))
     assert only(block.forward, "attn.qkv.cast").bytes == S * H * (2 + e)
     assert only(block.backward, "attn.qkv.cast", grad="input").bytes == S * 128 * (2 + e)
 

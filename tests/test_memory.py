@@ -347,7 +347,7 @@ def test_low_precision_products_read_copies_of_the_weights(dtype):
 
 def test_one_scale_for_a_weight_needs_one_copy_of_it():
     """Blackwell multiplies FP8 weights of one scale in either layout."""
-    size, low = ELEMENT_BYTES["fp8"], {"gemm": "fp8", "copies": 1}
+    size, low = ELEMENT_BYTES["fp8"], {"gemm": "fp8", "layouts": 1}
     bf16, fp8 = (only(measured(DENSE, plan(precision=low | {"parameters": p})), "weights") for p in ("bf16", "fp8"))
     assert bf16 == 2 * WHOLE + size * 4 * LAYER
     assert fp8 == pytest.approx(size * WHOLE)

@@ -8,12 +8,14 @@ from collections import Counter
 
 import pandas as pd
 import pytest
+from small import moe, scenario
 
 from simulator.closed_forms import estimate
 from simulator.errors import PlanError, Problem, ProfileError
 from simulator.scenario.cluster import Accelerator, Host
-from simulator.scenario.plan import EVERY_OTHER_PRODUCT
+from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Plan
 from simulator.scenario.profiles import ACCELERATORS
+from simulator.simulate import simulate_step
 from simulator.validation.published import measured_step_s, published_runs, scenario_from_row, step_s, validate
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import _nic_bytes_per_s
@@ -661,6 +663,13 @@ def test_bad_rows_never_stop_the_run(runs):
     assert math.isnan(by_id["relative_error"][PAPER])
     assert by_id["accelerator"]["bloom-738"] == "abacus"
     assert validate(lambda s: math.inf, some)["skipped"].ne("").all()
+
+
+@pytest.mark.parametrize(("vpp", "schedule", "zero"), [(2, "interleaved", 1), (1, "1f1b", 2)])
+def test_a_long_step_of_uneven_experts_is_that_of_its_simulation(vpp, schedule, zero):
+    plan = Plan(pp=2, vpp=vpp, schedule=schedule, ep=2, zero=zero)
+    long = scenario(moe(layers=8, leading=0), 4, plan, micro_batches=20, routing="natural")
+    assert step_s(long) == pytest.approx(simulate_step(long).step_time_s, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from functools import reduce
 
 import numpy as np
 
-from simulator.schedules import EXCHANGE, Action, Schedule, actions, turn_ends
+from simulator.schedules import EXCHANGE, Schedule, Step, turn_ends
 from simulator.units import Number
 
 #: segments of operations side by side, each a stream and its seconds
@@ -50,18 +50,16 @@ def replay(order: Schedule, seconds: Mapping[str, Number], hop: Number, ready: N
     mail = _Mail(order, hop)
     last: list[list[Number]] = [[np.zeros(shape)] * order.vpp for _ in range(order.pp)]
     started = set()
-    for rank, action in order.order:
-        assert isinstance(action, Action)
-        arrives = mail.take(rank, action)
-        begin = free[rank] if arrives is None else np.maximum(free[rank], arrives)
-        end = begin + durations[action.kind][order.held[rank][action.chunk]]
-        if ready is not None and action.kind == "F" and (rank, action.chunk) not in started:
-            started.add((rank, action.chunk))
-            end = np.maximum(end, ready[..., rank, action.chunk])
+    for rank, _, (step,) in order.steps:
+        kind, chunk = step.kind, step.chunk
+        end = (free[rank] if step.takes is None else np.maximum(free[rank], mail.take(step))) + durations[kind][step.stage]
+        if ready is not None and kind == "F" and (rank, chunk) not in started:
+            started.add((rank, chunk))
+            end = np.maximum(end, ready[..., rank, chunk])
         free[rank] = end
-        if action.kind in "BW":
-            last[rank][action.chunk] = end
-        left = mail.send(rank, action, end)
+        if kind in "BW":
+            last[rank][chunk] = end
+        left = mail.send(rank, step, end)
         if blocking:
             free[rank] = left
     return np.stack([np.stack(row, axis=-1) for row in last], axis=-2)
@@ -71,28 +69,21 @@ class _Mail:
     """Messages under way; those of a rank leave one after the other, what stays on a rank takes no time."""
 
     def __init__(self, order: Schedule, hop: Number):
-        self.order, self.hop = order, hop
+        self.hop = hop
         self.line: list[Number] = [0.0] * order.pp
-        self.sent: dict[tuple[str, int, int, int], Number] = {}
+        self.sent: dict[int, Number] = {}
 
-    def take(self, rank: int, action: Action) -> Number | None:
-        """Return when the input of `action` arrives; None where nothing sends it."""
-        return self.sent.pop((_side(action), rank, action.chunk, action.micro_batch), None) if action.kind != "W" else None
+    def take(self, step: Step) -> Number | None:
+        """Return when the input of an action arrives; None where nothing sends it."""
+        return None if step.takes is None else self.sent.pop(step.takes)
 
-    def send(self, rank: int, action: Action, end: Number) -> Number:
-        """Hand the result of `action` on to whoever waits for it; return when it has left the rank, `end` where nothing leaves."""
-        target = self.order.target(rank, action)
-        if target is None:
-            return end
-        if target[0] != rank:
+    def send(self, rank: int, step: Step, end: Number) -> Number:
+        """Hand the result of an action on to whoever waits for it; return when it has left the rank, `end` where nothing leaves."""
+        if step.leaves:
             end = self.line[rank] = np.maximum(self.line[rank], end) + self.hop
-        self.sent[_side(action), *target, action.micro_batch] = end
+        if step.sends is not None:
+            self.sent[step.sends] = end
         return end
-
-
-def _side(action: Action) -> str:
-    """Messages go forward with activations or back with gradients."""
-    return "F" if action.kind == "F" else "G"
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,13 +308,12 @@ def replay_streams(
     known: dict[tuple, Passage] = {}
     mail, started = _Mail(order, hop), set()
     last: list[list[Number]] = [[np.zeros(shape)] * order.vpp for _ in range(order.pp)]
-    for rank, entry in order.order:
-        parts = tuple(actions((entry,)))
-        what = tuple((a.kind, alike[order.held[rank][a.chunk]]) for a in parts)
+    for rank, _, parts in order.steps:
+        what = tuple((a.kind, alike[a.stage]) for a in parts)
         key = (what, tuple(of for of, _ in held[rank]))
         if key not in known:
             known[key] = Passage.of(laps(what), held[rank], shape, what, ahead)
-        new = known[key].after(clocks[rank], [mail.take(rank, a) for a in parts])
+        new = known[key].after(clocks[rank], [mail.take(a) for a in parts])
         for i, a in enumerate(parts, start=count):
             if ready is not None and a.kind == "F" and (rank, a.chunk) not in started:
                 started.add((rank, a.chunk))

@@ -225,7 +225,7 @@ class _Writer:
             return float(op.bytes) / float(g.size)
         if op.kind == "all_to_all" and op.axis == "ep":
             inside = g.within(cluster.host.scale_up_domain)
-            out, fan = copies(self.scenario.model.experts, plan.dispatcher, g.size, inside, np.ceil(g.size / inside))
+            out, fan = copies(self.scenario.model.experts, plan.fans_out, g.size, inside, np.ceil(g.size / inside))
             return float(op.bytes) * float(out + fan) * float(g.size) / max(float(g.size) - 1.0, 1.0)
         return float(op.bytes)
 

@@ -93,7 +93,7 @@ def known(cluster: Cluster) -> tuple[Topology, dict]:
 def traffic_of(kind: str, axis: str, plan: Plan) -> Traffic:
     """Return who sends to whom in a collective of `kind` over the groups of `axis`."""
     if kind == "all_to_all":
-        return "rail_all_to_all" if axis == "ep" and plan.dispatcher != "alltoall" else "all_to_all"
+        return "rail_all_to_all" if axis == "ep" and plan.fans_out else "all_to_all"
     return "neighbours" if kind == "send" else "ring"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from simulator.errors import PlanError, Problem
-from simulator.pricing.operations import loaded, op_s
+from simulator.pricing.operations import Known, loaded
 from simulator.scenario.mesh import accelerator_of, group
 from simulator.scenario.plan import Plan
 from simulator.scenario.routing import Routing
@@ -131,6 +131,60 @@ def variants(program: StepProgram, slow: np.ndarray) -> tuple[list[tuple[int, fl
     return list(known), place
 
 
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What the operations of a program cost.
+
+    Parameters
+    ----------
+    tasks : list of Task
+        One for each variant: a task, as slow as communication beside it makes it.
+    ops_s : list of ndarray (ops, loads)
+        Seconds of each variant's operations, for every load that occurs.
+    variant, load : ndarray (nodes,)
+        Of every node.
+    """
+
+    tasks: list[Task]
+    ops_s: list[np.ndarray]
+    variant: np.ndarray
+    load: np.ndarray
+
+    @classmethod
+    def of(cls, program: StepProgram, scenario: Scenario, slow: np.ndarray) -> Prices:
+        """Return the prices of `program`, whose nodes are as `slow` as `slowdowns` says."""
+        known = Known(scenario.model, scenario.plan, scenario.cluster, graph=True)
+        loads, place = np.unique(program.classes.load, return_inverse=True)
+        kinds, variant = variants(program, slow)
+        tasks = [program.tasks[task] for task, _ in kinds]
+        ops_s = [
+            np.array([[float(known.op_s(op, load, factor)) for load in loads] for op in task.ops]).reshape(-1, len(loads))
+            for task, (_, factor) in zip(tasks, kinds, strict=True)
+        ]
+        return cls(tasks, ops_s, variant, place[np.asarray(program.rank_class)])
+
+    def node_s(self, program: StepProgram) -> np.ndarray:
+        """Return the seconds of every node: the price of its task, times the slowdown of its class when it computes."""
+        price = np.array([sum(rows, np.zeros(rows.shape[1])) for rows in self.ops_s])
+        return price[self.variant, self.load] * self._slowdown(program)
+
+    def parts_s(self, program: StepProgram) -> dict[str, float]:
+        """Return the mean seconds per rank that the compute stream spends on each kind of kernel."""
+        parts: dict[str, float] = {}
+        share, rank = program.classes.count / program.classes.count.sum(), np.asarray(program.rank_class)
+        runs = np.zeros((len(self.tasks), self.ops_s[0].shape[1]))
+        np.add.at(runs, (self.variant, self.load), share[rank] * self._slowdown(program))
+        for task, times, ops_s in zip(self.tasks, runs, self.ops_s, strict=True):
+            for op, seconds in zip(task.ops if task.stream == "compute" else (), ops_s, strict=False):
+                part = "optimizer" if op.name.startswith("optimizer") else "recompute" if op.grad == "again" else op.kind
+                parts[part] = parts.get(part, 0.0) + float(sum(times * seconds))
+        return parts
+
+    def _slowdown(self, program: StepProgram) -> np.ndarray:
+        computes = np.array([task.computes for task in self.tasks])[self.variant]
+        return np.where(computes, program.classes.slowdown[np.asarray(program.rank_class)], 1.0)
+
+
 class RankDurations:
     """Seconds of each node on every rank of its stage; call it with a node.
 
@@ -172,14 +226,13 @@ class RankDurations:
         tasks = [program.tasks[task] for task, _ in kinds]
         self.computes = [task.computes for task in tasks]
         self.slow = [row if (row != 1.0).any() else None for row in uneven.slowdown]
-        args = scenario.model, scenario.plan, scenario.cluster
+        known = Known(scenario.model, scenario.plan, scenario.cluster, graph=True)
         self.prices = [
-            np.array([float(op_s(op, *args, graph=True, slow=factor)) for op in task.ops])
-            for task, (_, factor) in zip(tasks, kinds, strict=True)
+            np.array([float(known.op_s(op, slow=factor)) for op in task.ops]) for task, (_, factor) in zip(tasks, kinds, strict=True)
         ]
         self.seconds = [float(prices.sum()) for prices in self.prices]
         self._set_jitter(variation)
-        self._set_changes(program, scenario, [(task, factor) for task, (_, factor) in zip(tasks, kinds, strict=True)])
+        self._set_changes(program, scenario, known, [(task, factor) for task, (_, factor) in zip(tasks, kinds, strict=True)])
 
     def _set_jitter(self, variation: Variation) -> None:
         spread = np.expm1(variation.jitter**2)
@@ -191,11 +244,10 @@ class RankDurations:
         self._random, self._at = np.random.Generator(self._bits), self._bits.state
         self._draw = np.empty(self.ranks, dtype=np.float32)
 
-    def _set_changes(self, program: StepProgram, scenario: Scenario, kinds: Sequence[tuple[Task, float]]) -> None:
+    def _set_changes(self, program: StepProgram, scenario: Scenario, known: Known, kinds: Sequence[tuple[Task, float]]) -> None:
         """Price what the load and the tokens of a rank change, per kind of task and how slow it is."""
         self.micro_batch = [-1 if a is None else a.micro_batch for a in program.label]
         self.layer = [-1] * len(program)
-        args = scenario.model, scenario.plan, scenario.cluster
         loads = np.ones(1)
         if self.uneven.load is not None:
             self.layer = moe_layers(program, scenario).tolist()
@@ -210,13 +262,13 @@ class RankDurations:
             routed = np.zeros(len(loads))
             for op, price in zip(task.ops, prices, strict=True):
                 if op.routed:
-                    routed += op_s(op, *args, loads, True, slow) - price
+                    routed += known.op_s(op, loads, slow) - price
                 elif op.name.startswith("attn.core"):
                     square += price
                 elif op.kind in (HOST, LAUNCH):  # what it waits for is left as it is at the mean
                     continue
                 elif op.axis not in _STATE:
-                    linear += float(op_s(loaded(op, 2.0), *args, graph=True, slow=slow)) - price
+                    linear += float(known.op_s(loaded(op, 2.0), slow=slow)) - price
             self.routed.append(routed if routed.any() else None)
             self.linear.append(linear)
             self.square.append(square)

@@ -29,43 +29,96 @@ _COLLECTIVES = {
 
 
 def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0, graph: bool = False, slow: float = 1.0) -> Number:
-    """Return the seconds of one operation.
+    """Return the seconds of one operation; parameters as for `Known` and its `Known.op_s`."""
+    return Known(model, plan, cluster, graph).op_s(op, load, slow)
+
+
+class Known:
+    """Prices of operations, each found once for what decides it.
+
+    Recompute runs the same kernels again: tables of plans that differ only in it share most of their prices.
 
     Parameters
     ----------
-    op : Op
     model, plan, cluster
         What decides groups and rates; `plan` may be columns of plans.
-    load : Number
-        Tokens routed to this rank over the mean; scales the routed operations. Many loads at once for a single plan.
     graph : bool
         Ask the cluster's graph what concurrent groups leave each other (`simulator.network.sharing`; a single plan only), not
         the oversubscription of its tiers.
-    slow : float
-        How many times as long kernels take beside communication (`simulator.pricing.beside`); the host launches more meanwhile.
-
-    Returns
-    -------
-    Number
-        Seconds, one per plan or per load.
     """
-    if op.routed and (np.ndim(load) > 0 or load != 1.0):
-        op = loaded(op, load)
+
+    def __init__(self, model: Model, plan: Plan, cluster: Cluster, graph: bool = False):
+        self._of = model, plan, cluster, graph
+        self._dispatch_s = cluster.host.dispatch_s
+        self._seconds: dict[tuple, Number] = {}
+
+    def op_s(self, op: Op, load: Number = 1.0, slow: float = 1.0) -> Number:
+        """Return the seconds of one operation.
+
+        Parameters
+        ----------
+        op : Op
+        load : Number
+            Tokens routed to this rank over the mean; scales the routed operations. Many loads at once for a single plan.
+        slow : float
+            How many times as long kernels take beside communication (`simulator.pricing.beside`); the host launches more meanwhile.
+
+        Returns
+        -------
+        Number
+            Seconds, one per plan or per load.
+        """
+        if op.routed and (np.ndim(load) > 0 or load != 1.0):
+            op = loaded(op, load)
+        if op.kind == HOST:
+            return compute.host_wait_s(op.launches, self.segments_s(op.beside, slow), self._dispatch_s)
+        if op.kind == LAUNCH:
+            return op.launches * (self._dispatch_s or 0.0) + self.segments_s(op.beside, slow)
+        words = op.name, op.kind, op.axis, op.dtype, op.listed, op.grad if op.grad in ("input", "weight") else ""  # again is forward
+        behind = tuple((other.kind, other.dtype, _hashable(other.bytes)) for other in op.behind)
+        key = (*words, *behind, *map(_hashable, _NUMBERS(op)))
+        if key not in self._seconds:
+            self._seconds[key] = _full_s(op, *self._of)
+        return slow * self._seconds[key] if op.kind in COMPUTE else self._seconds[key]
+
+    def segments_s(self, segments: Iterable[Segment], slow: float = 1.0) -> Number:
+        """Return the seconds of segments run one after the other; operations of a segment run side by side."""
+        seconds: Number = 0.0
+        for segment in segments:
+            parallel = [self.op_s(op, slow=slow) for op in segment]
+            seconds = seconds + (parallel[0] if len(parallel) == 1 else np.maximum.reduce(np.broadcast_arrays(*parallel)))
+        return seconds
+
+    def in_turn_s(self, ops: Iterable[Op]) -> Number:
+        """Return the seconds of operations one after the other."""
+        return sum(map(self.op_s, ops), 0.0)
+
+
+#: the numbers that decide what an operation costs
+_NUMBERS = attrgetter("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written", "addressed", "gathered")
+
+
+def _hashable(value: Number) -> Any:
+    return (value.dtype.char, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
+
+
+def _full_s(op: Op, model: Model, plan: Plan, cluster: Cluster, graph: bool) -> Number:
+    """Return the seconds of one operation at full speed."""
     if np.any(np.not_equal(op.turns, 1.0)):
         one = replace(op, flop=op.flop / op.turns, bytes=op.bytes / op.turns, turns=1.0)
-        return op.turns * op_s(one, model, plan, cluster, graph=graph, slow=slow)
+        return op.turns * _full_s(one, model, plan, cluster, graph)
     if op.kind in COMPUTE:
-        kept = 1.0 - plan.overlap.collective_multiprocessors * np.asarray(op.apart)
-        seconds = _kernel_s(op, plan, cluster) / kept
+        seconds = _kernel_s(op, plan, cluster) / (1.0 - plan.overlap.collective_multiprocessors * np.asarray(op.apart))
         if op.behind and cluster.accelerator.displaced_product:
             # blocks without a place start when the collective has ended, or else the other blocks
             later = seconds * (1.0 / cluster.accelerator.displaced_product - 1.0)
-            seconds = seconds + np.minimum(later, op_s(op.behind[0], model, plan, cluster, graph=graph))
-        return slow * seconds
-    if op.kind == HOST:
-        return compute.host_wait_s(op.launches, segments_s(op.beside, model, plan, cluster, graph, slow), cluster.host.dispatch_s)
-    if op.kind == LAUNCH:
-        return op.launches * (cluster.host.dispatch_s or 0.0) + segments_s(op.beside, model, plan, cluster, graph, slow)
+            seconds = seconds + np.minimum(later, _full_s(op.behind[0], model, plan, cluster, graph))
+        return seconds
+    return _collective_s(op, model, plan, cluster, graph)
+
+
+def _collective_s(op: Op, model: Model, plan: Plan, cluster: Cluster, graph: bool) -> Number:
+    """Return the seconds of a collective or a message."""
     members, out, fan = placed(plan, op.axis, cluster.host.accelerators), 1.0, 0.0
     if op.kind != "send" and not op.listed and not np.any((np.asarray(members.size) > 1) & (np.asarray(op.bytes) > 0)):
         return np.zeros(np.broadcast_shapes(np.shape(members.size), np.shape(op.bytes)))  # none is called
@@ -84,7 +137,7 @@ def op_s(op: Op, model: Model, plan: Plan, cluster: Cluster, load: Number = 1.0,
         size = np.minimum(members.size, 2) if op.kind == "send" else np.asarray(members.size)  # a message has two ends
         seconds = np.where(size == ranks, collectives.measured_s(op.bytes * (out + fan), talk), seconds)
     if np.any(op.gathered):
-        seconds = seconds + op_s(Op(op.name, "all_gather", bytes=op.gathered, axis="tp"), model, plan, cluster, graph=graph)
+        seconds = seconds + _collective_s(Op(op.name, "all_gather", bytes=op.gathered, axis="tp"), model, plan, cluster, graph)
     if op.listed:
         seconds = seconds + _copies_of_parts_s(op, members.size, cluster)
     return seconds if op.kind == "send" else np.where(np.asarray(op.bytes) > 0, seconds, 0.0)  # nothing to send: none is called
@@ -124,40 +177,6 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         seen, rows = keys_of(op), op.m * op.groups
         return compute.attention_s(op.flop, op.bytes, width, seen, rows, backward, cluster.accelerator, plan.kernels.attention)
     return compute.memory_s(op.bytes, cluster.accelerator, op.launches, gathers=op.name.endswith("permute"), addressed=op.addressed)
-
-
-class Known:
-    """Prices of operations that were asked for before, by what decides them; for one model, cluster and columns of degrees.
-
-    Recompute runs the same kernels again: tables of plans that differ only in it share most of their prices.
-    """
-
-    def __init__(self, model: Model, plan: Plan, cluster: Cluster):
-        self._of = model, plan, cluster
-        self._seconds: dict[tuple, Number] = {}
-
-    def op_s(self, op: Op) -> Number:
-        """Return `op_s` of an operation."""
-        if op.kind in (HOST, LAUNCH):
-            return op_s(op, *self._of)
-        words = op.name, op.kind, op.axis, op.dtype, op.listed, op.grad if op.grad in ("input", "weight") else ""  # again is forward
-        behind = tuple((other.kind, other.dtype, _hashable(other.bytes)) for other in op.behind)
-        key = (*words, *behind, *map(_hashable, _NUMBERS(op)))
-        if key not in self._seconds:
-            self._seconds[key] = op_s(op, *self._of)
-        return self._seconds[key]
-
-    def in_turn_s(self, ops: Iterable[Op]) -> Number:
-        """Return the seconds of operations one after the other."""
-        return sum(map(self.op_s, ops), 0.0)
-
-
-#: the numbers that decide what an operation costs
-_NUMBERS = attrgetter("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written", "addressed", "gathered")
-
-
-def _hashable(value: Number) -> Any:
-    return (value.dtype.char, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
 
 
 def kernel_name(op: Op) -> str:
@@ -200,7 +219,7 @@ def _copies(op: Op, model: Model, plan: Plan, cluster: Cluster) -> tuple[Number,
     if op.axis != "ep":
         return (members.size - inside) / members.size, (inside - 1) / members.size
     assert model.experts is not None
-    return copies(model.experts, plan.dispatcher, members.size, inside, domains)
+    return copies(model.experts, plan.fans_out, members.size, inside, domains)
 
 
 #: bytes that a ring collective moves in device memory per byte of its buffer: the neighbour writes, the next step reads; a
@@ -230,12 +249,3 @@ def loaded(op: Op, load: Number) -> Op:
     sizes = {name: getattr(op, name) * load for name in ("flop", "bytes", "addressed")}
     sizes["behind"] = tuple(loaded(other, load) for other in op.behind)
     return replace(op, **sizes, m=op.m * (1.0 if deeper else load), k=op.k * (load if deeper else 1.0))
-
-
-def segments_s(segments: Iterable[Segment], model: Model, plan: Plan, cluster: Cluster, graph: bool = False, slow: float = 1.0) -> Number:
-    """Return the seconds of segments run one after the other; operations of a segment run side by side."""
-    seconds: Number = 0.0
-    for segment in segments:
-        parallel = [op_s(op, model, plan, cluster, graph=graph, slow=slow) for op in segment]
-        seconds = seconds + (parallel[0] if len(parallel) == 1 else np.maximum.reduce(np.broadcast_arrays(*parallel)))
-    return seconds

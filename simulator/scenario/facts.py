@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -101,6 +102,11 @@ class Source(Frozen):
     date: str | None = None
 
 
+def _groups(number: str) -> list[str]:
+    """Return the names that a source may cite for all numbers below them: ``a`` and ``a.b`` of ``a.b.c``."""
+    return [number[:at] for at, letter in enumerate(number) if letter == "."]
+
+
 class Facts(Frozen):
     """A named set of facts; every number in it is covered by exactly one source."""
 
@@ -109,11 +115,12 @@ class Facts(Frozen):
 
     @model_validator(mode="after")
     def _every_number_has_a_source(self) -> Facts:
-        numbers, cited = set(self.numbers()), [f for s in self.sources for f in s.facts]
-        covered = {n: [f for f in cited if n == f] or [f for f in cited if n.startswith(f + ".")] for n in numbers}
-        bare = sorted(n for n, by in covered.items() if not by)
-        twice = sorted(n for n, by in covered.items() if len(by) > 1)
-        idle = sorted({f for f in cited if not any(n == f or n.startswith(f + ".") for n in numbers)})
+        numbers, cited = self.numbers(), Counter(fact for source in self.sources for fact in source.facts)
+        groups = {number: _groups(number) for number in numbers}
+        covered = {number: cited[number] or sum(cited[group] for group in of) for number, of in groups.items()}
+        bare = sorted(number for number, times in covered.items() if not times)
+        twice = sorted(number for number, times in covered.items() if times > 1)
+        idle = sorted(cited.keys() - numbers.keys() - {group for of in groups.values() for group in of})
         if bare:
             raise ValueError(f"no source for {', '.join(bare)}; list them under sources[].facts")
         if twice:

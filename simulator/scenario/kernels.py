@@ -91,6 +91,11 @@ class Kernels(Frozen):
     glue: bool = True
     graphs: tuple[Graph, ...] = ()
 
+    @property
+    def joins_queries(self) -> bool:
+        """Whether a row of the projection holds queries beside their key and value, as in stacks that also join gate and up-projection."""
+        return self.gate == "fused"
+
     def captured(self, name: str) -> bool:
         """Return whether the operation `name` of a layer is in a CUDA graph."""
         return any(name.startswith(_SCOPES[scope]) for scope in self.graphs)

@@ -70,8 +70,8 @@ class Precision(Frozen):
     parameter_gather : str or None
         What ZeRO gathers the parameters of the layers in; None: as they are. In FP8 torchao casts the shards once
         (``enable_fsdp_float8_all_gather``); embedding and head stay in 16 bits.
-    copies : int
-        Layouts of a weight, an input or a gradient that narrow products read: 2, scaled along rows or laid out by rows and along
+    layouts : int
+        Copies of a weight, an input or a gradient that narrow products read: 2, scaled along rows or laid out by rows and along
         columns; 1 where one scale serves a whole tensor and the matrix units take either layout, as Blackwell's do in FP8
         (``nvte_is_non_tn_fp8_gemm_supported``, NVIDIA/TransformerEngine transformer_engine/common/gemm/cublaslt_gemm.cu;
         pytorch/csrc/quantizer.cpp).
@@ -92,7 +92,7 @@ class Precision(Frozen):
     gradient_reduce: Dtype = "fp32"
     gather: Dtype | None = None
     parameter_gather: Dtype | None = None
-    copies: Literal[1, 2] = 2
+    layouts: Literal[1, 2] = 2
     block: Literal[0, 16, 32] = 0
 
     @property
@@ -286,6 +286,11 @@ class Plan(Frozen, _Degrees):
                 f"overlap.tp: {self.overlap.tp} with sequence_parallel: false has no rows to gather; write sequence_parallel: true"
             )
         return self
+
+    @property
+    def fans_out(self) -> bool:
+        """Whether the dispatcher sends one copy of a token to each scale-up domain that it visits, to be copied on inside."""
+        return self.dispatcher != "alltoall"
 
     @property
     def stages(self) -> int:

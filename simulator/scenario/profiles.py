@@ -136,7 +136,7 @@ class Catalogue:
 
     def names(self) -> list[str]:
         """Return the shipped names, sorted."""
-        return sorted(p.stem for p in (profile_root() / self.folder).glob(f"*{self.suffix}"))
+        return list(_names(self))
 
     def load(self, name: str | Path) -> Any:
         """Return the profile of a shipped name or at a path.
@@ -198,6 +198,12 @@ def _resourced(base: Facts, changes: dict) -> list[dict]:
     kept = [s.model_copy(update={"facts": tuple(f for f in s.facts if f not in given)}) for s in base.sources]
     user = Source(grade="assumed", source="given by the user in place of the shipped fact", facts=tuple(given), date="undated")
     return [s.model_dump() for s in [*kept, *([user] if given else [])] if s.facts]
+
+
+@cache
+def _names(catalogue: Catalogue) -> tuple[str, ...]:
+    """Return the shipped names, sorted; they do not change while the program runs."""
+    return tuple(sorted(p.stem for p in (profile_root() / catalogue.folder).glob(f"*{catalogue.suffix}")))
 
 
 @cache

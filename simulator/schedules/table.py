@@ -93,6 +93,27 @@ def actions(entries: Iterable[Entry]) -> Iterator[Action]:
         yield from (entry,) if isinstance(entry, Action) else entry
 
 
+class Step(NamedTuple):
+    """An action as a replay takes it.
+
+    Parameters
+    ----------
+    kind : str
+    chunk, stage : int
+    takes, sends : int or None
+        Numbers of the message that it waits for, and of the one that it hands on.
+    leaves : bool
+        Whether that message goes to another rank.
+    """
+
+    kind: str
+    chunk: int
+    stage: int
+    takes: int | None
+    sends: int | None
+    leaves: bool
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A table of actions, and the way a micro-batch takes through ranks and chunks.
@@ -179,29 +200,31 @@ class Schedule:
         path = self.paths[0]
         return tuple(sum(a[0] != b[0] for a, b in zip(path[:n], path[1 : n + 1], strict=True)) for n in range(len(path)))
 
-    def path(self, chunk: int) -> tuple[tuple[int, int], ...]:
-        """Return the path that `chunk` lies on."""
-        return self.paths[chunk if self.wiring == "two-way" else 0]
+    @cached_property
+    def neighbours(self) -> dict[tuple[int, int], tuple[tuple[int, int] | None, tuple[int, int] | None]]:
+        """(rank, chunk) -> the (rank, chunk) before and after it on its path; None at the ends."""
+        return {
+            here: (before, after)
+            for path in self.paths
+            for before, here, after in zip((None, *path[:-1]), path, (*path[1:], None), strict=True)
+        }
 
     def source(self, rank: int, action: Action) -> tuple[int, int] | None:
         """Return the (rank, chunk) whose result `action` waits for; None at the ends of the path and for W."""
-        if action.kind == "W":
-            return None
-        path, stage = self.path(action.chunk), self.stage[rank, action.chunk]
-        step = -1 if action.kind == "F" else 1
-        return path[stage + step] if 0 <= stage + step < len(path) else None
+        return None if action.kind == "W" else self.neighbours[rank, action.chunk][0 if action.kind == "F" else 1]
 
     def target(self, rank: int, action: Action) -> tuple[int, int] | None:
         """Return the (rank, chunk) that waits for the result of `action`."""
-        if action.kind == "W":
-            return None
-        path, stage = self.path(action.chunk), self.stage[rank, action.chunk]
-        step = 1 if action.kind == "F" else -1
-        return path[stage + step] if 0 <= stage + step < len(path) else None
+        return None if action.kind == "W" else self.neighbours[rank, action.chunk][1 if action.kind == "F" else 0]
+
+    @property
+    def order(self) -> tuple[tuple[int, Entry], ...]:
+        """Entries as (rank, entry), each after all that it needs."""
+        return tuple((rank, entry) for rank, entry, _ in self.steps)
 
     @cached_property
-    def order(self) -> tuple[tuple[int, Entry], ...]:
-        """Entries as (rank, entry), each after all that it needs: the dry run.
+    def steps(self) -> tuple[tuple[int, Entry, tuple[Step, ...]], ...]:
+        """Entries in `order`, each with its actions as a replay takes them: the dry run.
 
         Raises
         ------
@@ -209,15 +232,19 @@ class Schedule:
             When ranks wait for each other for ever; names the entry that each waits with.
         """
         done: set[tuple[str, int, int, int]] = set()
-        position, order = [0] * self.pp, []
+        sent: dict[tuple[str, int, int, int], int] = {}
+        position, steps = [0] * self.pp, []
         remaining = sum(map(len, self.table))
         while remaining:
             before = remaining
             for rank, row in enumerate(self.table):
-                while position[rank] < len(row) and self._ready(rank, row[position[rank]], done):
+                while position[rank] < len(row):
                     entry = row[position[rank]]
-                    order.append((rank, entry))
-                    done.update((a.kind, rank, a.chunk, a.micro_batch) for a in actions((entry,)))
+                    parts = (entry,) if isinstance(entry, Action) else tuple(entry)
+                    if not self._ready(rank, parts, done):
+                        break
+                    steps.append((rank, entry, tuple(self._step(rank, action, sent) for action in parts)))
+                    done.update([(a.kind, rank, a.chunk, a.micro_batch) for a in parts])
                     position[rank] += 1
                     remaining -= 1
             if remaining == before:
@@ -225,21 +252,28 @@ class Schedule:
                 waits = "; ".join(f"rank {r} with {self.table[r][p]} (entry {p})" for r, p in stuck)
                 rows = "\n".join(f"rank {r}: {' '.join(map(str, self.table[r]))}" for r, _ in stuck[:4])
                 raise DeadlockError(f"schedule {self.name} deadlocks: {waits}; what each waits for must come earlier\n{rows}")
-        return tuple(order)
+        return tuple(steps)
 
-    def _ready(self, rank: int, entry: Entry, done: set[tuple[str, int, int, int]]) -> bool:
-        for action in actions((entry,)):
-            kind, chunk, i = action
-            source = self.source(rank, action)
+    def _ready(self, rank: int, parts: tuple[Action, ...], done: set[tuple[str, int, int, int]]) -> bool:
+        for kind, chunk, i in parts:
+            before, after = self.neighbours[rank, chunk]
             if kind == "F":
-                if source and ("F", *source, i) not in done:
+                if before and ("F", *before, i) not in done:
                     return False
             elif kind == "W":
                 if ("I", rank, chunk, i) not in done:
                     return False
-            elif ("F", rank, chunk, i) not in done or (source and not {("B", *source, i), ("I", *source, i)} & done):
+            elif ("F", rank, chunk, i) not in done or (after and ("B", *after, i) not in done and ("I", *after, i) not in done):
                 return False
         return True
+
+    def _step(self, rank: int, action: Action, sent: dict[tuple[str, int, int, int], int]) -> Step:
+        """Return an action whose turn it is; `sent` are the numbers of messages by who waits for them."""
+        kind, chunk, i = action
+        side, target = "F" if kind == "F" else "G", self.target(rank, action)  # activations go forward, gradients back
+        takes = sent.get((side, rank, chunk, i)) if kind != "W" else None
+        sends = sent.setdefault((side, *target, i), len(sent)) if target else None
+        return Step(kind, chunk, self.stage[rank, chunk], takes, sends, target is not None and target[0] != rank)
 
     def check(self) -> Schedule:
         """Return self when every action stands exactly once where it belongs and nothing deadlocks.
@@ -249,14 +283,14 @@ class Schedule:
         PlanError
             Names the rank and its lost, doubled or foreign actions, with the row.
         DeadlockError
-            See `order`.
+            See `steps`.
         """
         problems = [p for rank, row in enumerate(self.table) for p in self._row_problems(rank, row)]
         if len(self.table) != self.pp:
             problems.append(Problem("one row per rank", f"{len(self.table)} rows for pp = {self.pp}", "give a row for each pipeline rank"))
         if problems:
             raise PlanError(problems)
-        _ = self.order
+        _ = self.steps
         return self
 
     def expected(self, chunk: int) -> range:
@@ -329,16 +363,12 @@ class Schedule:
         """
         f, i, w = times
         lasts = {"F": f, "I": i, "W": w, "B": i + w}
-        free, ended, found = [0.0] * self.pp, {}, []
-        for rank, entry in self.order:
-            parts, start = tuple(actions((entry,))), free[rank]
-            for a in parts:
-                source = self.source(rank, a)
-                if source is not None:
-                    start = max(start, ended[a.kind == "F", *source, a.micro_batch] + (hop if source[0] != rank else 0.0))
-            free[rank] = start + sum(lasts[a.kind] for a in parts)
-            ended.update({(a.kind == "F", rank, a.chunk, a.micro_batch): free[rank] for a in parts if a.kind != "W"})
-            found.append((rank, entry, start, free[rank]))
+        free, sent, found = [0.0] * self.pp, dict[int | None, float](), []
+        for rank, entry, parts in self.steps:
+            start = max([free[rank], *(sent[step.takes] for step in parts if step.takes is not None)])
+            end = free[rank] = start + sum(lasts[step.kind] for step in parts)
+            sent.update((step.sends, end + (hop if step.leaves else 0.0)) for step in parts)
+            found.append((rank, entry, start, end))
         return found
 
     def __str__(self) -> str:

@@ -199,7 +199,7 @@ def _moe(row: Mapping[str, Any], common: tuple, domain: int, text: str) -> Measu
     groups, top = (8, 4) if "Megatron" in source else (domains, 4) if limited else (1, 1)
     experts = Experts(count=256, top_k=8, ffn=2048, groups=groups, top_groups=top)
     inside = min(ranks, domain)
-    out, fan = copies(experts, "alltoall" if per_expert else "deepep", ranks, inside, domains)
+    out, fan = copies(experts, not per_expert, ranks, inside, domains)
     latency = re.search(r"latency (\d+) us", text)
     counted = 8.0 if per_expert else float(expected_destinations(experts, domains if domains > 1 else ranks))
     seconds = float(latency[1]) * 1e-6 if latency else counted * size / (row["busbw_GBps"] * 1e9)

@@ -79,7 +79,8 @@ def _filled(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> 
         missing = {name: value for name, value in known.items() if not own.text(name)}
         said = [f"{', '.join(missing)} not printed: those of its published configuration"] if missing else []
         return _assumed({**cells, **missing}, said)
-    like = next((r for r in runs.values() if r["model"] == own.text("model") and r["hidden"] == own.text("hidden")), None)
+    model, hidden = own.text("model"), own.text("hidden")
+    like = next((r for r in runs.values() if r["model"] == model and r["hidden"] == hidden), None)
     if like is None:
         return _assumed(dict(cells), [])
     missing = {name: like[name] for name in DIMENSIONS if not own.text(name) and Row(like).text(name)}

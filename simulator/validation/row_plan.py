@@ -53,6 +53,13 @@ _RECIPES_IN_PIECES = [
         "NVIDIA/dgxc-benchmarking nemotron/configure.sh (@35a9aec)",
     ),
     (
+        "Parallel Folding|Megatron-MoE-ModelZoo",
+        "",
+        "fp8",
+        "--tp-comm-overlap of the authors' scripts in bf16 (yanring/Megatron-MoE-ModelZoo @0993e66 model_configs/benchmarking/"
+        "Mixtral-8x22B.yaml, @38ce2ed sbatch_benchmarking.sh)",
+    ),
+    (
         "NVIDIA NeMo performance",
         "GPT(-3)? 175B|Llama-[23] 70B",
         "mxfp8",
@@ -305,7 +312,7 @@ def _precision(row: Row, kernels: Kernels) -> Precision:
         fields["gather"] = "bf16"
     if fields.get("gemm") == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x|block", "precision"):
         row.assume("one copy of a tensor in FP8: one scale for it, either layout")
-        fields["copies"] = 1
+        fields["layouts"] = 1
     if fields.get("gemm") == "fp4":
         fields["block"] = 16
     elif fields.get("gemm") == "fp8" and row.has(r"\bMX|1x32", "precision"):

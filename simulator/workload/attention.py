@@ -208,7 +208,7 @@ def attention(b: BlockBuilder, model: Model, kind: LayerKind, x: Shape) -> None:
     local_heads, local_kv = heads / x.tp, np.maximum(kv / x.tp, 1.0)
     width = (local_heads + 2 * local_kv) * dim
     column_parallel(b, "attn", "attn.qkv", x, h, width)
-    if b.kernels.glue and not x.of_torch and b.kernels.gate == "fused":
+    if b.kernels.glue and not x.of_torch and b.kernels.joins_queries:
         _split(b, x.tokens, local_heads * dim, width, (local_kv > 1) & (local_heads > local_kv))
     rotated = x.tokens * (local_heads + local_kv) * dim * BF16
     if model.qk_norm:

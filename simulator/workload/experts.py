@@ -58,31 +58,31 @@ def expected_destinations(experts: Experts, parts: Number) -> Number:
     return np.clip(np.where(parts >= experts.groups, fine, coarse), 1.0, most)
 
 
-def copies(experts: Experts, dispatcher: str, ranks: Number, inside: Number, domains: Number) -> tuple[Number, Number]:
+def copies(experts: Experts, fans_out: bool, ranks: Number, inside: Number, domains: Number) -> tuple[Number, Number]:
     """Return the copies of one token that leave its scale-up domain, and that travel inside a domain to another rank.
 
     Parameters
     ----------
-    dispatcher : str
-        ``alltoall`` sends a copy per expert; the others one per remote domain, fanned out there to the ranks that hold
-        its experts, and one per rank at home.
+    fans_out : bool
+        Whether one copy goes to each remote domain, fanned out there to the ranks that hold the experts, and one to each rank at
+        home; else one goes to each expert (`simulator.scenario.plan.Plan.fans_out`).
     ranks, inside, domains : Number
         Ranks of the expert group, how many of them share a domain, and how many domains there are.
     """
     remote = 1.0 - 1.0 / domains
-    if dispatcher != "alltoall":
+    if fans_out:
         return expected_destinations(experts, domains) * remote, expected_destinations(experts, ranks) * (1.0 - 1.0 / inside)
     return experts.top_k * remote, experts.top_k * (inside - 1) / ranks
 
 
-def rows_sorted(experts: Experts, dispatcher: str, ranks: Number) -> tuple[Number, Number]:
+def rows_sorted(experts: Experts, fans_out: bool, ranks: Number) -> tuple[Number, Number]:
     """Return the rows per local token that are read and written to sort copies by expert: before they leave, and where they arrive.
 
     Parameters
     ----------
-    dispatcher : str
-        ``alltoall`` writes the copies of each token in the order of all experts, sends them, and sorts what came from every
-        rank by local expert. The others send tokens as they are, one to each rank, where they are copied to its experts.
+    fans_out : bool
+        Whether tokens are sent as they are, one to each rank, where they are copied to its experts; else the copies of each token are
+        written in the order of all experts, sent, and what came from every rank is sorted by local expert.
     ranks : Number
         Ranks of the expert group.
 
@@ -97,7 +97,7 @@ def rows_sorted(experts: Experts, dispatcher: str, ranks: Number) -> tuple[Numbe
     all-to-all dispatcher; DeepEP, csrc/hybrid_ep/extension/permute.cu.
     """
     ranks = np.asarray(ranks, dtype=float)
-    if dispatcher != "alltoall":
+    if fans_out:
         return 0.0 * ranks, expected_destinations(experts, ranks) + experts.top_k
     again = (ranks > 1) & (experts.count > ranks)
     return 1.0 + experts.top_k + 0.0 * ranks, np.where(again, 2.0 * experts.top_k, 0.0)

@@ -18,7 +18,7 @@ import numpy as np
 
 from simulator.scenario.job import Job
 from simulator.scenario.model import LayerKind, Model
-from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan, Precision
+from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan
 from simulator.units import Number
 from simulator.workload.attention import attention, latent_attention
 from simulator.workload.blocks import Block, BlockBuilder
@@ -61,8 +61,8 @@ LOSS_BYTES = {
     "gathered": (BF16 + 5 * FP32, 7 * FP32 + BF16),
     "parallel": (BF16 + 9 * FP32, 9 * FP32 + BF16),
 }
-#: bytes per logit of a loss for the log: the fp32 copy, and a log-softmax that reads a row for the second time from the cache
-METRIC_BYTES = BF16 + 3 * FP32
+#: bytes per logit of a loss for the log: the eager one forward, whose log-softmax reads a row for the second and third time from the cache
+METRIC_BYTES = LOSS_BYTES["eager"][0] - 2 * FP32
 #: kernels of each kind of loss, forward and backward, from the same files
 LOSS_LAUNCHES = {
     "in_place": (2, 1),
@@ -155,7 +155,7 @@ def _kept(elements: Number, dtype: Dtype) -> tuple[Number, Number]:
     return saved, (saved if dtype != "bf16" else 0.0)
 
 
-def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, dispatcher: str) -> None:
+def _experts(b: BlockBuilder, model: Model, x: Shape, plan: Plan) -> None:
     """Router, dispatch, grouped experts, combine; shared experts beside them as a dense MLP.
 
     Notes
@@ -164,7 +164,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     gathered over etp and every rank computes a slice of width f / etp. Fused, the activation and its gradient, and the
     casts of their results, are epilogues of the products: no traffic of their own.
     """
-    e, h = model.experts, model.hidden
+    e, h, precision = model.experts, model.hidden, plan.precision
     assert e is not None
     mats = 2 if model.gated else 1
     received = x.split_tokens * e.top_k
@@ -179,14 +179,14 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, precision: Precision, disp
     copies = received * h
     # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
     cast = precision.dispatch == b.dtype != "bf16"
-    sent, arrived = (x.split_tokens * h * rows for rows in rows_sorted(e, dispatcher, x.ep))
+    sent, arrived = (x.split_tokens * h * rows for rows in rows_sorted(e, plan.fans_out, x.ep))
     element = ELEMENT_BYTES[precision.dispatch if cast else "bf16"]
-    sort = tuple(n * (arrived > 0) for n in (SORT_LAUNCHES if dispatcher == "alltoall" else PERMUTE_LAUNCHES))
+    sort = tuple(n * (arrived > 0) for n in (PERMUTE_LAUNCHES if plan.fans_out else SORT_LAUNCHES))
     if cast:
         b.memory("moe.dispatch.cast", x.split_tokens * h * (BF16 + b.element), 0.0, modules=moe)
     b.memory("moe.permute", sent * element, sent * BF16, modules=moe, launches=PERMUTE_LAUNCHES)
     out, back = (x.split_tokens * h * ELEMENT_BYTES[p] for p in (precision.dispatch, precision.combine))
-    b.exchange("moe.dispatch", out, back, moe, holds=dispatcher == "hybridep")
+    b.exchange("moe.dispatch", out, back, moe, holds=plan.dispatcher == "hybridep")
     b.memory("moe.arrived.permute", arrived * element, arrived * BF16, modules=moe, routed=True, launches=sort)
     gather, scatter = (
         Op("moe.etp", kind, bytes=copies * x.etp * BF16, axis="etp", routed=True) for kind in ("all_gather", "reduce_scatter")
@@ -248,7 +248,7 @@ def transformer_layer(model: Model, kind: LayerKind, plan: Plan, job: Job, load:
     b.add([], [], layer_input, ("attn_out",))  # of the second norm
     norm(b, "moe.norm" if kind.moe else "mlp.norm", x.split_tokens, h, model, x.split_tokens * h * b.kept)
     if kind.moe:
-        _experts(b, model, x, plan.precision, plan.dispatcher)
+        _experts(b, model, x, plan)
     else:
         _mlp(b, model, x, "mlp", model.ffn, ("mlp",), plan.precision.activations)
     residual(b, x, model)
@@ -286,7 +286,7 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
         overlap=plan.overlap.tp in (True, "pieces"),
         kernels=plan.kernels,
         cast_weights=precision.parameter_gather not in ("fp8", "fp4"),
-        layouts=precision.copies,
+        layouts=precision.layouts,
         block=precision.block,
     )
     vocab = model.vocab / x.tp

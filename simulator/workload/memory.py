@@ -65,7 +65,7 @@ def low_precision_copies(plan: Plan) -> float:
 
     Notes
     -----
-    Scaled along rows for one product and along columns for the other, two copies (`Precision.copies`) stay from micro-batch to
+    Scaled along rows for one product and along columns for the other, two copies (`Precision.layouts`) stay from micro-batch to
     micro-batch (Transformer Engine's weight cache); weights that are kept in low precision are one of them. ZeRO-3 casts what
     it gathers anew.
     """
@@ -73,8 +73,8 @@ def low_precision_copies(plan: Plan) -> float:
     if plan.zero >= 3:
         return 0.0
     if p.parameters in low:
-        return (p.copies - 1) * ELEMENT_BYTES[p.parameters]
-    return p.copies * ELEMENT_BYTES[p.gemm] if p.gemm in low else 0.0
+        return (p.layouts - 1) * ELEMENT_BYTES[p.parameters]
+    return p.layouts * ELEMENT_BYTES[p.gemm] if p.gemm in low else 0.0
 
 
 def _gathered(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan) -> Number:

@@ -94,7 +94,7 @@ def builder(plan: Plan, load: Number = 1.0) -> BlockBuilder:
         plan.framework.casts,
         plan.precision.parameter_gather not in ("fp8", "fp4"),
         plan.recompute_share,
-        plan.precision.copies,
+        plan.precision.layouts,
         plan.precision.block,
     )
 

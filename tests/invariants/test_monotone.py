@@ -118,7 +118,7 @@ def test_a_limit_of_hosts_per_token_spares_the_network():
     assert table["step_time_s"]["all"] == table["step_time_s"].min()
     assert table["activations_bytes"]["redundant_experts"] < table["activations_bytes"]["none"]
     limited = node_limited(s, skewed)
-    free, one = (copies(x.model.experts, "deepep", 8.0, 2.0, 4.0)[0] for x in (s, limited))
+    free, one = (copies(x.model.experts, True, 8.0, 2.0, 4.0)[0] for x in (s, limited))
     assert (free, one) == (pytest.approx(13 / 7 * 3 / 4), pytest.approx(3 / 4))
     assert node_limited(s, skewed.model_copy(update={"hosts_per_token": 4})) is s
     spread = s.model_copy(update={"plan": s.plan.model_copy(update={"dispatcher": "alltoall"})})  # a copy for each expert
