@@ -73,6 +73,16 @@ _SCRIPTS = [
         f"the recipes of this container on Grace Blackwell ({_BRIDGE} @v0.2.0 scripts/performance/configs)",
     ),
     Script(
+        {"provenance": f"{_BRIDGE}.*{_25_11}", "gpu": "B200", "model": "GPT-OSS", "recompute": "^$"},
+        {"recompute": "selective(layernorm,moe_act)"},
+        f"{_BRIDGE} @6b296ac scripts/performance/configs/gpt_oss/workload_base_configs.py, the batches of this container",
+    ),
+    Script(
+        {"provenance": f"{_BRIDGE}.*{_25_11}", "gpu": "GB300", "model": "GPT-OSS", "overlap_notes": "^$"},
+        {"overlap_notes": "cuda_graph=transformer_engine:['attn', 'moe_router', 'moe_preprocess']"},
+        f"{_BRIDGE} @6b296ac scripts/performance/configs/gpt_oss/workload_base_configs.py, the batches of this container",
+    ),
+    Script(
         {"provenance": f"{_BRIDGE}.*{_25_11}", "model": "DeepSeek-V3", "recompute": "^$"},
         {"recompute": "selective(mla_up_proj)"},
         f"{_BRIDGE} @v0.2.0 scripts/performance/configs/deepseek/workload_base_configs.py",
