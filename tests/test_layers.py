@@ -499,6 +499,15 @@ def test_the_host_launches_tensor_parallel_collectives_too():
             assert float(launched(segments, Kernels()) - launched(kernels, Kernels())) == pytest.approx(count)
 
 
+def test_gradients_of_what_gate_and_up_projection_read_are_summed():
+    """By PyTorch's engine, over all rows of the tensor-parallel group; a joint projection and a compiler have no such kernel."""
+    eager = {"tp": 2, "overlap": Overlap(tp=False), "sequence_parallel": False}
+    block = layer(DENSE, False, kernels=Kernels(gate="separate", accumulation="separate"), **eager)
+    assert only(block.backward, "mlp.input").bytes == 3 * S * H * 2
+    for kernels in (Kernels(accumulation="separate"), Kernels(gate="separate")):
+        assert not [op for s in layer(DENSE, False, kernels=kernels, **eager).backward for op in s if op.name == "mlp.input"]
+
+
 def test_grouped_queries_are_copied_out_of_the_joint_projection():
     """Four heads of 16, two keys: S x 64 elements copied; joined backward are S x 128. One key per query needs no copy."""
     split = only(layer(DENSE, False).forward, "attn.split"), only(layer(DENSE, False).backward, "attn.split")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simulator.errors import ProfileError
-from simulator.scenario.plan import Plan
+from simulator.scenario.plan import NARROW, Plan
 from simulator.scenario.scenario import Scenario
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import cluster_of
@@ -138,7 +138,7 @@ def _with_software(row: Row, plan: Plan) -> Plan:
 def _dtypes(row: Row, plan: Plan) -> dict[str, Any]:
     """Return the datatypes of the states where the software is known to differ from what the time of a row needs."""
     found: dict[str, Any] = {}
-    if plan.precision.gemm in ("fp8", "fp4") and plan.zero < 3:
+    if plan.precision.gemm in NARROW and plan.zero < 3:
         row.assume("weights kept in FP8 (fp8_param_gather): recipes of Megatron, NeMo and Megatron-Bridge")
         found["parameters"] = "fp8"
     return found | _states(row, plan)

@@ -130,6 +130,9 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
     saved, cast = _kept(x.tokens * mats * local, kept)
     if mats == 2 and b.kernels.gate == "separate":
         own, gate = (name, name) if x.keeps_rows else (f"{name}.up", f"{name}.gate")
+        if b.kernels.accumulation == "separate" or b.kernels.pointwise == "eager":
+            # the engine sums the gradients of what both read; a compiler does so where they are read next
+            b.memory(f"{name}.input", 0.0, 3 * x.tokens * h * BF16, launches=(0, 1))
         column_parallel(b, gate, f"{name}.gate", x, h, local, (*modules, "mlp_gate"), saved / 2)
         column_parallel(b, own, f"{name}.up", x, h, local, modules, saved / 2, gathers=not x.keeps_rows)
     else:
@@ -280,9 +283,9 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     b = BlockBuilder(
         precision.head,
         ELEMENT_BYTES[precision.head],
-        overlap=plan.overlap.tp in (True, "pieces"),
+        overlap=plan.overlap.beside_gradients,
         kernels=plan.kernels,
-        cast_weights=precision.parameter_gather not in ("fp8", "fp4"),
+        cast_weights=precision.casts_weights,
         layouts=precision.layouts,
         block=precision.block,
     )
