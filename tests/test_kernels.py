@@ -10,13 +10,13 @@ import pytest
 from simulator.closed_forms import estimate
 from simulator.lower_bound import bound
 from simulator.pricing.compute import host_wait_s
-from simulator.pricing.operations import Known, op_s
+from simulator.pricing.operations import Known, op_s, wait_s
 from simulator.pricing.stage_times import price_blocks
 from simulator.scenario.kernels import Kernels
 from simulator.scenario.overlap import Overlap
 from simulator.scenario.plan import EVERY_OTHER_PRODUCT, Plan, Precision
 from simulator.simulate import simulate_step
-from simulator.workload.ops import COMPUTE, PLAIN_LAUNCH, awaited, host_wait, total
+from simulator.workload.ops import COMPUTE, PLAIN_LAUNCH, Op, awaited, host_wait, reads_back, total
 from simulator.workload.stages import blocks
 from simulator.workload.step import gradient_ops
 from tests.small import dense, job, moe, scenario
@@ -228,8 +228,10 @@ def test_the_host_launches_beside_all_that_it_does_not_wait_for(dispatcher, held
     """It reads what a rank gets before it launches the all-to-all, of HybridEP after; the backward repeats those counts."""
     block = blocks(moe(1, 256, leading=0), Plan(ep=4, dp_shard=4, dispatcher=dispatcher), job())["layer0"]
     for segments, apart in ((block.forward, held), (block.backward, [])):
-        beside = [op for segment in host_wait(segments, Kernels()).beside for op in segment]
-        assert [op.name for segment in segments for op in segment if op not in beside] == apart
+        assert [op.name for at in awaited(segments, Kernels()) for op in segments[at]] == apart
+    assert list(reads_back(block.forward, Kernels()).values()) == [bool(held)]
+    assert not reads_back(block.backward, Kernels())
+    assert not reads_back(block.forward, Kernels(graphs=("full",)))
 
 
 @pytest.mark.parametrize(
@@ -275,6 +277,23 @@ def test_a_dispatch_that_holds_the_host_is_not_beside_its_launches():
     dispatch = next(op for segment in blocks(s.model, s.plan, s.job)["layer0"].forward for op in segment if op.name == "moe.dispatch")
     passes = 4 * s.job.global_batch // s.plan.dp  # forwards of four layers
     assert waits.step_time_s - reads.step_time_s == pytest.approx(passes * float(op_s(dispatch, s.model, s.plan, s.cluster)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("holds", "dispatch_s", "wait"),
+    [
+        (False, 1.0, 0.0),  # 10, 4 and 5 s; it launches the last three kernels while the rows travel
+        (True, 1.0, 1.0),  # it reads behind the dispatch: the device waits for the next launch
+        (False, 100.0, 391.0),  # four launches, and the kernel that it reads behind: 410 instead of 19
+        (True, 100.0, 395.0),  # the dispatch, too
+        (True, None, 0.0),
+    ],
+)
+def test_a_host_that_reads_back_has_nothing_launched_ahead(holds, dispatch_s, wait):
+    ahead, experts = (Op(name, "gemm", bytes=1.0, launches=launches) for name, launches in (("router", 1.0), ("moe.up", 3.0)))
+    dispatch = Op("moe.dispatch", "all_to_all", bytes=1.0, axis="ep", holds=holds)
+    seconds = {"router": 10.0, "moe.dispatch": 4.0, "moe.up": 5.0}
+    assert wait_s(((ahead,), (dispatch,), (experts,)), lambda op: seconds[op.name], Kernels(), dispatch_s) == wait
 
 
 def test_a_slow_host_sets_the_pace():

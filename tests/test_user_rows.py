@@ -135,6 +135,27 @@ def test_collectives_are_scored_and_told(tmp_path):
     assert table["predicted_s"].tolist() == pytest.approx(known["predicted_s"].iloc[[20, 60]].tolist())
 
 
+@pytest.mark.parametrize(
+    ("model", "blank", "taken"),
+    [
+        ("Llama-3 8B", "vocab", "vocab not printed: 128256"),
+        ("meta-llama/Llama-3-8B", "vocab", "vocab not printed: 128256"),
+        ("GPT 8B", "kv_heads", "key-value heads not printed: 32"),
+        ("my 8B", "head_dim", "width of heads not printed: 128"),
+    ],
+)
+def test_a_blank_that_the_name_tells_is_an_assumption(write, model, blank, taken):
+    found = read_user_rows(write(GOOD | {"model": model, blank: ""}))
+    assert found.problems == []
+    assert taken in confront({"data": found.rows}).table["assumptions"][0]
+
+
+@pytest.mark.parametrize(("model", "blank"), [("my 8B", "vocab"), ("Llama-3 8B", "kv_heads")])
+def test_a_blank_that_the_name_does_not_tell_is_a_problem(write, model, blank):
+    (problem,) = read_user_rows(write(GOOD | {"model": model, blank: ""})).problems
+    assert (problem.rule, problem.numbers) == (f"runs.csv, line 2 (mine), column {blank}", "is blank")
+
+
 def test_the_schema_knows_every_published_column():
     assert set(published_runs().columns) - {"file"} == {c.name for c in RUNS} - {"release"}
     assert set(published_memory().columns) <= {c.name for c in PEAKS}

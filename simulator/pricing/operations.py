@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -13,13 +13,14 @@ from simulator.network import collectives
 from simulator.network.sharing import share
 from simulator.pricing import compute
 from simulator.scenario.cluster import Cluster, InTraining
+from simulator.scenario.kernels import Kernels
 from simulator.scenario.mesh import Group, placed
 from simulator.scenario.model import Model
 from simulator.scenario.plan import ELEMENT_BYTES, Plan
 from simulator.units import Number
 from simulator.workload.attention import ATTENTION_BACKWARD_FLOP
 from simulator.workload.experts import copies
-from simulator.workload.ops import COMPUTE, EXPERT_LAUNCH, HOST, LAUNCH, Op, Segment
+from simulator.workload.ops import COMPUTE, EXPERT_LAUNCH, HOST, LAUNCH, Op, Segment, awaited, launched, launches_of, reads_back
 
 _COLLECTIVES = {
     "all_gather": collectives.all_gather_s,
@@ -71,11 +72,11 @@ class Known:
         if op.routed and (np.ndim(load) > 0 or load != 1.0):
             op = loaded(op, load)
         if op.kind == HOST:
-            return compute.host_wait_s(op.launches, self.segments_s(op.beside, slow), self._dispatch_s)
+            return wait_s(op.beside, lambda part: self.op_s(part, slow=slow), self._of[1].kernels, self._dispatch_s)
         if op.kind == LAUNCH:
             return op.launches * (self._dispatch_s or 0.0) + self.segments_s(op.beside, slow)
         words = op.name, op.kind, op.axis, op.dtype, op.listed, op.grad if op.grad in ("input", "weight") else ""  # again is forward
-        behind = tuple((other.kind, other.dtype, _hashable(other.bytes)) for other in op.behind)
+        behind = tuple((other.kind, other.axis, other.dtype, _hashable(other.bytes)) for other in op.behind)
         key = (*words, *behind, *map(_hashable, _NUMBERS(op)))
         if key not in self._seconds:
             self._seconds[key] = _full_s(op, *self._of)
@@ -85,13 +86,66 @@ class Known:
         """Return the seconds of segments run one after the other; operations of a segment run side by side."""
         seconds: Number = 0.0
         for segment in segments:
-            parallel = [self.op_s(op, slow=slow) for op in segment]
-            seconds = seconds + (parallel[0] if len(parallel) == 1 else np.maximum.reduce(np.broadcast_arrays(*parallel)))
+            seconds = seconds + longest([self.op_s(op, slow=slow) for op in segment])
         return seconds
 
     def in_turn_s(self, ops: Iterable[Op]) -> Number:
         """Return the seconds of operations one after the other."""
         return sum(map(self.op_s, ops), 0.0)
+
+
+def wait_s(segments: tuple[Segment, ...], seconds: Callable[[Op], Number], kernels: Kernels, dispatch_s: float | None) -> Number:
+    """Return how much longer a pass of a block takes than its segments, because one thread launches its kernels.
+
+    Parameters
+    ----------
+    segments : tuple of Segment
+        All of the pass.
+    seconds : callable
+        Returns the seconds of an operation.
+    dispatch_s : float or None
+        What a kernel of a module of Transformer Engine costs the host; None costs nothing.
+
+    Notes
+    -----
+    A host that never reads from the device is as far ahead as it gets: the pass takes the longer of all launches, with what the host
+    waits for, and all segments. Where it reads how many rows the experts get, it has nothing launched ahead any more: the device waits
+    for the next launch, and each part between two such reads takes its own time. Kernel i starts when the one before it has ended and
+    its first launch is done, and ends no sooner than its last: the pace of equal blocks in a row is that of the second of two.
+    """
+    if dispatch_s is None:
+        return 0.0
+    priced = [[seconds(op) for op in segment] for segment in segments]
+    lasts = list(map(longest, priced))
+    device = sum(lasts, 0.0)
+    reads = reads_back(segments, kernels)
+    if not reads:
+        meanwhile = device - sum((lasts[at] for at in awaited(segments, kernels)), 0.0)
+        return compute.host_wait_s(launched(segments, kernels), meanwhile, dispatch_s)
+    launches = launches_of(segments, kernels)
+    host: Number = 0.0
+    ended: Number = 0.0
+    began: Number = 0.0
+    for _ in range(2):
+        began = ended
+        for at, (row, lengths) in enumerate(zip(launches, priced, strict=True)):
+            if reads.get(at) is False:
+                host = np.maximum(host, ended)
+            start = ended
+            for many, length in zip(row, lengths, strict=True):
+                if not np.any(many):
+                    ended = np.maximum(ended, start + length)
+                    continue
+                first, host = host + np.minimum(many, 1.0) * dispatch_s, host + many * dispatch_s
+                ended = np.maximum(np.maximum(ended, host), np.maximum(start, first) + length)
+            if reads.get(at):
+                host = np.maximum(host, ended)
+    return np.maximum(ended - began - device, 0.0)
+
+
+def longest(parts: list[Number]) -> Number:
+    """Return the longest of operations that run side by side, for every plan."""
+    return parts[0] if len(parts) == 1 else np.maximum.reduce(np.broadcast_arrays(*parts))
 
 
 #: the numbers that decide what an operation costs

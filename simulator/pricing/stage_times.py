@@ -10,7 +10,7 @@ import numpy as np
 
 from simulator.engine.replay import Lap, Runs, entry_s
 from simulator.pricing.beside import Beside
-from simulator.pricing.operations import Known, op_s
+from simulator.pricing.operations import Known, longest, op_s, wait_s
 from simulator.scenario.cluster import Accelerator, Cluster
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
@@ -117,20 +117,9 @@ def slowed(runs: Runs, slow: Number = 1.0) -> tuple[Runs, Number | None]:
             continue
         parts = tuple((stream, seconds * slow if stream == "compute" else seconds) for stream, seconds in segment if stream != _AWAITED)
         if len(parts) < len(segment):
-            awaited_s = awaited_s + _longest([seconds for _, seconds in parts])
+            awaited_s = awaited_s + longest([seconds for _, seconds in parts])
         _append(found, parts)
     return tuple(found), None if launched is None else launched + awaited_s
-
-
-def runs_s(runs: Runs, slow: Number = 1.0) -> Number:
-    """Return the seconds of runs one after the other, the wait for the host included."""
-    segments, host = slowed(runs, slow)
-    seconds = sum((_longest([seconds for _, seconds in segment]) for segment in segments), 0.0)
-    return seconds if host is None else np.maximum(seconds, host)
-
-
-def _longest(parts: list[Number]) -> Number:
-    return parts[0] if len(parts) == 1 else np.maximum.reduce(np.broadcast_arrays(*parts))
 
 
 #: the blocks of an action, each with how long it keeps the host busy
@@ -208,8 +197,14 @@ def price_blocks(
         segments = {kind: passes(block, kind) for kind in PASSES}
         ops = {id(op): op for kind in PASSES for segment in segments[kind] for op in segment}  # passes share most of them
         priced = {number: known.op_s(op) for number, op in ops.items()}
-        own = {kind: runs(segments[kind], priced) for kind in PASSES}
-        alone = {kind: runs_s(own[kind]) for kind in PASSES}
+
+        def pass_s(kind: str, slow: Number) -> Number:
+            """Return the seconds of a pass whose kernels take `slow` times as long, the wait for the host included."""
+            seconds = {number: priced[number] * (slow if op.kind in COMPUTE else 1.0) for number, op in ops.items()}
+            device = sum((longest([seconds[id(op)] for op in segment]) for segment in segments[kind]), 0.0)
+            return device + wait_s(segments[kind], lambda op: seconds[id(op)], plan.kernels, cluster.host.dispatch_s)
+
+        alone = {kind: pass_s(kind, 1.0) for kind in PASSES}
         slow = {
             kind: pass_beside(block, kind, model, plan, cluster, known=known).slowdown(cluster.accelerator) if sharing else 1.0
             for kind in PASSES
@@ -218,9 +213,9 @@ def price_blocks(
             **{field: alone[kind] for kind, field in PASSES.items()},
             gather_s=known.in_turn_s(parameter_ops(block, plan)) if sharing else 0.0,
             reduce_s=known.in_turn_s(gradient_ops(block, plan)) if sharing else 0.0,
-            forward_runs=own["F"],
-            backward_runs=own["B"],
-            extra_s={kind: runs_s(own[kind], slow[kind]) - alone[kind] if np.any(slow[kind] != 1.0) else 0.0 for kind in PASSES},
+            forward_runs=runs(segments["F"], priced),
+            backward_runs=runs(segments["B"], priced),
+            extra_s={kind: pass_s(kind, slow[kind]) - alone[kind] if np.any(slow[kind] != 1.0) else 0.0 for kind in PASSES},
             paired={kind: pass_beside(block, kind, model, plan, cluster, True, known) for kind in "FB"} if sharing else {},
         )
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from simulator.errors import Problem, ProfileError, nearest
 from simulator.validation.row_machines import MACHINES, known_machine
+from simulator.validation.row_model import usual
 from simulator.validation.schema import SCHEMAS, Schema, wrong
 
 #: degrees whose product is the number of accelerators
@@ -96,7 +97,7 @@ def _row_problems(path: Path, number: int, row: dict[str, str], schema: Schema) 
     problems = [problem(c.name, *found) for c in schema.columns if (found := wrong(c, row[c.name]))]
     for column in schema.columns:
         needed = column.needed == "always" or (column.needed == "moe" and row["arch"] == "moe")
-        if needed and not row[column.name]:
+        if needed and not row[column.name] and not usual(row.get("model", ""), column.name):
             problems.append(problem(column.name, "is blank", f"write {column.meaning}"))
     if row.get("arch", "") not in ("", "dense", "moe"):
         problems.append(problem("arch", f"{row['arch']!r}", "write dense or moe"))

@@ -283,9 +283,9 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     b = BlockBuilder(
         precision.head,
         ELEMENT_BYTES[precision.head],
-        overlap=plan.overlap.tp in (True, "pieces"),
+        overlap=plan.overlap.beside_gradients,
         kernels=plan.kernels,
-        cast_weights=precision.parameter_gather not in ("fp8", "fp4"),
+        cast_weights=precision.casts_weights,
         layouts=precision.layouts,
         block=precision.block,
     )

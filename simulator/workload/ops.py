@@ -77,7 +77,7 @@ class Op:
         Kernels that the host launches for it, as much of its time as ones that the framework launches singly; of a tensor-parallel
         collective its own call, if it has one.
     beside : tuple of Segment
-        Of ``host``: what runs while the host launches. Of ``launch``: what it waits for in between.
+        Of ``host``: what it launches. Of ``launch``: what it waits for in between.
     apart : bool or ndarray of bool
         Of a collective: it takes no multiprocessors from the kernels beside it, because copy engines move it or some are set
         aside for it. Of a kernel: it runs on the others only.
@@ -164,12 +164,10 @@ Segment = tuple[Op, ...]
 def host_wait(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     """Return what the last kernel of `segments` waits for: the host, which launches them one after the other.
 
-    It launches while kernels and collectives run, but not while it waits for some (`awaited`).
+    How long it waits, `simulator.pricing.operations.wait_s` says.
     """
-    waits = awaited(segments, kernels)
-    beside = tuple(segment for at, segment in enumerate(segments) if at not in waits)
-    routed = any(op.routed for segment in segments for op in segment if _launched(op, kernels))
-    return Op(HOST, HOST, launches=launched(segments, kernels), beside=beside, routed=routed)
+    routed = any(op.routed for segment in segments for op in segment)
+    return Op(HOST, HOST, launches=launched(segments, kernels), beside=segments, routed=routed)
 
 
 def host_time(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
@@ -188,10 +186,29 @@ def launched(segments: tuple[Segment, ...], kernels: Kernels) -> Number:
     A tensor-parallel collective is a call of torch.distributed in Python, as much as such a kernel; where collectives were timed apart,
     the host waits and none counts (`Overlap.host_waits`). Those of experts are among the launches of their dispatcher.
     """
-    ops = [op for segment in segments for op in segment if op.kind in COMPUTE or op.axis == "tp"]
-    replays = "full" not in kernels.graphs and any(kernels.captured(op.name) for op in ops)
-    own = (op.launches * op.share * _cost(op, kernels) for op in ops if _launched(op, kernels))
-    return sum(own, GRAPH_LAUNCHES * float(replays))
+    return sum((launches for row in launches_of(segments, kernels) for launches in row), 0.0)
+
+
+def launches_of(segments: tuple[Segment, ...], kernels: Kernels) -> list[list[Number]]:
+    """Return what the host launches for every operation of `segments`; the replay of a graph with the first kernel that it holds."""
+    found: list[list[Number]] = []
+    replays = GRAPH_LAUNCHES * float("full" not in kernels.graphs)
+    for segment in segments:
+        row: list[Number] = []
+        for op in segment:
+            first = replays if op.kind in COMPUTE and kernels.captured(op.name) else 0.0
+            replays -= first
+            row.append(op.launches * op.share * _cost(op, kernels) if _launched(op, kernels) else first)
+        found.append(row)
+    return found
+
+
+def reads_back(segments: tuple[Segment, ...], kernels: Kernels) -> dict[int, bool]:
+    """Return the segments that send experts' rows, where the host waits for the device (`awaited`), and whether it does behind them."""
+    if "full" in kernels.graphs:
+        return {}
+    sent = {at: s for at, s in enumerate(segments) if any(op.name == "moe.dispatch" and op.grad in ("", "again") for op in s)}
+    return {at: any(op.holds for op in segment) for at, segment in sent.items()}
 
 
 def _does_work(op: Op) -> bool:
