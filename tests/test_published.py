@@ -712,3 +712,30 @@ def test_a_model_by_another_name_is_the_same_scenario(runs, written):
 def test_four_bits_by_other_names(runs, printed):
     scenario, _ = scenario_from_row(row(runs, "mbridge-26.04.01-llama3_70b-gb300-nvfp4-64") | {"precision": printed})
     assert scenario.plan.precision.gemm == "fp4"
+
+
+@pytest.mark.parametrize(
+    ("name", "unsaid"),
+    [
+        ("dgxc-v24.11.1-llama2_70b-h100-bf16-512", {"recompute": "", "overlap_notes": ""}),
+        ("dgxc-v24.11.1-gpt3_175b-h100-fp8-512-2", {"recompute": "", "overlap_notes": ""}),
+        ("dgxc-v24.11.1-pax5b-h100-bf16-16", {"recompute": "", "overlap_notes": ""}),
+        ("dgxc-v25.04.02-llama3_70b-h100-fp8-512-2", {"recompute": "", "overlap_notes": "", "mbs": ""}),
+        ("dgxc-v25.04.02-nemotron4_340b-h100-bf16-256", {"vpp": ""}),
+        ("zoo-q235-gb200-131072-mxfp8", {"recompute": ""}),
+        ("zoo-q235-gb200-4096-bf16", {"recompute": "", "overlap_notes": "dispatcher=HybridEP; A2A_OVERLAP=0"}),
+        (
+            "dsv3-gb200-ladder-06",
+            {
+                "recompute": "selective(mlp)",
+                "overlap_notes": "dispatcher=DeepEP; cumulative step 6: CUDA Graphs",
+                "notes": "ablation ladder",
+            },
+        ),
+    ],
+)
+def test_rows_as_their_tables_print_them_are_read_with_their_scripts(runs, name, unsaid):
+    """Where the shipped row has what a script says filled in, the same comes of the row as printed."""
+    shipped = row(runs, name)
+    filled, printed = (scenario_from_row(cells)[0] for cells in (shipped, shipped | unsaid))
+    assert (printed.plan, printed.model.layers, printed.model.mtp_layers) == (filled.plan, filled.model.layers, filled.model.mtp_layers)

@@ -31,6 +31,8 @@ class Script(NamedTuple):
 _BRIDGE = "NVIDIA-NeMo/Megatron-Bridge"
 _25_09, _25_11 = r"\(25\.09 container\)", r"\(25\.11 container\)"
 _ZOO = "yanring/Megatron-MoE-ModelZoo"
+_DGXC = "NVIDIA/dgxc-benchmarking"
+_GRAPHS = "cuda_graph_scope=attn moe_router moe_preprocess"
 _SCRIPTS = [
     Script(
         {"source": "Parallel Folding", "notes": r"strategy '(?!.*Folding)"},
@@ -61,6 +63,62 @@ _SCRIPTS = [
         {"source": "MLPerf Training", "gpu": "[BH][123]00", "precision": "^$"},
         {"precision": "FP8"},
         "mlcommons/training_results: configurations of NVIDIA's implementation train in 8 bits, where they name no 4",
+    ),
+    Script(
+        {"provenance": "dgxc-benchmarking/maxtext", "recompute": "^$"},
+        {"recompute": "selective(layernorm,core_attn,attn_out,mlp,mlp_act)"},
+        f"remat_policy=save_qkv_proj of {_DGXC} @0b71cfd maxtext/configure.sh",
+    ),
+    Script(
+        {"provenance": "dgxc-benchmarking/maxtext", "notes": "FSDP=128 x", "overlap_notes": "^$"},
+        {"overlap_notes": "optimizer-shard group = 128"},
+        "the row's own notes",
+    ),
+    Script({"provenance": r"dgxc-benchmarking/maxtext/.*@v25\.04", "mbs": "^$"}, {"mbs": "2"}, f"{_DGXC} maxtext/configure.sh"),
+    Script(
+        {"provenance": r"dgxc-benchmarking/maxtext/.*@v25\.04", "gpus": "^(512|1024|2048)$", "overlap_notes": "^$"},
+        {"overlap_notes": "optimizer-shard group = 128"},
+        f"{_DGXC} maxtext/configure.sh, as in the releases before",
+    ),
+    Script(
+        {"provenance": "dgxc-benchmarking/paxml/README_175b", "recompute": "^$"},
+        {"recompute": "selective(layernorm,core_attn,mlp,mlp_act)", "overlap_notes": "optimizer-shard group = 128"},
+        f"SAVE_QKV_OUT_PROJ of {_DGXC} @35a9aec paxml/paxml_mod_configs.py, the meshes of its configure.sh",
+    ),
+    Script(
+        {"provenance": "dgxc-benchmarking/paxml/README_5b", "recompute": "^$"},
+        {"recompute": "selective(layernorm,core_attn,mlp_act)", "overlap_notes": "optimizer-shard group = 8"},
+        f"SAVE_DOT_ONLY of {_DGXC} @35a9aec paxml/paxml_mod_configs.py, the meshes of its configure.sh",
+    ),
+    Script(
+        {"provenance": "dgxc-benchmarking/nemotron", "model": "340B", "gpu": "H100", "pp": "^8$", "vpp": "^$"},
+        {"vpp": "12"},
+        "NVIDIA/NeMo scripts/performance/recommended_model_configs, for the same model and mapping",
+    ),
+    Script(
+        {"source": "GB200 DeepSeek-V3 optimi", "overlap_notes": "^(?!.*pp_layout)"},
+        {"overlap_notes": "pp_layout=Et|(tt|)*30L", "notes": "without MTP; forced load balancing; bf16 moments; grads fp32"},
+        f"NVIDIA/Megatron-LM examples of this optimisation; {_ZOO} best-practice/DeepSeekV3/run_gb200.sh",
+    ),
+    Script(
+        {"source": "GB200 DeepSeek-V3 optimi", "overlap_notes": r"cumulative step ([6-9]|1\d):(?!.*cuda_graph)"},
+        {"overlap_notes": _GRAPHS},
+        "CUDA graphs are its sixth step",
+    ),
+    Script(
+        {"source": "GB200 DeepSeek-V3 optimi", "recompute": r"^selective\(mlp\)$"},
+        {"recompute": "selective(mlp,moe_act)"},
+        "the text of the guide that the table is of",
+    ),
+    Script(
+        {"source": "Megatron-MoE-ModelZoo", "gpu": "GB200", "precision": "^mxfp8", "recompute": "^$"},
+        {"recompute": "selective(moe_act,layernorm)"},
+        f"{_ZOO} @020b813 best_practice/qwen3/run_gb200_235b.sh",
+    ),
+    Script(
+        {"source": "Megatron-MoE-ModelZoo", "gpu": "GB[23]00", "seq_len": "^4096$", "recompute": "^$"},
+        {"recompute": "none", "overlap_notes": _GRAPHS},
+        f"{_ZOO} @020b813 best_practice/qwen3/run_gb200_235b.sh and its run_gb300_235b.sh",
     ),
     Script(
         {"source": "Megatron-MoE-ModelZoo", "gpu": "H100", "recompute": "modules in the command line"},
