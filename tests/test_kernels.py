@@ -105,7 +105,12 @@ def test_gathered_logits_are_seen_by_every_rank():
     gathers = [
         op for segment in heads["gathered"].forward for op in segment if op.name == "head.gather" and op.bytes == SEQUENCE * model.vocab * 2
     ]
-    assert any(op.kind == "all_gather" for op in gathers)
+    assert any(op.kind == "all_gather" and op.listed for op in gathers)
+    join = lambda op: op.bytes if op.name == "head.join" else 0.0  # noqa: E731
+    moved = [total(segments, join) for segments in (heads["gathered"].forward, heads["gathered"].backward)]
+    assert moved == [2 * 2 * SEQUENCE * model.vocab, 2 * 2 * SEQUENCE * model.vocab / 4]
+    alone = blocks(model, Plan(dp_shard=1, framework={"cross_entropy": "gathered"}), job())["head"]
+    assert total(alone.forward, join) == total(alone.forward, lambda op: op.bytes if op.listed else 0.0) == 0
 
 
 def test_saved_scores_are_those_of_korthikanti():

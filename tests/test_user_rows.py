@@ -135,6 +135,36 @@ def test_collectives_are_scored_and_told(tmp_path):
     assert table["predicted_s"].tolist() == pytest.approx(known["predicted_s"].iloc[[20, 60]].tolist())
 
 
+@pytest.mark.parametrize(
+    ("model", "blank", "taken"),
+    [
+        ("Llama-3 8B", "vocab", "vocab not printed: 128256"),
+        ("meta-llama/Llama-3-8B", "vocab", "vocab not printed: 128256"),
+        ("GPT 8B", "kv_heads", "key-value heads not printed: 32"),
+        ("my 8B", "head_dim", "width of heads not printed: 128"),
+    ],
+)
+def test_a_blank_that_the_name_tells_is_an_assumption(write, model, blank, taken):
+    found = read_user_rows(write(GOOD | {"model": model, blank: ""}))
+    assert found.problems == []
+    assert taken in confront({"data": found.rows}).table["assumptions"][0]
+
+
+@pytest.mark.parametrize(("model", "blank"), [("my 8B", "vocab"), ("Llama-3 8B", "kv_heads")])
+def test_a_blank_that_the_name_does_not_tell_is_a_problem(write, model, blank):
+    (problem,) = read_user_rows(write(GOOD | {"model": model, blank: ""})).problems
+    assert (problem.rule, problem.numbers) == (f"runs.csv, line 2 (mine), column {blank}", "is blank")
+
+
+def test_published_rows_are_read_as_a_users(tmp_path):
+    """All that are predicted as published, in a file of their own, also the one whose table prints more experts' ranks than there are."""
+    runs = published_runs().drop(columns="file")
+    runs = runs[runs["complete"].isin(["yes", "partial"]) & runs["source"].str.contains("Megatron-Bridge|Zero Bubble|JAX")]
+    path = tmp_path / "published.csv"
+    runs.to_csv(path, index=False)
+    assert read_user_rows(path).problems == []
+
+
 def test_the_schema_knows_every_published_column():
     assert set(published_runs().columns) - {"file"} == {c.name for c in RUNS} - {"release"}
     assert set(published_memory().columns) <= {c.name for c in PEAKS}

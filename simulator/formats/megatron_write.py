@@ -9,7 +9,7 @@ from simulator.formats.megatron import plan_from_megatron
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
 from simulator.scenario.placement import PIPELINE_INSIDE
-from simulator.scenario.plan import Plan
+from simulator.scenario.plan import NARROW, Plan
 from simulator.scenario.scenario import Scenario
 from simulator.workload.stages import stage_blocks
 
@@ -127,7 +127,7 @@ def _precision(plan: Plan) -> list[str]:
         flags.append("--accumulate-allreduce-grads-in-fp32")
     elif p.gradients == "bf16" and p.parameters == "bf16":
         flags.append("--grad-reduce-in-bf16")
-    if p.gemm in ("fp8", "fp4"):
+    if p.gemm in NARROW:
         flags.append({"fp8": "--fp8-format hybrid", "fp4": "--fp4-format e2m1"}[p.gemm])
     if p.master == "fp16" or p.moments != "fp32":
         flags.append("--use-precision-aware-optimizer")

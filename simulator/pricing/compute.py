@@ -6,6 +6,7 @@ import numpy as np
 
 from simulator.scenario.cluster import Accelerator, InTraining
 from simulator.scenario.measured import KernelCost
+from simulator.scenario.plan import NARROW
 from simulator.units import Number
 
 _WIDER = ("fp4", "fp8", "bf16", "fp16", "fp32")
@@ -133,7 +134,7 @@ def gemm_s(
     """
     run_as = _run_as(accelerator, dtype)
     rate = accelerator.peak_flop_per_s[run_as] * accelerator.gemm_efficiency[run_as]
-    rate = rate * _in_training(accelerator, "gemm_low" if run_as in ("fp8", "fp4") else "gemm")
+    rate = rate * _in_training(accelerator, "gemm_low" if run_as in NARROW else "gemm")
     if np.any(grouped):
         beside = accelerator.grouped_gemm_efficiency * _in_training(accelerator, "grouped")
         rate = rate * np.where(np.asarray(groups) > 1, beside, 1.0)  # one alone is a plain product

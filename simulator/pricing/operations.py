@@ -76,7 +76,7 @@ class Known:
         if op.kind == LAUNCH:
             return op.launches * (self._dispatch_s or 0.0) + self.segments_s(op.beside, slow)
         words = op.name, op.kind, op.axis, op.dtype, op.listed, op.grad if op.grad in ("input", "weight") else ""  # again is forward
-        behind = tuple((other.kind, other.dtype, _hashable(other.bytes)) for other in op.behind)
+        behind = tuple((other.kind, other.axis, other.dtype, _hashable(other.bytes)) for other in op.behind)
         key = (*words, *behind, *map(_hashable, _NUMBERS(op)))
         if key not in self._seconds:
             self._seconds[key] = _full_s(op, *self._of)

@@ -45,14 +45,15 @@ class Group:
         """
         if self.places is not None:
             return _fewest_together(self.places // block)
-        return _aligned(self.size // self.blocks, self.stride, block) * _aligned(self.blocks, self.block_stride, block)
+        together = _aligned(self.size // self.blocks, self.stride, block)
+        return together if np.ndim(self.blocks) == 0 and self.blocks == 1 else together * _aligned(self.blocks, self.block_stride, block)
 
 
 def _aligned(size: Number, stride: Number, block: int) -> Number:
     span = np.asarray(size) * stride
     whole = np.gcd(np.asarray(span, dtype=np.int64), block)
     members = np.where(span <= block, np.where(block % np.maximum(span, 1) == 0, span, whole), whole) // stride
-    return np.clip(np.maximum(members, 1), 1, size)
+    return np.minimum(np.maximum(members, 1), size)
 
 
 def _fewest_together(block: np.ndarray) -> int:

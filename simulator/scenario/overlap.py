@@ -67,6 +67,11 @@ class Overlap(Frozen):
     host_waits: bool = False
     pp: bool = True
 
+    @property
+    def beside_gradients(self) -> bool:
+        """Whether tensor-parallel collectives run beside the gradients of a linear layer."""
+        return self.tp in (True, "pieces")
+
     @model_validator(mode="after")
     def _waits_for_what_runs_alone(self) -> Overlap:
         if self.host_waits and self.tp is not False:

@@ -33,6 +33,8 @@ EVERY_OTHER_PRODUCT: tuple[Module, ...] = ("layernorm", "tp_gather", "attn_out",
 
 #: bytes of one element; fp8 and fp4 carry one scale per 128 and per 16 elements
 ELEMENT_BYTES: dict[str, float] = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0 + 4 / 128, "fp4": 0.5 + 1 / 16}
+#: datatypes narrower than 16 bits, which tensors are cast to for products
+NARROW = ("fp8", "fp4")
 
 
 #: how chunks follow one another: around the ranks again, back from the last rank, or two models in opposite directions
@@ -96,9 +98,14 @@ class Precision(Frozen):
     block: Literal[0, 16, 32] = 0
 
     @property
+    def casts_weights(self) -> bool:
+        """Whether weights arrive in 16 bits and are cast for every pass of a narrow layer."""
+        return self.parameter_gather not in NARROW
+
+    @property
     def gathered(self) -> Dtype:
         """The datatype of tensor-parallel all-gathers: `gather`, or by default that of narrow linear layers."""
-        return self.gather or (self.gemm if self.gemm in ("fp8", "fp4") else "bf16")
+        return self.gather or (self.gemm if self.gemm in NARROW else "bf16")
 
 
 class Reserve(Frozen):

@@ -12,7 +12,8 @@ from simulator.scenario.plan import wiring
 from simulator.schedules.classic import gpipe, interleaved, interleaved_overlapped, one_f_one_b
 from simulator.schedules.controllable import v_half, v_min
 from simulator.schedules.dual import dualpipe, dualpipev
-from simulator.schedules.table import EXCHANGE, Action, Entry, Pair, Schedule, Step, Table, actions, by_segments, read_table, turn_ends
+from simulator.schedules.table import Action, Entry, Pair, Schedule, Step, Table, actions, read_table
+from simulator.schedules.turns import EXCHANGE, by_segments, turn_ends
 from simulator.schedules.zero_bubble import interleaved_zero_bubble, zb_1p, zb_2p, zb_h1, zb_h2, zb_v
 from simulator.units import Number
 

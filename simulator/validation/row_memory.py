@@ -7,27 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from simulator.errors import ProfileError
-from simulator.scenario.plan import Plan
+from simulator.scenario.plan import NARROW, Plan
 from simulator.scenario.scenario import Scenario
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import cluster_of
 from simulator.validation.row_model import BLOOM_VOCAB, model_of
-from simulator.validation.row_names import canonical
+from simulator.validation.row_names import canonical, usual_vocab
 from simulator.validation.row_plan import job_of, plan_of
 from simulator.validation.row_scripts import with_scripts
 
 #: columns of a training run that describe the model and that a memory row lacks
 DIMENSIONS = ("ffn_hidden", "head_dim", "vocab", "shared_experts", "dense_layers")
-#: beginning of a model's name -> vocabulary of its usual tokenizer, as its software pads it
-_VOCABULARIES = {
-    "GPT": 51200,
-    "LLaMA": 32000,
-    "Llama-2": 32000,
-    "Llama-3": 128256,
-    "Qwen": 151936,
-    "DeepSeek": 129280,
-}
-
 #: beginning of a model's name -> dimensions that its memory rows leave out: tencent/Hy3 config.json, as the source of the rows lists
 #: it (yangwhale/gpu-tpu-pedia @33cf8c3 gpu/a4x-max/07-megatron-training/07f-gb300-hy3-295b-gke)
 _DIMENSIONS_OF = {
@@ -98,8 +88,7 @@ def _assumed(cells: dict[str, Any], said: list[str]) -> Row:
             cells[column] = str(value)
             said.append(f"{column} not printed: {value}, {why}")
 
-    usual = next((v for k, v in _VOCABULARIES.items() if row.text("model").startswith(k)), None)
-    assume("vocab", BLOOM_VOCAB if row.has("BLOOM", "source") else usual, "of its usual tokenizer")
+    assume("vocab", BLOOM_VOCAB if row.has("BLOOM", "source") else usual_vocab(row.text("model")), "of its usual tokenizer")
     if hidden:
         assume("layers", _layers(row, hidden), "from the parameters in its name")
         plain = row.text("model").startswith(("GPT", "MT-NLG", "BLOOM"))
@@ -149,7 +138,7 @@ def _with_software(row: Row, plan: Plan) -> Plan:
 def _dtypes(row: Row, plan: Plan) -> dict[str, Any]:
     """Return the datatypes of the states where the software is known to differ from what the time of a row needs."""
     found: dict[str, Any] = {}
-    if plan.precision.gemm in ("fp8", "fp4") and plan.zero < 3:
+    if plan.precision.gemm in NARROW and plan.zero < 3:
         row.assume("weights kept in FP8 (fp8_param_gather): recipes of Megatron, NeMo and Megatron-Bridge")
         found["parameters"] = "fp8"
     return found | _states(row, plan)

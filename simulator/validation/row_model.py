@@ -9,6 +9,7 @@ from simulator.errors import ProfileError
 from simulator.scenario.model import Experts, LatentAttention, Model
 from simulator.scenario.profiles import MODELS
 from simulator.validation.row import Row
+from simulator.validation.row_names import canonical, usual_vocab
 
 #: beginning of the published name -> shipped model: the columns lack latent attention, routing groups, windows, MTP
 _SHIPPED = {
@@ -35,8 +36,8 @@ _STYLES: dict[str, tuple[dict[str, bool], str]] = {
     "Tencent Hunyuan|Hy3|Qwen3": ({"qk_norm": True}, "layer details not printed: queries and keys normalised (config.json of its models)"),
     "Nemotron-4": ({"gated": False, "layer_norm": True}, "layer details not printed: Nemotron-4 (plain MLP, LayerNorm)"),
 }
-#: GPT-2's 50,257 tokens, padded by Megatron for eight tensor-parallel ranks
-_GPT_VOCAB = 51200
+#: beginning of the names of models whose every query has its own key and value
+_PLAIN = ("GPT", "BLOOM", "MPT", "MT-NLG")
 #: BLOOM's 250,680 tokens, padded by Megatron (config.json of bigscience/bloom)
 BLOOM_VOCAB = 250880
 #: runs of Megatron-LM and its forks, which pad every vocabulary (megatron/tokenizer/tokenizer.py, ``_vocab_size_with_padding``), also
@@ -47,6 +48,14 @@ _PADS = r"vTrain ground truth \(multi|SC'21|Korthikanti|MT-NLG"
 #: width 2,048 on one rank and 1.6 ms on each of two, where 50,257 rows are no whole vectors and 25,128 are
 _CUTS = r"vTrain ground truth \(single"
 _LATENT = re.compile(r"MLA: q_lora (\d+), kv_lora (\d+), qk_nope (\d+), qk_rope (\d+), v_head (\d+)")
+
+
+def usual(name: str, column: str) -> bool:
+    """Return whether a model's name tells what a blank cell of `column` stands for; it is taken as an assumption by name."""
+    name = canonical(name)
+    if column == "vocab":
+        return usual_vocab(name) is not None or name.startswith(tuple(_SHIPPED))
+    return column == "head_dim" or (column == "kv_heads" and name.startswith((*_PLAIN, *_SHIPPED)))
 
 
 def model_of(row: Row) -> Model:
@@ -131,8 +140,11 @@ def _moe_layers(row: Row, layers: int, dense: int) -> tuple[bool, ...]:
 
 
 def _from_columns(row: Row) -> dict[str, Any]:
-    data: dict[str, Any] = {k: row.need(k) for k in ("layers", "hidden", "heads", "kv_heads", "head_dim")}
-    data["vocab"] = row.default("vocab", _GPT_VOCAB, row.whole("vocab")) if row.text("model").startswith("GPT") else row.need("vocab")
+    data: dict[str, Any] = {k: row.need(k) for k in ("layers", "hidden", "heads")}
+    plain = row.text("model").startswith(_PLAIN)
+    data["kv_heads"] = row.default("key-value heads", data["heads"], row.whole("kv_heads")) if plain else row.need("kv_heads")
+    data["head_dim"] = row.default("width of heads", data["hidden"] // data["heads"], row.whole("head_dim"))
+    data["vocab"] = row.default("vocab", usual_vocab(row.text("model")), row.whole("vocab")) or row.need("vocab")
     moe = row.text("arch") == "moe"
     dense = row.need("dense_layers") if moe else data["layers"]
     data["ffn"] = _ffn(row, data["hidden"]) if dense else (row.whole("ffn_hidden") or 0)

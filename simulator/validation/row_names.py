@@ -18,6 +18,20 @@ _SPELLINGS = (
     (r"nemotron[ _-]?([34])[ _-](\d+)b", r"Nemotron-\1 \2B"),
     (r"(?:meta[ _-])?llama[ _-]?([234](?:\.\d)?)[ _-](\d+)b", r"Llama-\1 \2B"),
 )
+#: beginning of a model's name -> vocabulary of its usual tokenizer, as its software pads it
+_VOCABULARIES = {
+    "GPT": 51200,  # 50,257 of GPT-2, padded by Megatron for eight tensor-parallel ranks
+    "LLaMA": 32000,
+    "Llama-2": 32000,
+    "Llama-3": 128256,
+    "Llama-4": 202048,
+    "Qwen": 151936,
+    "DeepSeek": 129280,
+    "Mixtral": 32000,
+    "MPT": 50368,
+    "Nemotron-4": 256000,
+    "Tencent Hunyuan 3": 120832,
+}
 #: whose repository a name is in
 _OWNER = r"^[\w.-]+/"
 
@@ -29,6 +43,11 @@ def canonical(name: str) -> str:
         if re.match(pattern, name, re.IGNORECASE):
             return re.sub(rf"^{pattern}", usual, name, flags=re.IGNORECASE)
     return name
+
+
+def usual_vocab(name: str) -> int | None:
+    """Return the vocabulary of a model's usual tokenizer, None where its name tells none."""
+    return next((size for start, size in _VOCABULARIES.items() if name.startswith(start)), None)
 
 
 def named(row: Row) -> Row:

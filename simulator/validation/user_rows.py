@@ -9,7 +9,10 @@ import numpy as np
 import pandas as pd
 
 from simulator.errors import Problem, ProfileError, nearest
+from simulator.validation.row import Row
 from simulator.validation.row_machines import MACHINES, known_machine
+from simulator.validation.row_model import usual
+from simulator.validation.row_scripts import with_scripts
 from simulator.validation.schema import SCHEMAS, Schema, wrong
 
 #: degrees whose product is the number of accelerators
@@ -96,7 +99,7 @@ def _row_problems(path: Path, number: int, row: dict[str, str], schema: Schema) 
     problems = [problem(c.name, *found) for c in schema.columns if (found := wrong(c, row[c.name]))]
     for column in schema.columns:
         needed = column.needed == "always" or (column.needed == "moe" and row["arch"] == "moe")
-        if needed and not row[column.name]:
+        if needed and not row[column.name] and not usual(row.get("model", ""), column.name):
             problems.append(problem(column.name, "is blank", f"write {column.meaning}"))
     if row.get("arch", "") not in ("", "dense", "moe"):
         problems.append(problem("arch", f"{row['arch']!r}", "write dense or moe"))
@@ -104,7 +107,10 @@ def _row_problems(path: Path, number: int, row: dict[str, str], schema: Schema) 
         problems.append(problem("gpu", f"{row['gpu']!r} has no profile", nearest(row["gpu"], MACHINES)))
     if not any(row[name] for name in schema.measured):
         problems.append(problem(schema.measured[0], "is blank", schema.remedy))
-    return problems if problems or "tp" not in row else _layout_problems(problem, row)
+    if problems or "tp" not in row:
+        return problems
+    scripted = with_scripts(Row(row))  # which may say another degree than a table prints
+    return _layout_problems(problem, row | {name: scripted.text(name) for name in (*_MESH, "gpus", "arch", "ep", "etp", "mbs", "gbs")})
 
 
 def _layout_problems(problem, row: dict[str, str]) -> list[Problem]:

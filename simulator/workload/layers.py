@@ -283,9 +283,9 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     b = BlockBuilder(
         precision.head,
         ELEMENT_BYTES[precision.head],
-        overlap=plan.overlap.tp in (True, "pieces"),
+        overlap=plan.overlap.beside_gradients,
         kernels=plan.kernels,
-        cast_weights=precision.parameter_gather not in ("fp8", "fp4"),
+        cast_weights=precision.casts_weights,
         layouts=precision.layouts,
         block=precision.block,
     )
@@ -301,7 +301,9 @@ def head(model: Model, plan: Plan, job: Job) -> Block:
     b.works(logits * BF16 - kept + 2 * x.tokens * model.hidden * BF16 + written)
     b.matrices.clear()  # never a placeholder: its gradient is written out, used and dropped
     if gathered:
-        b.add([(Op("head.gather", "all_gather", bytes=seen * BF16, axis="tp", launches=x.several),)], [])
+        # into a list of one tensor per rank, which are joined; backward, a rank copies its own part out of the gradient
+        b.add([(Op("head.gather", "all_gather", bytes=x.several * seen * BF16, axis="tp", launches=x.several, listed=True),)], [])
+        b.memory("head.join", *(2 * BF16 * x.several * size for size in (seen, logits)), launches=(x.several, x.several))
     b.memory("head.loss", *_of_loss(LOSS_BYTES, plan, x, seen), launches=_of_loss(LOSS_LAUNCHES, plan, x, 1.0))
     if plan.framework.metrics:
         logged = plan.framework.metrics * seen * METRIC_BYTES

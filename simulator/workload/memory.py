@@ -16,7 +16,7 @@ import numpy as np
 
 from simulator.scenario.job import Job
 from simulator.scenario.model import Model
-from simulator.scenario.plan import ELEMENT_BYTES, Plan, single
+from simulator.scenario.plan import ELEMENT_BYTES, NARROW, Plan, single
 from simulator.schedules import Schedule, repeating, schedule
 from simulator.units import Number
 from simulator.workload.blocks import Block
@@ -69,12 +69,12 @@ def low_precision_copies(plan: Plan) -> float:
     micro-batch (Transformer Engine's weight cache); weights that are kept in low precision are one of them. ZeRO-3 casts what
     it gathers anew.
     """
-    p, low = plan.precision, ("fp8", "fp4")
+    p = plan.precision
     if plan.zero >= 3:
         return 0.0
-    if p.parameters in low:
+    if p.parameters in NARROW:
         return (p.layouts - 1) * ELEMENT_BYTES[p.parameters]
-    return p.layouts * ELEMENT_BYTES[p.gemm] if p.gemm in low else 0.0
+    return p.layouts * ELEMENT_BYTES[p.gemm] if p.gemm in NARROW else 0.0
 
 
 def _gathered(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan) -> Number:
