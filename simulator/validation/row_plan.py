@@ -61,7 +61,7 @@ _RECIPES_IN_PIECES = [
     ),
     (
         "NVIDIA NeMo performance",
-        "GPT(-3)? 175B|Llama-[23] 70B",
+        "GPT(-3)? 175B|Llama-3 70B",
         "mxfp8",
         "ub_tp_comm_overlap of NVIDIA/NeMo-Framework-Launcher launcher_scripts/conf/training (@3dd3561 llama/llama3_70b.yaml, @1e46ac6 "
         "gpt3/175b_fp8_performance.yaml)",

@@ -21,10 +21,10 @@ fitted to this row, published in brackets:
 So the step and all phases but the bubble are met with balanced experts. With natural routing the step is met, too, and forwards are
 missed by three points. Missed at both ends: the bubble, by two fifths to a half.
 
-The bubble is what DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives with our mean times of an action, less the fifth that
-forwards wait inside pairs (`test_bubble_is_the_formulas`). With the published times it gives 0.98 s, half of what is published: the
-rest is waiting for stages, ranks and micro-batches that differ, which the source does not describe; jitter explains little of it
-(`test_jitter`).
+The bubble is 0.79 (balanced) and 0.86 (natural) of what DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives with our mean times
+of an action (`test_bubble_is_the_formulas`); most of that gap opened when the wait for the host left the
+queue of kernels inside pairs; why is not established. With the published times the formula gives 0.98 s, half of what is published: the rest is waiting for stages, ranks and
+micro-batches that differ, which the source does not describe; jitter explains little of it (`test_jitter`).
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ def test_the_published_phases_leave_one_sequence_per_micro_batch():
 
 
 def test_bubble_is_the_formulas(step):
-    """Of our times within 25 %; of the published ones half of the published bubble: what we lack is not in the schedule."""
-    assert phases(step)["bubble_s"] == pytest.approx(formula_s(phases(step)), rel=0.25)
+    """Of our times a fifth to a seventh less; of the published ones half of the published bubble: what we lack is not in the schedule."""
+    known = {"natural": 0.86, "balanced": 0.79}[step.scenario.job.routing]
+    assert phases(step)["bubble_s"] / formula_s(phases(step)) == pytest.approx(known, abs=0.05)
     assert formula_s(PUBLISHED) == pytest.approx(0.98, abs=0.01)
 
 
