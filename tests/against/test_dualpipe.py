@@ -22,9 +22,9 @@ So the step and all phases but the bubble are met with balanced experts. With na
 missed by three points. Missed at both ends: the bubble, by two fifths to a half.
 
 The bubble is 0.79 (balanced) and 0.86 (natural) of what DualPipe's own formula, (pp / 2 - 1) (F&B + B - 3 W), gives with our mean times
-of an action (`test_bubble_is_the_formulas`); most of that gap opened when the wait for the host left the
-queue of kernels inside pairs; why is not established. With the published times the formula gives 0.98 s, half of what is published: the rest is waiting for stages, ranks and
-micro-batches that differ, which the source does not describe; jitter explains little of it (`test_jitter`).
+of an action (`test_bubble_is_the_formulas`); most of that gap opened when the wait for the host left the queue of kernels inside pairs,
+and why is not established. With the published times the formula gives 0.98 s, half of what is published: the rest is waiting for stages,
+ranks and micro-batches that differ, which the source does not describe; jitter explains little of it (`test_jitter`).
 """
 
 from __future__ import annotations
