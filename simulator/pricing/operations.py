@@ -149,7 +149,9 @@ def longest(parts: list[Number]) -> Number:
 
 
 #: the numbers that decide what an operation costs
-_NUMBERS = attrgetter("flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "apart", "written", "addressed", "gathered")
+_NUMBERS = attrgetter(
+    "flop", "bytes", "m", "n", "k", "groups", "turns", "streams", "launches", "kernels", "apart", "written", "addressed", "gathered"
+)
 
 
 def _hashable(value: Number) -> Any:
@@ -230,7 +232,8 @@ def _kernel_s(op: Op, plan: Plan, cluster: Cluster) -> Number:
         width, backward = (op.k + op.n) / 2, op.grad == "input"
         seen, rows = keys_of(op), op.m * op.groups
         return compute.attention_s(op.flop, op.bytes, width, seen, rows, backward, cluster.accelerator, plan.kernels.attention)
-    return compute.memory_s(op.bytes, cluster.accelerator, op.launches, gathers=op.name.endswith("permute"), addressed=op.addressed)
+    run = np.maximum(op.launches, op.kernels)
+    return compute.memory_s(op.bytes, cluster.accelerator, run, gathers=op.name.endswith("permute"), addressed=op.addressed)
 
 
 def kernel_name(op: Op) -> str:

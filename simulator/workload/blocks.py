@@ -239,8 +239,9 @@ class BlockBuilder:
             backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
         if e < BF16:
             several = CURRENT_LAUNCHES if self.casts == "current" else 1  # of which all but the first come from C++
-            looped = (several * groups if "groups" in more else several - 1.0) * EXPERT_LAUNCH
-            host = {"routed": routed, "launches": 1 + looped}
+            kernels = several * groups if "groups" in more else several
+            looped = (kernels if "groups" in more else several - 1.0) * EXPERT_LAUNCH
+            host = {"routed": routed, "launches": 1 + looped, "kernels": several if self.kernels.experts == "fused" else kernels}
             rows, weight = groups * m, groups * k * n * (1.0 * self.cast_weights)
             sizes = rows / shared[0] * k, rows * k, rows / shared[1] * n, rows * n, weight
             there_b, again_b, back_b = self._cast_bytes(d, e, sizes, arrives)
@@ -326,10 +327,10 @@ def _partly(op: Op, share: float) -> Op:
     return op if share == 1 else replace(op, flop=op.flop * share, bytes=op.bytes * share, turns=op.turns * share, share=share)
 
 
-def _cast(name: str, size: Number, grad: str, launches: Number, routed: bool) -> Op:
+def _cast(name: str, size: Number, grad: str, launches: Number, kernels: Number, routed: bool) -> Op:
     """Return the casts ahead of a product: none, which nothing launches, where all comes as it is read."""
-    launched = launches * (np.asarray(size) > 0)
-    return Op(f"{name}.cast", "memory", bytes=size, grad=grad, launches=launched, routed=routed)
+    some = np.asarray(size) > 0
+    return Op(f"{name}.cast", "memory", bytes=size, grad=grad, launches=launches * some, kernels=kernels * some, routed=routed)
 
 
 def _again(segments: Iterable[Segment]) -> list[Segment]:

@@ -76,6 +76,9 @@ class Op:
     launches : Number
         Kernels that the host launches for it, as much of its time as ones that the framework launches singly; of a tensor-parallel
         collective its own call, if it has one.
+    kernels : Number
+        Of memory-bound operations: kernels that the device runs one after the other, where that is more than `launches`, because a
+        loop in C++ launches them.
     beside : tuple of Segment
         Of ``host``: what it launches. Of ``launch``: what it waits for in between.
     apart : bool or ndarray of bool
@@ -121,6 +124,7 @@ class Op:
     grad: str = ""
     routed: bool = False
     launches: Number = 1.0
+    kernels: Number = 0.0
     beside: tuple[Segment, ...] = ()
     apart: Any = False
     turns: Number = 1.0
