@@ -213,7 +213,7 @@ def test_kernels_that_keep_more(kernels, more):
     assert layer_token(kernels=kernels) == TOKEN + more
 
 
-@pytest.mark.parametrize(("gemm", "more"), [("fp8", 0.2), ("bf16", 0.5)])
+@pytest.mark.parametrize(("gemm", "more"), [("fp8", 0.2), ("bf16", 0.5), ("fp16", 0.5)])
 def test_a_graph_of_the_whole_step_leaves_room_for_uneven_experts(gemm, more):
     """Pages for 1.2 times what even experts save, where products mark it; buffers for 1.5 times in 16 bits, where none does."""
     p = plan(pp=4, precision=Precision(gemm=gemm))

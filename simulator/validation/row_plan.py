@@ -22,7 +22,7 @@ _NOT_MODELLED = {
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
     r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
-    r"paged[_ ]stash": "paged stash of activations",
+    r"paged[_ ]stash": "copies into and out of the pages of stashed activations (their room is)",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
 #: sources whose software waits for every message between stages: Megatron-LM before 2023 and the scripts that zero-bubble schedules are
