@@ -64,9 +64,9 @@ class Accelerator(Facts):
         last ones leave other multiprocessors idle; the published efficiency is that of 16 heads and 16,384 queries. Left out:
         any number is as fast.
     fp8_attention : dict
-        Speed of fused attention in 8 bits over that in bf16, by direction and width of the queries' and keys' heads: ``forward`` and
-        ``backward`` from 65 to 128 elements, ``wide_forward`` and ``wide_backward`` above, ``narrow_forward`` and ``narrow_backward``
-        up to 64. As fast as bf16 where left out; null, as profiles of before have it, leaves out all.
+        Speed of fused attention in 8 bits over that in bf16, by direction and by the mean width of a head's keys and values:
+        ``forward`` and ``backward`` above 64 and up to 128, ``wide_forward`` and ``wide_backward`` above 128, ``narrow_forward`` and
+        ``narrow_backward`` up to 64. As fast as bf16 where left out; null, as older profiles have it, leaves out all.
     older_attention : dict
         Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
     kernels : dict

@@ -61,7 +61,7 @@ def state_bytes(dense: Number, expert: Number, plan: Plan, job: Job) -> dict[str
 
 
 def low_precision_copies(plan: Plan, dtype: str) -> float:
-    """Return bytes per parameter for what matrix products in `dtype` read instead of the weight itself, none where that is not narrow.
+    """Return bytes per parameter for what matrix products in `dtype` read instead of the weight itself.
 
     Notes
     -----
