@@ -171,9 +171,9 @@ def attention_s(
     Notes
     -----
     The efficiency holds for width 128 and 4,096 keys; others run at ``d / (d + head_ramp)`` relative to that, wider ones no
-    faster, at ``keys / (keys + keys_ramp)``, and at ``n / (n + tiles_ramp)`` for n tiles of 128 queries per multiprocessor. In 16 bits
-    the matrix units do no more in attention than in products, and less backward: both draw the power that sets the clock of a long
-    step (`_sustained`).
+    faster, at ``keys / (keys + keys_ramp)``, and at ``n / (n + tiles_ramp)`` for n tiles of 128 queries per multiprocessor. The matrix
+    units do no more in attention than in products, and less backward: both draw the power that sets the clock of a long step
+    (`_sustained`). In 8 bits it gains what it does in benchmarks, also on that.
     """
     ramp, short = accelerator.head_ramp, accelerator.keys_ramp or 0
     narrow = np.where(width > 128, _WIDE_BACKWARD if backward else 1.0, width / (width + ramp) * (128 + ramp) / 128)
@@ -182,12 +182,11 @@ def attention_s(
     narrow = narrow * heads_queries / (heads_queries + idle) * (_HEADS_QUERIES + idle) / _HEADS_QUERIES
     share = accelerator.attention_efficiency["backward" if backward else "forward"] * accelerator.older_attention.get(generation, 1.0)
     share = share * narrow * _in_training(accelerator, "attention")
+    share = np.minimum(share, _sustained(accelerator, backward))
     if generation == "flash_fp8":
         way = "backward" if backward else "forward"
         wide, ordinary, slim = (accelerator.fp8_attention.get(name, 1.0) for name in (f"wide_{way}", way, f"narrow_{way}"))
         share = share * np.where(width > 128, wide, np.where(width > 64, ordinary, slim))
-    else:
-        share = np.minimum(share, _sustained(accelerator, backward))
     seconds = np.maximum(flop / (peak_flop_per_s(accelerator, "bf16") * share), _streamed(size, accelerator))
     return _launched(seconds, flop, accelerator)
 
