@@ -180,13 +180,15 @@ def _pipeline(s: Scenario) -> Iterator[Problem]:
 
 
 def _precision(s: Scenario) -> Iterator[Problem]:
-    dtype, peaks = s.plan.precision.gemm, s.cluster.accelerator.peak_flop_per_s
-    if dtype not in peaks:
-        yield Problem(
-            "the accelerator computes in the datatype",
-            f"precision.gemm = {dtype}, {s.cluster.accelerator.name} has {', '.join(peaks)}",
-            f"use {' or '.join(peaks)}",
-        )
+    precision, peaks = s.plan.precision, s.cluster.accelerator.peak_flop_per_s
+    for field, dtype in (("gemm", precision.gemm), ("head", precision.head)):
+        either = field == "head" and dtype in ("bf16", "fp16")  # 16 bits of the kind that the accelerator has
+        if dtype not in peaks and not either:
+            yield Problem(
+                "the accelerator computes in the datatype",
+                f"precision.{field} = {dtype}, {s.cluster.accelerator.name} has {', '.join(peaks)}",
+                f"use {' or '.join(peaks)}",
+            )
 
 
 def _placement(s: Scenario) -> Iterator[Problem]:

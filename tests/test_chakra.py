@@ -45,7 +45,7 @@ def attributes(node):
 
 @pytest.fixture(scope="module", params=PLANS)
 def traced(request, tmp_path_factory):
-    question = scenario(moe(), 16, PLANS[request.param], 8)
+    question = scenario(moe(), 16, PLANS[request.param], 8, dispatch_s=5e-6)
     folder = tmp_path_factory.mktemp("chakra")
     files = save_chakra(question, folder)
     return question, [read(path) for path in files[:-1]], json.loads(files[-1].read_text())
@@ -59,7 +59,6 @@ def test_nothing_waits_for_what_comes_later(traced):
             assert seen.issuperset([*node.data_deps, *node.ctrl_deps])
             seen.add(node.id)
         assert len(seen) == len(nodes)
-        assert all(attributes(node)["is_cpu_op"] is False for node in nodes)
 
 
 def test_every_message_that_is_sent_is_received(traced):
@@ -92,9 +91,23 @@ def test_members_of_a_group_call_the_same_collectives(traced):
 def test_kernels_take_the_time_that_they_are_priced_at(traced):
     question, ranks, _ = traced
     step = simulate_step(question)
-    written = sum(node.duration_micros for nodes in ranks for node in nodes if node.type == COMPUTE) / len(ranks)
-    kernels = max(sum(node.type == COMPUTE for node in nodes) for nodes in ranks)
-    assert written == pytest.approx(sum(step.compute_parts_s.values()) * 1e6, abs=kernels)  # each rounded to a microsecond
+    device = [[node for node in nodes if node.type == COMPUTE and not attributes(node)["is_cpu_op"]] for nodes in ranks]
+    written = sum(node.duration_micros for nodes in device for node in nodes) / len(ranks)
+    assert written == pytest.approx(sum(step.compute_parts_s.values()) * 1e6, abs=max(map(len, device)))  # each rounded to a microsecond
+
+
+def test_a_host_that_launches_pairs_is_no_device(traced):
+    """On the processor, beside the kernels that it launches: as many nodes as the timeline has, as long; none outside pairs."""
+    question, ranks, _ = traced
+    spans = simulate_step(question).timeline
+    hosts = spans.stream == "host"
+    of_class = {c: hosts & (spans.rank_class == c) for c in range(len(spans.ranks))}
+    cpu = [[node for node in nodes if attributes(node)["is_cpu_op"]] for nodes in ranks]
+    assert hosts.any() == (question.plan.schedule == "dualpipe")
+    assert sum(map(len, cpu)) == sum(int(mine.sum()) * spans.ranks[c] for c, mine in of_class.items())
+    assert all(node.type == COMPUTE for nodes in cpu for node in nodes)
+    lasts = sum(float((spans.end_s - spans.start_s)[mine].sum()) * spans.ranks[c] for c, mine in of_class.items())
+    assert sum(node.duration_micros for nodes in cpu for node in nodes) == pytest.approx(lasts * 1e6, abs=sum(map(len, cpu)))
 
 
 def test_too_many_ranks_are_refused(tmp_path):

@@ -57,6 +57,18 @@ def test_table_holds_what_single_simulations_say():
     assert table.loc["ib-ndr-clos-2to1", "network_usd"] < table.loc["ib-ndr-rail", "network_usd"]
 
 
+def test_the_host_that_launches_a_pair_is_no_communication():
+    plan = {"ep": 32, "dispatcher": "deepep", "schedule": "table", "table": "0F0 0F1+0B0 0B1\n", "recompute": "full"}
+    job = SCENARIO.job.model_copy(update={"global_batch": 2048})
+    pair = Scenario(model=SCENARIO.model, cluster=SCENARIO.cluster, plan=plan, job=job)
+    (row,) = fabrics(pair, ["ib-ndr-rail"]).to_dict("records")
+    cluster = pair.cluster.model_copy(update={"fabric": FABRICS.load("ib-ndr-rail")})
+    spent = simulate_step(pair.model_copy(update={"cluster": cluster}), contention=True).timeline.exposed()
+    assert spent["host_s"].min() > 0
+    talks = spent[[f"{stream}_exposed_s" for stream in ("tp", "cp", "ep", "pp", "dp")]].sum(axis=1)
+    assert row["exposed_s"] == pytest.approx((talks * spent["ranks"]).sum() / spent["ranks"].sum())
+
+
 def test_candidates_have_the_right_ports_and_the_reach():
     found = candidates(CLUSTERS.load("h100-rail-10240"))
     assert {"ib-ndr-rail", "ib-ndr-rail-only", "ib-ndr-clos", "ib-ndr-clos-2to1", "ib-ndr-rail-deepseek", "alibaba-hpn7"} <= set(found)

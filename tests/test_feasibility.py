@@ -18,6 +18,7 @@ from simulator.placing import fewest_bytes
 from simulator.scenario.job import Job
 from simulator.scenario.model import Experts, Model
 from simulator.scenario.plan import Plan
+from simulator.scenario.profiles import ACCELERATORS
 from simulator.scenario.routing import Routing
 from simulator.scenario.scenario import Scenario
 from simulator.simulate import simulate_step
@@ -263,6 +264,14 @@ CASES: dict[str, tuple[Scenario, Problem]] = {
             "use fp32 or bf16 or fp16 or fp8",
         ),
     ),
+    "datatype of the head": (
+        question(GENTLE | {"precision": {"head": "fp4"}}),
+        Problem(
+            "the accelerator computes in the datatype",
+            "precision.head = fp4, h100-sxm5-80 has fp32, bf16, fp16, fp8",
+            "use fp32 or bf16 or fp16 or fp8",
+        ),
+    ),
 }
 
 #: the remedies that are not lists of degrees, batches or lengths, applied
@@ -294,6 +303,7 @@ APPLIED = {
     "meshes with stages of their own": lambda s: [s.with_plan(placement={"order": "tp-cp-ep-dp-pp"}), s.with_plan(etp=2)],
     "slots of experts": lambda s: [s.model_copy(update={"routing": s.routing.model_copy(update={"redundant_experts": 4})})],
     "datatype": lambda s: [s.with_plan(precision={"gemm": dtype}) for dtype in ("fp32", "bf16", "fp16", "fp8")],
+    "datatype of the head": lambda s: [s.with_plan(precision={"head": dtype}) for dtype in ("fp32", "bf16", "fp16", "fp8")],
 }
 
 
@@ -317,6 +327,16 @@ def test_the_gentle_plan_is_legal():
 def test_a_broken_rule_says_its_name_the_numbers_and_the_remedy(name):
     asked, problem = CASES[name]
     assert check(asked) == [problem]
+
+
+def test_a_narrow_head_needs_hardware_for_it_and_16_bits_mean_either_kind():
+    asked = question(GENTLE | {"precision": {"head": "fp8"}})
+    a100 = ACCELERATORS.load("a100-sxm4-80")
+    older = asked.model_copy(update={"cluster": asked.cluster.model_copy(update={"accelerator": a100})})
+    assert [p.numbers for p in check(older)] == ["precision.head = fp8, a100-sxm4-80 has fp32, bf16, fp16"]
+    halves = a100.model_copy(update={"peak_flop_per_s": {d: a100.peak_flop_per_s[d] for d in ("fp32", "fp16")}})
+    oldest = older.model_copy(update={"cluster": older.cluster.model_copy(update={"accelerator": halves})})
+    assert check(oldest.with_plan(precision={"gemm": "fp16"})) == []
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -303,6 +303,10 @@ def test_the_last_of_repeated_flags_wins_as_in_argparse():
             "--overlap-moe-expert-parallel-comm",
             "--overlap-moe-expert-parallel-comm without virtual stages: expert all-to-all is priced in line with compute",
         ),
+        (
+            "--fp8-output-proj",
+            "--fp8-output-proj is not modelled: the output projection is priced in bf16; set precision.head: fp8 in the plan",
+        ),
         ("--fp8-param-gather", "--fp8-param-gather is not modelled: parameters are kept and gathered in bf16"),
         ("--cuda-graph-impl local", "--cuda-graph-impl is not modelled: every kernel pays its launch"),
         ("--rampup-batch-size 16 16 1000", "--rampup-batch-size is not modelled: every step has the full global batch"),

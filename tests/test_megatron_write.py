@@ -88,6 +88,7 @@ def test_there_and_back_is_the_same_plan(plan):
         ({"recompute": "selective", "recompute_modules": ["mlp_act"]}, "recompute_modules: mlp_act"),
         ({"precision": {"activations": "fp8"}}, "precision.activations: fp8"),
         ({"precision": {"dispatch": "fp8"}}, "precision.dispatch: fp8"),
+        ({"precision": {"gemm": "fp8", "head": "fp8"}}, "precision.head: fp8"),
         ({"precision": {"gradients": "fp32", "gradient_reduce": "bf16"}}, "precision.gradient_reduce: bf16"),
         ({"precision": {"master": None}}, "precision.master: null"),
         ({"overlap": {"tp": False}}, "overlap.tp: False"),
@@ -103,6 +104,14 @@ def test_what_megatron_cannot_say_is_named(change, term):
         megatron_flags(question(plan))
     assert [p.numbers for p in caught.value.problems] == [f"Megatron-LM cannot say {term}"]
     assert all(p.remedy for p in caught.value.problems)
+
+
+def test_the_remedy_of_a_narrow_head_can_be_said():
+    plan = Plan.model_validate({"pp": 2, "dp_shard": 8, "precision": {"gemm": "fp8", "head": "fp8"}})
+    with pytest.raises(PlanError, match="use head: bf16; .* --fp8-output-proj"):
+        megatron_flags(question(plan))
+    mended = plan.model_copy(update={"precision": plan.precision.model_copy(update={"head": "bf16"})})
+    assert "--fp8-format hybrid" in megatron_flags(question(mended))
 
 
 def test_the_whole_line_starts_every_host_and_says_the_model():

@@ -213,7 +213,7 @@ def test_kernels_that_keep_more(kernels, more):
     assert layer_token(kernels=kernels) == TOKEN + more
 
 
-@pytest.mark.parametrize(("gemm", "more"), [("fp8", 0.2), ("bf16", 0.5)])
+@pytest.mark.parametrize(("gemm", "more"), [("fp8", 0.2), ("bf16", 0.5), ("fp16", 0.5)])
 def test_a_graph_of_the_whole_step_leaves_room_for_uneven_experts(gemm, more):
     """Pages for 1.2 times what even experts save, where products mark it; buffers for 1.5 times in 16 bits, where none does."""
     p = plan(pp=4, precision=Precision(gemm=gemm))
@@ -353,6 +353,21 @@ def test_one_scale_for_a_weight_needs_one_copy_of_it():
     assert fp8 == pytest.approx(size * WHOLE)
 
 
+@pytest.mark.parametrize("layouts", [1, 2])
+def test_a_narrow_output_projection_is_copied_where_it_lies(layouts):
+    """On the last stage alone, a rank's part of vocabulary times hidden, its norm not; whatever the layers multiply in."""
+    for gemm in ("bf16", "fp8"):
+        wide, narrow = (plan(pp=2, tp=2, precision={"gemm": gemm, "layouts": layouts, "head": head}) for head in ("bf16", "fp8"))
+        more = measured(DENSE, narrow)["weights"] - measured(DENSE, wide)["weights"]
+        assert more.tolist() == [0, layouts * ELEMENT_BYTES["fp8"] * 32 * 8 / 2]
+
+
+def test_a_narrow_output_projection_of_weights_kept_narrow_needs_the_other_layout():
+    low = {"gemm": "fp8", "parameters": "fp8"}
+    wide, narrow = (only(measured(DENSE, plan(precision=low | {"head": head})), "weights") for head in ("bf16", "fp8"))
+    assert narrow - wide == pytest.approx(ELEMENT_BYTES["fp8"] * 32 * 8, rel=1e-9)
+
+
 def test_torchao_keeps_its_inputs_in_16_bits():
     """The same saved bytes in bf16 and in FP8, as torchtitan's published peaks have it."""
     tokens = [layer_token(precision={"gemm": g}, framework=PRESETS["fsdp"]) for g in ("bf16", "fp8")]
@@ -367,7 +382,7 @@ def test_matrices_gathered_one_by_one():
 
 
 def test_zero_3_casts_what_it_gathers():
-    p = plan(dp_shard=4, zero=3, precision={"gemm": "fp8"})
+    p = plan(dp_shard=4, zero=3, precision={"gemm": "fp8", "head": "fp8"})
     assert only(measured(DENSE, p), "weights") == 2 * WHOLE / 4
 
 

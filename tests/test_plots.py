@@ -116,6 +116,17 @@ class TestTimeline:
             assert passes - inside == pytest.approx(row["compute_s"])
             assert inside + between == pytest.approx(exposed)
 
+    def test_a_host_that_launches_a_pair_belongs_to_its_bar(self):
+        """As outside pairs; it is not drawn as communication."""
+        plan = Plan(ep=4, tp=2, schedule="table", table="0F0 0F1+0B0 0B1\n")
+        timeline = sim.simulate_step(scenario(moe(4, leading=0), 8, plan, 2, dispatch_s=1e-3)).timeline
+        spent, table = timeline.exposed().iloc[0], plots.bars(timeline, 0)
+        seconds = (table["end_s"] - table["start_s"]).groupby([table["kind"], table["inside"]]).sum()
+        talks, inside = seconds["exposed communication"].sum(), seconds["exposed communication", True]
+        assert talks == pytest.approx(spent[[c for c in spent.index if c.endswith("_exposed_s")]].sum())
+        assert seconds[["forward", "backward", "optimizer"]].sum() - inside == pytest.approx(spent["compute_s"] + spent["host_s"])
+        assert spent["host_s"] > 10 * talks
+
     def test_draws_the_bars_of_every_stage(self, result: sim.StepResult, ax: Axes):
         plots.plot_timeline(result, ax=ax)
         tables = [plots.bars(result.timeline, number) for number in range(2)]

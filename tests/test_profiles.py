@@ -277,6 +277,13 @@ def test_accelerator_needs_a_half_precision_peak():
     refused(Accelerator, data, "peak_flop_per_s needs bf16 or fp16")
 
 
+def test_no_speed_of_attention_in_8_bits_may_be_written_as_null():
+    """Profiles written while it was one optional number have ``fp8_attention: null``; another number is refused by name."""
+    data = table(ACCELERATORS, "a100-sxm4-80")
+    assert Accelerator.model_validate(data | {"fp8_attention": None}) == ACCELERATORS.load("a100-sxm4-80")
+    refused(Accelerator, data | {"fp8_attention": 1.2}, "fp8_attention: must be a table of 'key: value'; found 1.2")
+
+
 def test_peak_without_efficiency_is_refused():
     data = without(table(ACCELERATORS, "a100-sxm4-80"), "gemm_efficiency.fp32")
     refused(Accelerator, data, "gemm_efficiency lacks fp32")

@@ -21,7 +21,7 @@ from simulator.validation.row import Row
 from simulator.validation.row_cluster import _nic_bytes_per_s
 from simulator.validation.row_layout import expand_layout
 from simulator.validation.row_machines import MACHINES, known_machine
-from simulator.validation.row_names import canonical
+from simulator.validation.row_names import canonical, plain, usual_vocab, whole_heads
 from simulator.validation.row_recompute import recompute_of
 from simulator.validation.row_scripts import with_scripts
 from simulator.workload.flop import count
@@ -376,7 +376,9 @@ def test_a_share_of_the_layers_is_computed_again(runs, name, share):
 def test_a_recipe_with_a_whole_iteration_as_a_graph_does_nothing_again(runs):
     graph = row(runs, "dsv3-gb300-gke-256-4096-ep32-4d")
     assert graph["recompute"] == "selective(default:core_attn)"
-    assert scenario_from_row(graph)[0].plan.recompute == "none"
+    scenario, said = scenario_from_row(graph)
+    assert scenario.plan.recompute == "none"
+    assert "not modelled: copies into and out of the pages of stashed activations (their room is)" in said
 
 
 @pytest.mark.parametrize(
@@ -688,6 +690,11 @@ def test_a_long_step_of_uneven_experts_is_that_of_its_simulation(vpp, schedule, 
         ("gpt3 175b", "GPT-3 175B"),
         ("GPT 310.1B", "GPT 310.1B"),
         ("Mixtral-8x22B-G8T8 (fine-grained)", "Mixtral-8x22B-G8T8 (fine-grained)"),
+        ("mistralai/mixtral-8x22b-g8t8", "Mixtral-8x22B-G8T8"),
+        ("mistralai/Mixtral-8x22B-v0.1", "Mixtral 8x22B-v0.1"),
+        ("Llama/13B", "Llama/13B"),
+        ("GPT-MoE/1.3T", "GPT-MoE/1.3T"),
+        ("lab/8x7B", "lab/8x7B"),
     ],
 )
 def test_models_by_other_names(written, usual):
@@ -712,6 +719,75 @@ def test_a_model_by_another_name_is_the_same_scenario(runs, written):
 def test_four_bits_by_other_names(runs, printed):
     scenario, _ = scenario_from_row(row(runs, "mbridge-26.04.01-llama3_70b-gb300-nvfp4-64") | {"precision": printed})
     assert scenario.plan.precision.gemm == "fp4"
+
+
+@pytest.mark.parametrize(
+    ("printed", "gemm", "aside"),
+    [
+        ("bf16; 4-bit Adam", "bf16", "4-bit adam"),
+        ("bf16, 8-bit optimizer states", "bf16", "8-bit optimizer states"),
+        ("bf16 (Adam in 8-bit)", "bf16", "adam in 8-bit"),
+        ("fp8 with 4-bit optimizer states", "fp8", "4-bit optimizer states"),
+        ("FP8 4-bit moments", "fp8", "4-bit moments"),
+        ("bf16 and fp8 moments", "bf16", "fp8 moments"),
+        ("bf16, 64-bit sums", "bf16", None),
+        ("bf16; 128-bit loads", "bf16", None),
+        ("8-bit, fp32 master weights", "fp8", None),
+        ("optimised FP8", "fp8", None),
+    ],
+)
+def test_bits_of_the_optimizer_are_not_those_of_products(runs, printed, gemm, aside):
+    """And what is left aside is told."""
+    scenario, said = scenario_from_row(row(runs, "mbridge-26.04.01-llama3_70b-gb300-nvfp4-64") | {"precision": printed})
+    assert scenario.plan.precision.gemm == gemm
+    told = [text for text in said if "states of the optimizer" in text]
+    assert told == ([f"not modelled: '{aside}' (states of the optimizer as without it)"] if aside else [])
+
+
+def test_moments_in_bf16_may_stand_beside_the_precision(runs):
+    scenario, said = scenario_from_row(row(runs, "mbridge-26.04.01-llama3_70b-gb300-nvfp4-64") | {"precision": "FP8; bf16 moments"})
+    assert (scenario.plan.precision.gemm, scenario.plan.precision.moments) == ("fp8", "bf16")
+    assert "states of the optimizer" not in "; ".join(said)
+
+
+def test_names_that_tell_dimensions_tell_those_that_are_printed(runs):
+    """Of every published row: the width of heads and key-value heads, and for models of one vocabulary this, too."""
+    told = 0
+    for cells in runs[runs["heads"] != ""].to_dict("records"):
+        if whole_heads(cells["model"]):
+            assert int(cells["head_dim"]) == int(cells["hidden"]) // int(cells["heads"]), cells["id"]
+            told += 1
+        if plain(cells["model"]):
+            assert cells["kv_heads"] == cells["heads"], cells["id"]
+        if cells["model"].startswith(("DeepSeek", "Qwen3", "Mixtral-", "Llama-2", "Llama-4", "MPT", "Nemotron-4")):
+            assert usual_vocab(cells["model"]) in (int(cells["vocab"] or 0), None), cells["id"]
+    assert told > 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["Foo 7B", "Gemma-3 27B", "Qwen3-32B", "gpt-oss-20b", "GPT-OSS 20B", "GPT-oss 20B", "Llama-3.1-Minitron-4B"]
+)
+def test_names_that_tell_no_width_of_heads(name):
+    assert not whole_heads(canonical(name))
+    assert not plain(canonical(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab"),
+    [
+        ("gpt-oss-20b", None),
+        ("DeepSeek-V2", None),
+        ("deepseek-v3", 129280),
+        ("Qwen3-32B", 151936),
+        ("Qwen3.5-397B-A17B", None),
+        ("LLaMA-4 Maverick", None),
+        ("LLaMA 7B", 32000),
+        ("LLaMA 33B", 32000),
+        ("GPT-3 175B", 51200),
+    ],
+)
+def test_vocabularies_by_name(name, vocab):
+    assert usual_vocab(canonical(name)) == vocab
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,21 @@ def test_exposed_and_hidden_seconds(handmade):
         "ep_exposed_s": 1.0, "ep_hidden_s": 0.5,  # 2.5 to 3 counts for tp, 3 to 4 for ep, 4 to 4.5 is hidden
         "pp_exposed_s": 0.0, "pp_hidden_s": 0.0,
         "dp_exposed_s": 3.0, "dp_hidden_s": 1.0,
-        "host_exposed_s": 0.0, "host_hidden_s": 0.0,
+        "host_s": 0.0,
         "idle_s": 1.0,  # 9 to 10, while the other class computes
     }  # fmt: skip
     assert {k: v for k, v in second.items() if v} == {
         "rank_class": 1, "stage": 1, "ranks": 1, "compute_s": 9.0, "pp_exposed_s": 0.75, "dp_hidden_s": 1.0, "idle_s": 0.25,
     }  # fmt: skip
+
+
+def test_a_host_that_launches_is_blamed_last_and_is_no_communication():
+    """It launches for 6 s: 1 s beside compute, 2 s beside an all-to-all, 3 s while nothing else runs."""
+    zeros, texts = np.zeros(3, dtype=int), np.array(["a", "0F0", "0F0"], object)
+    streams = np.array(["host", "compute", "ep"], object)
+    t = Timeline(zeros, zeros, streams, texts, texts, np.array([0.0, 0.0, 4.0]), np.array([6.0, 1.0, 6.0]), np.array([1]))
+    spent = t.exposed().iloc[0]
+    assert {k: v for k, v in spent.items() if v} == {"ranks": 1, "compute_s": 1.0, "ep_exposed_s": 2.0, "host_s": 3.0}
 
 
 def test_streams_beside_each_other_are_hidden_only_by_compute():

@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 
 from simulator.errors import ProfileError
+from simulator.scenario.profiles import MODELS
 from simulator.validation.collective_rows import published_collectives
 from simulator.validation.collectives import validate_collectives
 from simulator.validation.memory import published_memory
 from simulator.validation.own_page import schema_page
-from simulator.validation.published import published_runs
+from simulator.validation.published import published_runs, scenario_from_row
 from simulator.validation.report import confront
 from simulator.validation.schema import COLLECTIVES, PEAKS, RUNS
 from simulator.validation.user_rows import read_user_rows
@@ -141,7 +142,7 @@ def test_collectives_are_scored_and_told(tmp_path):
         ("Llama-3 8B", "vocab", "vocab not printed: 128256"),
         ("meta-llama/Llama-3-8B", "vocab", "vocab not printed: 128256"),
         ("GPT 8B", "kv_heads", "key-value heads not printed: 32"),
-        ("my 8B", "head_dim", "width of heads not printed: 128"),
+        ("Llama-3 8B", "head_dim", "width of heads not printed: 128"),
     ],
 )
 def test_a_blank_that_the_name_tells_is_an_assumption(write, model, blank, taken):
@@ -150,10 +151,29 @@ def test_a_blank_that_the_name_tells_is_an_assumption(write, model, blank, taken
     assert taken in confront({"data": found.rows}).table["assumptions"][0]
 
 
-@pytest.mark.parametrize(("model", "blank"), [("my 8B", "vocab"), ("Llama-3 8B", "kv_heads")])
+@pytest.mark.parametrize(
+    ("model", "blank"),
+    [("my 8B", "vocab"), ("Llama-3 8B", "kv_heads"), ("my 8B", "head_dim"), ("Qwen3-8B", "head_dim"), ("DeepSeek-V2", "vocab")],
+)
 def test_a_blank_that_the_name_does_not_tell_is_a_problem(write, model, blank):
     (problem,) = read_user_rows(write(GOOD | {"model": model, blank: ""})).problems
     assert (problem.rule, problem.numbers) == (f"runs.csv, line 2 (mine), column {blank}", "is blank")
+
+
+def test_gpt_oss_is_read_on_its_shipped_file_and_not_as_a_gpt(write):
+    """openai/gpt-oss-20b, as its config.json says, with only the columns that tell it from 120B."""
+    cells = MOE | {"layers": 24, "hidden": 2880, "heads": 64, "experts": 32, "topk": 4, "moe_ffn_hidden": 2880, "ffn_hidden": ""}
+    blank = dict.fromkeys(("vocab", "kv_heads", "head_dim"), "")
+    found = read_user_rows(write(GOOD | cells | blank | {"model": "gpt-oss-20b"}))
+    assert found.problems == []
+    scenario, said = scenario_from_row(found.rows.iloc[0])
+    model, large = scenario.model, MODELS.load("gpt-oss-120b")
+    assert (model.vocab, model.kv_heads, model.head_dim, model.layers, model.experts.count) == (201088, 8, 64, 24, 32)
+    assert model.windows == large.windows[:24]
+    same = ("gated", "layer_norm", "attention_bias", "mlp_bias", "tied_embeddings", "positions")
+    assert [getattr(model, name) for name in same] == [getattr(large, name) for name in same]
+    assert {f"{name} not printed: {value}, as in gpt-oss-120b" for name, value in zip(blank, (201088, 8, 64), strict=True)} <= set(said)
+    assert "Megatron's GPT" not in "; ".join(said)
 
 
 def test_published_rows_are_read_as_a_users(tmp_path):

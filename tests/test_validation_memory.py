@@ -102,6 +102,14 @@ def test_calculations_say_nothing_about_a_device(table):
         ("activations per GPU (first stage), tensor parallel only", "activations"),
         ("parameters+optimizer per GPU", "states"),
         ("HBM used", "device"),
+        ("max HBM allocated", "allocated"),
+        ("max memory allocated on the device", "allocated"),
+        ("HBM reserved", "reserved"),
+        ("activation memory used", "activations"),
+        ("optimizer states, HBM", "optimizer"),
+        ("peak memory used", "device"),
+        ("max_memory_used", "device"),
+        ("nvidia-smi, with what is reserved", "device"),
         ("Max memory", "allocated"),
     ],
 )
@@ -123,6 +131,34 @@ def test_a_users_row_needs_few_columns():
     (row,) = validate_memory(user_row()).to_dict("records")
     assert row["skipped"] == ""
     assert np.isfinite(row["relative_error"])
+
+
+def test_another_spelling_of_a_model_is_told_as_for_step_times():
+    usual, other = validate_memory(pd.concat([user_row(), user_row(model="meta-llama/Llama-3-8B")])).to_dict("records")
+    assert other["predicted_bytes"] == usual["predicted_bytes"]
+    assert other["assumptions"] == f"model printed as meta-llama/Llama-3-8B: Llama-3 8B; {usual['assumptions']}"
+
+
+@pytest.mark.parametrize(
+    ("blank", "reason"),
+    [("kv_heads", "not printed: kv_heads"), ("head_dim", "not printed: head_dim"), ("ffn_hidden", "not printed: ffn_hidden")],
+)
+def test_dimensions_that_a_name_does_not_tell_are_not_guessed(blank, reason):
+    cells = {"model": "Qwen3-32B", "layers": "64", "hidden": "5120", "heads": "64", "head_dim": "128", "ffn_hidden": "25600"}
+    whole, less = validate_memory(pd.concat([user_row(**cells), user_row(**cells | {blank: ""})])).to_dict("records")
+    assert (whole["skipped"], less["skipped"]) == ("", reason)
+
+
+def test_a_shipped_models_own_dimensions_go_before_guesses():
+    """Rows of DeepSeek-V3 in another's words: three dense layers and latent attention, not "every layer is MoE"."""
+    cells = {
+        "model": "DeepSeek V3 671B", "arch": "moe", "layers": "61", "hidden": "7168", "heads": "128", "kv_heads": "", "ffn_hidden": "",
+        "experts": "256", "topk": "8", "moe_ffn_hidden": "2048", "gpus": "512", "tp": "1", "pp": "16", "dp": "32", "ep": "32", "gbs": "512",
+    }  # fmt: skip
+    (line,) = validate_memory(user_row(**cells)).to_dict("records")
+    assert line["skipped"] == ""
+    assert "every layer is MoE" not in line["assumptions"]
+    assert "vocab not printed: 129280, as in deepseek-v3" in line["assumptions"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from simulator.errors import DeadlockError
 
 #: the kernel before; chains of collectives, each with whether all of it comes after that kernel
 Exposing = tuple[int, tuple[tuple[tuple[int, ...], bool], ...]]
+#: the kernel before; what the host launches one after the other
+Launching = tuple[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class RankProgram:
     exposing : dict of int to tuple
         For a kernel after communication: the kernel before it, and the chains of collectives that it waits for, latest
         first, each with whether all of it comes after that kernel. For the end of stage s, the key is ``-1 - s``.
+    launching : dict of int to tuple
+        For a kernel that waits for the host: the kernel before it, and what the host launches for it since that one needed it.
     sinks : list of int
         Nodes that no node of their stage waits for.
     slot : list of int
@@ -48,6 +52,7 @@ class RankProgram:
     before: list[tuple[int, ...]]
     meeting: dict[int, tuple[int, ...]]
     exposing: dict[int, Exposing]
+    launching: dict[int, Launching]
     sinks: list[int]
     slot: list[int]
 
@@ -98,8 +103,10 @@ def prepare(
     sinks = [n for n in range(count) if not waited[n]]
     collective = [group[n][0] > 1 or meet[n] >= 0 for n in range(count)]
     exposing = _exposures(queues, needs, previous, stage, collective, sinks)
-    slot = _slots(order, before, meeting, exposing)
-    return RankProgram(max(stage, default=-1) + 1, ranks, order, stage, computes, list(group), before, meeting, exposing, sinks, slot)
+    launching = _launches(queues, before, stage, order, meeting)
+    slot = _slots(order, before, meeting, exposing, launching)
+    stages = max(stage, default=-1) + 1
+    return RankProgram(stages, ranks, order, stage, computes, list(group), before, meeting, exposing, launching, sinks, slot)
 
 
 def _waits(needs: Sequence[tuple[int, ...]], previous: Sequence[int], node: int) -> tuple[int, ...]:
@@ -181,13 +188,46 @@ def _exposures(
     return exposing
 
 
+def _launches(
+    queues: Mapping[tuple[int, str], Sequence[int]],
+    before: Sequence[tuple[int, ...]],
+    stage: Sequence[int],
+    order: Sequence[int],
+    meeting: Mapping[int, tuple[int, ...]],
+) -> dict[int, Launching]:
+    """Return what the host of each stage launches for each kernel that waits for it, since the kernel before it."""
+    hosts = {number: queue for (number, stream), queue in queues.items() if stream == "host"}
+    done = [0] * len(before)  # how much of its queue the host has launched by the end of a node, at least
+    if not hosts:
+        return {}
+    place = {node: at for queue in hosts.values() for at, node in enumerate(queue, start=1)}
+    for first in order:
+        for node in meeting.get(first, (first,)):
+            done[node] = place.get(node, max((done[m] for m in before[node] if stage[m] == stage[node]), default=0))
+    launching: dict[int, Launching] = {}
+    for (number, stream), kernels in queues.items():
+        if stream == "compute" and number in hosts:
+            for earlier, node in zip([-1, *kernels[:-1]], kernels, strict=True):
+                launched = tuple(hosts[number][done[earlier] if earlier >= 0 else 0 : done[node]])
+                if launched:
+                    launching[node] = earlier, launched
+    return launching
+
+
 def _slots(
-    order: Sequence[int], before: Sequence[tuple[int, ...]], meeting: Mapping[int, tuple[int, ...]], exposing: Mapping[int, tuple]
+    order: Sequence[int],
+    before: Sequence[tuple[int, ...]],
+    meeting: Mapping[int, tuple[int, ...]],
+    exposing: Mapping[int, Exposing],
+    launching: Mapping[int, Launching],
 ) -> list[int]:
     """Return a row of working memory for each node, used again once its last reader is done."""
 
     def reads(node: int) -> Iterable[int]:
         waits = before[node] if node >= 0 else ()
+        if node in launching:
+            kernel, launched = launching[node]
+            waits = (*waits, *launched, *((kernel,) if kernel >= 0 else ()))
         if node not in exposing:
             return waits
         kernel, chains = exposing[node]

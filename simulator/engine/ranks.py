@@ -46,6 +46,9 @@ class Replay:
     exposed_s : ndarray
         Communication that the compute stream waited for while it was under way. The transfer of a message from another
         stage and the waiting for slower members of a group are not in it.
+    host_s : ndarray
+        What the compute stream waited for the host to launch beside no communication, in pairs; alone, a wait of its own says so
+        and is one of the kernels.
     collective_s : ndarray
         Sum of its collectives, each as long as that of the slowest member; exposed or not.
     ends : ndarray of shape (nodes, ranks), optional
@@ -55,6 +58,7 @@ class Replay:
     end_s: np.ndarray
     compute_s: np.ndarray
     exposed_s: np.ndarray
+    host_s: np.ndarray
     collective_s: np.ndarray
     ends: np.ndarray | None
 
@@ -93,6 +97,7 @@ class _Run:
         self.compute = [np.zeros(program.ranks) for _ in range(program.stages)]
         self.compute_all, self.exposed_all = [0.0] * program.stages, [0.0] * program.stages  # what is the same on all ranks
         self.exposed = [np.zeros(program.ranks) for _ in range(program.stages)]
+        self.host = [np.zeros(program.ranks) for _ in range(program.stages)]
         self.collect = [np.zeros(program.ranks) for _ in range(program.stages)]
         self.collect_all = [0.0] * program.stages
         self.end = np.zeros(shape)
@@ -147,11 +152,20 @@ class _Run:
         else:
             self.compute_all[stage] += length
         waits = self.program.exposing.get(node)
-        if waits is not None:
-            self.expose(stage, *waits)
+        talked = 0.0 if waits is None else self.expose(stage, *waits)
+        if node in self.program.launching:
+            kernel, launched = self.program.launching[node]
+            since = self.rows[kernel] if kernel >= 0 else self.zero
+            gap = np.maximum(self.rows[node] - length - since - talked, 0.0)
+            self.host[stage] += np.minimum(self.since(since, launched), gap)
 
-    def expose(self, stage: int, kernel: int, chains: tuple[tuple[tuple[int, ...], bool], ...]) -> None:
-        """Add the time since `kernel` during which `chains` were under way; of two at once the longer counts."""
+    def since(self, since: np.ndarray, chain: tuple[int, ...]) -> np.ndarray:
+        """Return how long `chain` was under way after `since`."""
+        slot, lasted = self.program.slot, self.lasted
+        return sum((np.minimum(np.maximum(self.rows[link] - since, 0.0), lasted[slot[link]]) for link in chain), self.zero)
+
+    def expose(self, stage: int, kernel: int, chains: tuple[tuple[tuple[int, ...], bool], ...]) -> float | np.ndarray:
+        """Add, and return, the time since `kernel` during which `chains` were under way; of two at once the longer counts."""
         slot, lasted = self.program.slot, self.lasted
         if len(chains) == 1 and chains[0][1]:
             length = sum(lasted[slot[link]] for link in chains[0][0])
@@ -159,12 +173,12 @@ class _Run:
                 self.exposed[stage] += length
             else:
                 self.exposed_all[stage] += length
-            return
+            return length
         since, most = self.rows[kernel] if kernel >= 0 else self.zero, self.zero
         for chain, _ in chains:
-            parts = (np.minimum(np.maximum(self.rows[link] - since, 0.0), lasted[slot[link]]) for link in chain)
-            most = np.maximum(most, sum(parts))
+            most = np.maximum(most, self.since(since, chain))
         self.exposed[stage] += most
+        return most
 
 
 def replay_ranks(program: RankProgram, durations: Durations, keep: bool = False) -> Replay:
@@ -181,6 +195,7 @@ def replay_ranks(program: RankProgram, durations: Durations, keep: bool = False)
     """
     run = _Run(program, durations, keep)
     rows, computes, group, meeting = run.rows, program.computes, program.group, program.meeting
+    launches = {node for _, launched in program.launching.values() for node in launched}
     final = [False] * len(program)
     for node in program.sinks:
         final[node] = True
@@ -193,6 +208,8 @@ def replay_ranks(program: RankProgram, durations: Durations, keep: bool = False)
             np.add(run.begin(first), length, out=rows[first])
             if computes[first]:
                 run.kernel(first, length)
+            elif first in launches:
+                run.lasted[program.slot[first]] = length
         for node in nodes or ((first,) if final[first] else ()):
             end = run.end[program.stage[node]]
             np.maximum(end, rows[node], out=end)
@@ -203,7 +220,7 @@ def replay_ranks(program: RankProgram, durations: Durations, keep: bool = False)
         np.stack([x + y for x, y in zip(vectors, scalars, strict=True)])
         for vectors, scalars in ((run.compute, run.compute_all), (run.exposed, run.exposed_all), (run.collect, run.collect_all))
     )
-    return Replay(run.end, compute, exposed, collective, run.ends)
+    return Replay(run.end, compute, exposed, np.stack(run.host), collective, run.ends)
 
 
 def critical_path(program: RankProgram, replay: Replay) -> list[tuple[int, int, float, float]]:

@@ -13,8 +13,10 @@ import pandas as pd
 
 from simulator.files import write_atomically
 
-#: streams in the order in which an idle compute stream is blamed on them
-STREAMS = ("compute", "tp", "cp", "ep", "pp", "dp", "host")
+#: streams of communication, in the order in which an idle compute stream is blamed on them
+COMMUNICATION = ("tp", "cp", "ep", "pp", "dp")
+#: all streams; the last one to blame is the host, which launches the actions of a pair
+STREAMS = ("compute", *COMMUNICATION, "host")
 #: streams on which nothing tells when an action begins or ends: messages, data-parallel collectives, the host
 ASIDE = ("pp", "dp", "host")
 
@@ -67,13 +69,13 @@ class Timeline:
         -------
         DataFrame
             One row per class: ``stage``, ``ranks``, ``compute_s``, for each kind of communication ``<stream>_exposed_s``
-            (nothing computes meanwhile) and ``<stream>_hidden_s`` (beside compute), ``idle_s``. Compute, exposed and idle
-            add up to the step.
+            (nothing computes meanwhile) and ``<stream>_hidden_s`` (beside compute), ``host_s`` (the host launches a pair while
+            nothing else runs; outside pairs the wait for it is in ``compute_s``), ``idle_s``. Compute, exposed, host and idle add
+            up to the step.
 
         Notes
         -----
-        When several streams communicate while none computes, the time counts for the first of tp, cp, ep, pp, dp; then for the host
-        that launches the actions of a pair.
+        When several streams communicate while none computes, the time counts for the first of tp, cp, ep, pp, dp.
         """
         rows = []
         for c in range(len(self.ranks)):
@@ -97,6 +99,8 @@ class Timeline:
             if stream == "compute":
                 computing = busy
                 spent["compute_s"] = float(length[busy].sum())
+            elif stream == "host":
+                spent["host_s"] = float(length[busy & free].sum())
             else:
                 spent[f"{stream}_exposed_s"] = float(length[busy & free].sum())
                 spent[f"{stream}_hidden_s"] = float(length[busy & computing].sum())

@@ -26,7 +26,7 @@ from simulator.scenario.scenario import Scenario
 from simulator.simulate import classify, node_seconds
 from simulator.workload.build import build_step
 from simulator.workload.experts import copies
-from simulator.workload.ops import Op
+from simulator.workload.ops import HOST, Op
 from simulator.workload.step import StepProgram
 
 VERSION = "0.0.4"
@@ -113,7 +113,7 @@ def save_chakra(scenario: Scenario, folder: str | Path, prefix: str = "step") ->
     -----
     Durations are whole microseconds, at least one. `comm_size` is in bytes: the buffer of an all-reduce or reduce-scatter,
     one rank's share of an all-gather, everything that a rank routes in an expert all-to-all, its own part included. Nodes of
-    one stream follow one another by `ctrl_deps`.
+    one stream follow one another by `ctrl_deps`. `is_cpu_op` is true for the host that launches the kernels of a pair beside them.
     """
     problems = check(scenario)
     if scenario.plan.world > MOST_RANKS:
@@ -190,7 +190,7 @@ class _Writer:
                 self.collective(made_node, task.ops[0], rank)
             else:
                 made_node.type, made_node.duration_micros = COMPUTE, max(1, round(float(self.seconds[node]) * 1e6))
-            made_node.attr.add(name="is_cpu_op", bool_val=False)
+            made_node.attr.add(name="is_cpu_op", bool_val=task.stream == HOST)  # else it would keep the kernels of the pair waiting
             yield made_node
 
     def peer(self, rank: int, sender: int, receiver: int, back: bool = False) -> int:

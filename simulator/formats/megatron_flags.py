@@ -51,6 +51,7 @@ NOT_MODELLED = {
     "distribute-saved-activations": "saved activations are kept whole on every tensor-parallel rank",
     "fp8-param-gather": "parameters are kept and gathered in bf16",
     "fp4-param-gather": "parameters are kept and gathered in bf16",
+    "fp8-output-proj": "the output projection is priced in bf16; set precision.head: fp8 in the plan",
     "fp32-residual-connection": "residuals are kept in bf16",
     "optimizer-cpu-offload": "optimizer state stays on the accelerator",
     "cpu-offloading": "activations stay on the accelerator",

@@ -76,6 +76,9 @@ def _unsayable(plan: Plan) -> dict[str, str]:
     if plan.recompute == "selective":
         for name in _NOT_RECOMPUTED.intersection(plan.recompute_modules):
             found[f"recompute_modules: {name}"] = "drop it; Megatron-LM recomputes moe_act and mlp"
+    if plan.precision.head in NARROW:  # pull request 4825 of NVIDIA/Megatron-LM adds it; TransformerConfig of release 0.16.1 is without
+        remedy = "use head: bf16; a Megatron-LM newer than 0.16.1 may have --fp8-output-proj, for fp8 with --fp8-recipe mxfp8"
+        found[f"precision.head: {plan.precision.head}"] = remedy
     return found
 
 

@@ -136,20 +136,21 @@ def bars(timeline: Timeline, rank_class: int) -> pd.DataFrame:
 
     Notes
     -----
-    Touching spans of one micro-batch's forward or backward become one bar. Communication is cut to where nothing computes.
+    Touching spans of one micro-batch's forward or backward become one bar, what waits for the host that launches it included.
+    Communication is cut to where nothing computes.
     """
     mine = (timeline.rank_class == rank_class) & (timeline.end_s > timeline.start_s)
     starts, ends, stream, action = (x[mine] for x in (timeline.start_s, timeline.end_s, timeline.stream, timeline.action))
     borders = np.unique(np.concatenate([starts, ends]))
     first, last = np.searchsorted(borders, starts), np.searchsorted(borders, ends)
     actions, number = np.unique(action.astype(str), return_inverse=True)
-    computes, inside = stream == "compute", np.isin(stream, INSIDE) & (action != "")
+    computes, hosts, inside = stream == "compute", stream == "host", np.isin(stream, INSIDE) & (action != "")
     owner = np.full(max(len(borders) - 1, 0), -1)  # whose forward or backward each interval between two borders belongs to
-    for these in (inside, computes):
+    for these in (hosts, inside, computes):
         for a, b, n in zip(first[these], last[these], number[these]):
             owner[a:b] = n
-    busy, computing = _covered(len(borders), first, last), _covered(len(borders), first[computes], last[computes])
-    exposed = busy & ~computing
+    talking, computing = (_covered(len(borders), first[these], last[these]) for these in (~computes & ~hosts, computes))
+    exposed = talking & ~computing
     passes = _runs(borders, owner)
     passes["action"] = actions[passes.pop("value")]
     passes.insert(0, "kind", [_kind(a) for a in passes["action"]])

@@ -69,13 +69,14 @@ class RanksResult(Outcome):
         Returns
         -------
         DataFrame
-            ``part``, ``seconds``, ``share``, ``hidden_s``: kernels, collectives that kernels waited for while they were under
-            way, waiting (for slower members of a group, for other stages, for messages, for the end). Seconds add up to the
-            step; what is hidden ran beside compute or waiting.
+            ``part``, ``seconds``, ``share``, ``hidden_s``: kernels and their wait for the host that launches them, collectives
+            that kernels waited for while they were under way, waiting (for slower members of a group, for other stages, for
+            messages, for the end). Seconds add up to the step; what is hidden ran beside compute or waiting.
         """
-        mean = self._table[["compute_s", "exposed_s", "wait_s"]].mean()
+        mean = self._table[["compute_s", "host_s", "exposed_s", "wait_s"]].mean()
         hidden = max(float(self.replay.collective_s.mean() - mean["exposed_s"]), 0.0)  # of two at once only the longer is exposed
-        rows = [("compute", mean["compute_s"], 0.0), ("exposed: collectives", mean["exposed_s"], hidden), ("idle", mean["wait_s"], 0.0)]
+        compute = mean["compute_s"] + mean["host_s"]
+        rows = [("compute", compute, 0.0), ("exposed: collectives", mean["exposed_s"], hidden), ("idle", mean["wait_s"], 0.0)]
         table = pd.DataFrame(rows, columns=["part", "seconds", "hidden_s"])
         table.insert(2, "share", table["seconds"] / self.step_time_s)
         return table
@@ -108,11 +109,12 @@ class RanksResult(Outcome):
                 "host": self._host[rank],
                 "slowdown": self.durations.uneven.slowdown.ravel(),
                 "compute_s": replay.compute_s.ravel(),
+                "host_s": replay.host_s.ravel(),
                 "exposed_s": replay.exposed_s.ravel(),
                 "end_s": replay.end_s.ravel(),
             }
         )
-        table.insert(6, "wait_s", self.step_time_s - table["compute_s"] - table["exposed_s"])
+        table.insert(7, "wait_s", self.step_time_s - table["compute_s"] - table["host_s"] - table["exposed_s"])
         table["over_stage"] = (replay.compute_s / np.median(replay.compute_s, axis=1, keepdims=True)).ravel()
         return table
 
@@ -123,9 +125,10 @@ class RanksResult(Outcome):
         -------
         DataFrame
             One row per rank: ``stage``, ``host``, ``slowdown`` (factor on its kernels, jitter apart), ``compute_s``,
+            ``host_s`` (what kernels of pairs waited for the host that launches them; outside pairs it is in ``compute_s``),
             ``exposed_s`` (communication under way that compute waited for), ``wait_s`` (for slower members of its groups, for
             other stages, for the end), ``end_s`` of its last operation, ``over_stage`` (compute over the median of its stage).
-            Compute, exposed and wait add up to the step.
+            Compute, host, exposed and wait add up to the step.
         """
         return self._table.copy()
 

@@ -8,10 +8,11 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from simulator.engine.timeline import ASIDE, STREAMS, Timeline
+from simulator.engine.timeline import ASIDE, COMMUNICATION, Timeline
 from simulator.network.sharing import Share
 from simulator.results.outcome import Outcome, divided
 from simulator.scenario.scenario import Scenario
+from simulator.workload.ops import HOST
 
 #: mechanisms that a real step has and this one does not
 NOT_MODELLED = (
@@ -59,19 +60,21 @@ class StepResult(Outcome):
         Returns
         -------
         DataFrame
-            Columns ``part``, ``seconds``, ``share``, ``hidden_s``: kernels by kind, communication that nothing hides by
-            stream, the host where nothing else runs in a pair, idle
-            time (pipeline bubble and waiting). Seconds add up to the step; ``hidden_s`` runs beside compute.
+            Columns ``part``, ``seconds``, ``share``, ``hidden_s``: kernels by kind and the wait for the host that launches them
+            (``compute: host``), communication that nothing hides by stream, idle time (pipeline bubble and waiting). Seconds add
+            up to the step; ``hidden_s`` runs beside compute.
         """
         spent = self.timeline.exposed()
         weight = spent["ranks"] / spent["ranks"].sum()
-        kernels = sum(self.compute_parts_s.values())
-        rows = [(f"compute: {part}", seconds, 0.0) for part, seconds in self.compute_parts_s.items()]
-        for stream in STREAMS[1:]:
+        compute, alone = dict(self.compute_parts_s), float((spent["host_s"] * weight).sum())
+        if alone:
+            compute[HOST] = compute.get(HOST, 0.0) + alone
+        rows = [(f"compute: {part}", seconds, 0.0) for part, seconds in compute.items()]
+        for stream in COMMUNICATION:
             exposed, hidden = (float((spent[f"{stream}_{how}_s"] * weight).sum()) for how in ("exposed", "hidden"))
             if exposed or hidden:
                 rows.append((f"exposed: {stream}", exposed, hidden))
-        idle = self.step_time_s - kernels - sum(r[1] for r in rows[len(self.compute_parts_s) :])
+        idle = self.step_time_s - sum(seconds for _, seconds, _ in rows)
         rows.append(("idle", max(idle, 0.0), 0.0))  # rounding can leave -1e-16
         table = pd.DataFrame(rows, columns=["part", "seconds", "hidden_s"])
         table.insert(2, "share", table["seconds"] / self.step_time_s)

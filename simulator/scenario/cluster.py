@@ -64,8 +64,9 @@ class Accelerator(Facts):
         last ones leave other multiprocessors idle; the published efficiency is that of 16 heads and 16,384 queries. Left out:
         any number is as fast.
     fp8_attention : dict
-        Speed of fused attention in 8 bits over that in bf16: ``forward`` and ``backward`` of heads 128 wide, ``wide_forward`` and
-        ``wide_backward`` of wider ones, ``narrow_forward`` and ``narrow_backward`` up to 64; the same where left out.
+        Speed of fused attention in 8 bits over that in bf16, by direction and by the mean width of a head's keys and values:
+        ``forward`` and ``backward`` above 64 and up to 128, ``wide_forward`` and ``wide_backward`` above 128, ``narrow_forward`` and
+        ``narrow_backward`` up to 64. As fast as bf16 where left out; null, as older profiles have it, leaves out all.
     older_attention : dict
         Share of that speed which the kernels of older generations, ``flash2`` and ``flash1``, reach; 1 where left out.
     kernels : dict
@@ -104,6 +105,11 @@ class Accelerator(Facts):
     in_training: dict[InTraining, Annotated[float, Field(gt=0.3, lt=2.0)]] = {}
     tdp_w: Watts
     kernels: dict[str, KernelCost] = {}
+
+    @field_validator("fp8_attention", mode="before")
+    @classmethod
+    def _null_leaves_out(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @model_validator(mode="after")
     def _peaks_are_dense(self) -> Accelerator:

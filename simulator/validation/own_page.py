@@ -88,8 +88,8 @@ _SCHEMA = """
 
 A file is a table in UTF-8 with a header, one row per measurement, in the columns below: those of the published rows in
 `simulator/validation/data`. Columns that are not needed may be left out; a blank cell means "not known", and what is
-taken instead is told with the row, also for `vocab`, `kv_heads` and `head_dim` where the model's name tells them. Numbers are written
-without units. A row that cannot be read is told with its line, its column and
-the remedy, and the other rows are still scored. With rows of two models or more of one `release`, the error after one factor for that
-release is told, too.
+taken instead is told with the row, also for `vocab`, `kv_heads` and `head_dim` where the model's name tells them: a shipped
+model, GPT, Llama and a few more; where it does not, write them. Numbers are written without units. A row that cannot be read
+is told with its line, its column and the remedy, and the other rows are still scored. With rows of two models or more of one
+`release`, the error after one factor for that release is told, too.
 """

@@ -11,8 +11,8 @@ from simulator.scenario.plan import NARROW, Plan
 from simulator.scenario.scenario import Scenario
 from simulator.validation.row import Row
 from simulator.validation.row_cluster import cluster_of
-from simulator.validation.row_model import BLOOM_VOCAB, model_of
-from simulator.validation.row_names import canonical, usual_vocab
+from simulator.validation.row_model import BLOOM_VOCAB, model_of, shipped
+from simulator.validation.row_names import named, plain, usual_vocab
 from simulator.validation.row_plan import job_of, plan_of
 from simulator.validation.row_scripts import with_scripts
 
@@ -56,26 +56,24 @@ def memory_scenario(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, An
 
 def _filled(cells: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> Row:
     """Return the row with what it leaves out: from its own training run, from one of the same model, or assumed."""
-    own = Row(cells)
-    usual = canonical(own.text("model"))
-    if usual != own.text("model"):
-        return _filled({**cells, "model": usual}, runs)
+    own = named(Row(cells))
+    model, hidden = own.text("model"), own.text("hidden")
+    cells = {**cells, "model": model}
     run = runs.get(own.text("training_run_id"))
     if run is not None:
         notes = {name: "; ".join(filter(None, (own.text(name), Row(run).text(name)))) for name in ("notes", "overlap_notes")}
-        return _assumed({**run, **{name: value for name, value in cells.items() if own.text(name)}, **notes}, [])
-    known = next((v for k, v in _DIMENSIONS_OF.items() if own.text("model").startswith(k)), None)
+        return _assumed({**run, **{name: value for name, value in cells.items() if own.text(name)}, **notes}, own.assumptions)
+    known = next((v for k, v in _DIMENSIONS_OF.items() if model.startswith(k)), None)
     if known is not None:
         missing = {name: value for name, value in known.items() if not own.text(name)}
         said = [f"{', '.join(missing)} not printed: those of its published configuration"] if missing else []
-        return _assumed({**cells, **missing}, said)
-    model, hidden = own.text("model"), own.text("hidden")
+        return _assumed({**cells, **missing}, [*own.assumptions, *said])
     like = next((r for r in runs.values() if r["model"] == model and r["hidden"] == hidden), None)
     if like is None:
-        return _assumed(dict(cells), [])
+        return _assumed(cells, own.assumptions)
     missing = {name: like[name] for name in DIMENSIONS if not own.text(name) and Row(like).text(name)}
     said = [f"dimensions not printed: those of {like['id']}"] if missing else []
-    return _assumed({**cells, **missing}, said)
+    return _assumed({**cells, **missing}, [*own.assumptions, *said])
 
 
 def _assumed(cells: dict[str, Any], said: list[str]) -> Row:
@@ -88,12 +86,13 @@ def _assumed(cells: dict[str, Any], said: list[str]) -> Row:
             cells[column] = str(value)
             said.append(f"{column} not printed: {value}, {why}")
 
-    assume("vocab", BLOOM_VOCAB if row.has("BLOOM", "source") else usual_vocab(row.text("model")), "of its usual tokenizer")
-    if hidden:
+    known = shipped(row.text("model"))  # its own file says what its row does not
+    if not known:
+        assume("vocab", BLOOM_VOCAB if row.has("BLOOM", "source") else usual_vocab(row.text("model")), "of its usual tokenizer")
+    if hidden and plain(row.text("model")):
         assume("layers", _layers(row, hidden), "from the parameters in its name")
-        plain = row.text("model").startswith(("GPT", "MT-NLG", "BLOOM"))
         if row.text("arch") != "moe":
-            assume("ffn_hidden", 4 * hidden if plain else -(-8 * hidden // (3 * 256)) * 256, "4 x hidden" if plain else "8/3 x hidden")
+            assume("ffn_hidden", 4 * hidden, "4 x hidden")
         assume("heads", None if heads else hidden // 128, "heads of 128")
         heads = row.whole("heads")
         assume("kv_heads", heads, "one for each head")
@@ -102,7 +101,7 @@ def _assumed(cells: dict[str, Any], said: list[str]) -> Row:
     if not dp and row.whole("gpus") and row.whole("tp"):
         dp = row.need("gpus") // (row.need("tp") * pp * (row.whole("cp") or 1))
     assume("cp", 1, "no long sequence")
-    assume("dense_layers", "0" if row.text("arch") == "moe" else None, "every layer is MoE")
+    assume("dense_layers", "0" if row.text("arch") == "moe" and not known else None, "every layer is MoE")
     assume("gbs", dp and dp * (row.whole("mbs") or 1) * 4 * pp, "enough micro-batches to fill the pipeline")
     found = Row(cells)
     for text in said:
@@ -174,12 +173,15 @@ def metric_of(text: str) -> str:
         When the words are not known.
     """
     known = {
-        r"nvidia-smi|device|\bused\b|\bHBM\b": "device",
+        r"nvidia-smi": "device",
         r"reserved": "reserved",
         r"^optimizer": "optimizer",
         r"parameters\+optimizer|states": "states",
-        r"activations": "activations",
-        r"allocated|(?:peak|max)\w*[ _]mem|^total$|^peak$": "allocated",
+        r"activations|activation[ _]mem": "activations",
+        r"allocated": "allocated",
+        # words of how a device is filled say whose count it is only where none of those above does
+        r"device|(?:\b|_)used\b|\bHBM\b": "device",
+        r"(?:peak|max)\w*[ _]mem|^total$|^peak$": "allocated",
     }
     for pattern, metric in known.items():
         if re.search(pattern, text, re.IGNORECASE):

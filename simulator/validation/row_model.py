@@ -9,7 +9,7 @@ from simulator.errors import ProfileError
 from simulator.scenario.model import Experts, LatentAttention, Model
 from simulator.scenario.profiles import MODELS
 from simulator.validation.row import Row
-from simulator.validation.row_names import canonical, usual_vocab
+from simulator.validation.row_names import GPT, canonical, plain, usual_vocab, whole_heads
 
 #: beginning of the published name -> shipped model: the columns lack latent attention, routing groups, windows, MTP
 _SHIPPED = {
@@ -17,7 +17,7 @@ _SHIPPED = {
     "Kimi-K2": "kimi-k2",
     "Qwen3-235B-A22B": "qwen3-235b-a22b",
     "Qwen3-30B-A3B": "qwen3-30b-a3b",
-    "GPT-OSS 120B": "gpt-oss-120b",
+    "GPT-OSS": "gpt-oss-120b",  # 20B has fewer layers and experts, which the columns say, and is the same else (arXiv:2508.10925)
     "Mixtral 8x7B": "mixtral-8x7b",
     "Mixtral 8x22B": "mixtral-8x22b",
 }
@@ -25,7 +25,7 @@ _SHIPPED = {
 _NOT_STANDARD = r"mamba|hybrid|latent-moe|qwen3-next|qwen3\.5|deepseek-v4|nemotron-h"
 #: beginning of the published name -> what its layers are beside the printed dimensions, and how to name that
 _STYLES: dict[str, tuple[dict[str, bool], str]] = {
-    "GPT|BLOOM|MT-NLG": (
+    f"{GPT}|BLOOM|MT-NLG": (
         {"gated": False, "layer_norm": True, "attention_bias": True, "output_bias": True, "mlp_bias": True, "tied_embeddings": True},
         "layer details not printed: Megatron's GPT (plain MLP, LayerNorm, biases, tied embeddings)",
     ),
@@ -36,8 +36,6 @@ _STYLES: dict[str, tuple[dict[str, bool], str]] = {
     "Tencent Hunyuan|Hy3|Qwen3": ({"qk_norm": True}, "layer details not printed: queries and keys normalised (config.json of its models)"),
     "Nemotron-4": ({"gated": False, "layer_norm": True}, "layer details not printed: Nemotron-4 (plain MLP, LayerNorm)"),
 }
-#: beginning of the names of models whose every query has its own key and value
-_PLAIN = ("GPT", "BLOOM", "MPT", "MT-NLG")
 #: BLOOM's 250,680 tokens, padded by Megatron (config.json of bigscience/bloom)
 BLOOM_VOCAB = 250880
 #: runs of Megatron-LM and its forks, which pad every vocabulary (megatron/tokenizer/tokenizer.py, ``_vocab_size_with_padding``), also
@@ -53,9 +51,13 @@ _LATENT = re.compile(r"MLA: q_lora (\d+), kv_lora (\d+), qk_nope (\d+), qk_rope 
 def usual(name: str, column: str) -> bool:
     """Return whether a model's name tells what a blank cell of `column` stands for; it is taken as an assumption by name."""
     name = canonical(name)
-    if column == "vocab":
-        return usual_vocab(name) is not None or name.startswith(tuple(_SHIPPED))
-    return column == "head_dim" or (column == "kv_heads" and name.startswith((*_PLAIN, *_SHIPPED)))
+    told = {"vocab": usual_vocab(name) is not None, "kv_heads": plain(name), "head_dim": whole_heads(name)}
+    return column in told and (told[column] or shipped(name) is not None)
+
+
+def shipped(name: str) -> str | None:
+    """Return the shipped model that rows of a model, by its usual name, are read on."""
+    return next((file for start, file in _SHIPPED.items() if name.startswith(start)), None)
 
 
 def model_of(row: Row) -> Model:
@@ -76,8 +78,8 @@ def model_of(row: Row) -> Model:
         raise ProfileError("non-standard architecture")
     if row.has("fine-tuning", "missing_fields"):
         raise ProfileError("fine-tuning, not pre-training")
-    shipped = next((file for start, file in _SHIPPED.items() if name.startswith(start)), None)
-    data = _on_shipped(row, MODELS.load(shipped)) if shipped else _from_columns(row)
+    file = shipped(name)
+    data = _on_shipped(row, MODELS.load(file)) if file else _from_columns(row)
     data["vocab"] = _divisible_vocab(row, data["vocab"])
     return Model.model_validate(data | {"name": name, "source": row.text("provenance") or row.text("source")})
 
@@ -109,6 +111,8 @@ def _on_shipped(row: Row, base: Model) -> dict[str, Any]:
         printed = row.whole(column)
         if printed is not None:
             data[field] = printed
+        elif column in ("vocab", "kv_heads", "head_dim"):
+            row.assume(f"{column} not printed: {data[field]}, as in {base.name}")
     data["windows"] = _repeated(base.windows, data["layers"])
     if base.experts is not None:
         for field, column in (("count", "experts"), ("top_k", "topk"), ("ffn", "moe_ffn_hidden")):
@@ -141,10 +145,11 @@ def _moe_layers(row: Row, layers: int, dense: int) -> tuple[bool, ...]:
 
 def _from_columns(row: Row) -> dict[str, Any]:
     data: dict[str, Any] = {k: row.need(k) for k in ("layers", "hidden", "heads")}
-    plain = row.text("model").startswith(_PLAIN)
-    data["kv_heads"] = row.default("key-value heads", data["heads"], row.whole("kv_heads")) if plain else row.need("kv_heads")
-    data["head_dim"] = row.default("width of heads", data["hidden"] // data["heads"], row.whole("head_dim"))
-    data["vocab"] = row.default("vocab", usual_vocab(row.text("model")), row.whole("vocab")) or row.need("vocab")
+    name, width = row.text("model"), data["hidden"] // data["heads"]
+    data["kv_heads"] = row.default("key-value heads", data["heads"], row.whole("kv_heads")) if plain(name) else row.need("kv_heads")
+    data["head_dim"] = row.default("width of heads", width, row.whole("head_dim")) if whole_heads(name) else row.need("head_dim")
+    vocab = usual_vocab(name)
+    data["vocab"] = row.default("vocab", vocab, row.whole("vocab")) if vocab else row.need("vocab")
     moe = row.text("arch") == "moe"
     dense = row.need("dense_layers") if moe else data["layers"]
     data["ffn"] = _ffn(row, data["hidden"]) if dense else (row.whole("ffn_hidden") or 0)
@@ -156,13 +161,13 @@ def _from_columns(row: Row) -> dict[str, Any]:
     if moe:
         data |= _experts(row, data["layers"], dense)
     data |= _style(row, data["hidden"], data["ffn"], moe)
-    if data.get("tied_embeddings") and row.text("model").startswith(("GPT", "MPT")):
+    if data.get("tied_embeddings") and re.match(f"{GPT}|MPT", name):
         data["positions"] = row.need("seq_len")  # GPT and, as benchmarked, MPT learn one embedding per position
     return data
 
 
 def _ffn(row: Row, hidden: int) -> int:
-    if row.text("model").startswith("GPT"):
+    if re.match(GPT, row.text("model")):
         return row.default("MLP width", 4 * hidden, row.whole("ffn_hidden"))
     return row.need("ffn_hidden")
 

@@ -14,6 +14,7 @@ from simulator.scenario.plan import Plan, Precision
 from simulator.validation.row import Row
 from simulator.validation.row_kernels import BEFORE_2022, FULL_ITERATION_RECIPE, TRACED, kernels_of
 from simulator.validation.row_layout import layout_of
+from simulator.validation.row_products import BF16_MOMENTS, products_of
 from simulator.validation.row_recompute import recompute_of
 from simulator.validation.row_software import framework_of
 
@@ -22,7 +23,7 @@ _NOT_MODELLED = {
     r"WITH_OPTIM_STEP=True|param_gather_with_optimizer_step": "parameter gather beside the optimizer",
     r"token-?drop|capacity factor": "capacity factor (balanced routing costs the same when it is 1)",
     r"cpu_offload_layers|activation_offloading=True": "activations offloaded to the host",
-    r"paged[_ ]stash": "paged stash of activations",
+    r"paged[_ ]stash": "copies into and out of the pages of stashed activations (their room is)",
     r"Llama-3 variant": "Llama 3's 1F1B with N micro-batches in flight",
 }
 #: sources whose software waits for every message between stages: Megatron-LM before 2023 and the scripts that zero-bubble schedules are
@@ -294,28 +295,22 @@ def _dispatcher(row: Row, model: Model) -> str:
 
 
 def _precision(row: Row, kernels: Kernels) -> Precision:
-    printed = row.default("precision", "bf16", row.text("precision")).lower()
-    fields: dict[str, Any] = {}
-    if re.search("fp4|4.bit|w4a4|e2m1", printed):
-        fields["gemm"] = "fp4"
-    elif re.search("fp8|float8|e4m3|w8a8|8.bit", printed):
-        fields["gemm"] = "fp8"
-    elif "fp16" in printed and "bf16" not in printed:
+    products = products_of(row)
+    fields: dict[str, Any] = {"gemm": products}
+    if products == "fp16":
         row.assume("gradient precision not printed: fp16")
-        fields |= dict.fromkeys(("parameters", "gradients", "gemm", "dispatch", "combine", "gradient_reduce"), "fp16")
-    elif not re.search("bf16|bfloat16|fp16", printed):
-        row.assume(f"not modelled: products in '{printed}' (taken as bf16)")
+        fields |= dict.fromkeys(("parameters", "gradients", "dispatch", "combine", "gradient_reduce"), "fp16")
     if row.has("Aleph-Alpha", "source"):
         fields["gradients"] = "bf16"
     if row.has("torchtitan", "source") and row.has("rowwise", "precision"):
         row.assume("tensor-parallel gathers in bf16: torchao casts before them only for tensorwise scaling (torchao/float8/README.md)")
         fields["gather"] = "bf16"
-    if fields.get("gemm") == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x|block", "precision"):
+    if products == "fp8" and row.has("B[23]00", "gpu") and not row.has("MX|1x|block", "precision"):
         row.assume("one copy of a tensor in FP8: one scale for it, either layout")
         fields["layouts"] = 1
-    if fields.get("gemm") == "fp4":
+    if products == "fp4":
         fields["block"] = 16
-    elif fields.get("gemm") == "fp8" and row.has(r"\bMX|1x32", "precision"):
+    elif products == "fp8" and row.has(r"\bMX|1x32", "precision"):
         fields["block"] = 32
     if "full" in kernels.graphs and row.has("MXFP8", "precision") and row.has(_NARROW_HEAD, "provenance"):
         row.assume("output projection not printed: in MXFP8, as the recipe says (fp8_output_proj)")
@@ -327,8 +322,9 @@ def _precision(row: Row, kernels: Kernels) -> Precision:
     if row.has("1x128 act", "precision"):
         row.assume("dispatch in fp8, Adam moments in bf16: DeepSeek-V3 technical report, section 3.3")
         fields |= {"dispatch": "fp8", "moments": "bf16"}
-    if row.has("bf16 moments|moments bf16", "notes"):
+    if row.has(BF16_MOMENTS, "notes", "precision"):
         fields["moments"] = "bf16"
+    printed = row.text("precision").lower()
     if "pure" in printed:  # MosaicML: PURE reduces in the compute type, DEFAULT in fp32
         fields["gradient_reduce"] = "bf16"
     elif row.has(_BF16_GRADIENTS, "source"):

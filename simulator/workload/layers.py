@@ -18,7 +18,7 @@ import numpy as np
 
 from simulator.scenario.job import Job
 from simulator.scenario.model import LayerKind, Model
-from simulator.scenario.plan import ELEMENT_BYTES, Dtype, Plan
+from simulator.scenario.plan import ELEMENT_BYTES, NARROW, Dtype, Plan
 from simulator.units import Number
 from simulator.workload.attention import attention, latent_attention
 from simulator.workload.blocks import Block, BlockBuilder
@@ -195,7 +195,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, plan: Plan) -> None:
     per_expert, (saved, kept) = rows / local, _kept(rows * mats * ffn, precision.activations)
     # what stays in memory is of the tokens that really come, or in a graph of everything has room for more than come evenly
     whole = "full" in b.kernels.graphs
-    pages = STASHED if b.dtype != "bf16" else CAPACITY
+    pages = STASHED if b.dtype in NARROW else CAPACITY
     held = np.maximum(b.load, pages) if whole else b.load
     taken, room = rows * held, rows * (np.maximum(b.load, CAPACITY) if whole else b.load)
     fused = b.kernels.experts == "fused"

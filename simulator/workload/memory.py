@@ -28,7 +28,7 @@ MOMENTS = {"adam": 2, "muon": 1, "sgd": 0}
 PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "fragmentation", "communication", "context")
 #: how a framework counts its memory -> the parts that it counts
 METRICS = {"allocated": PARTS[:5], "reserved": PARTS[:6], "device": PARTS}
-#: blocks whose matrix products stay in 16 bits
+#: blocks that are no layers: their matrix products stay in 16 bits, but for the output projection where `Precision.head` is narrow
 _ENDS = ("embedding", "head")
 #: bytes of the 16-bit gradients that autograd itself hands over
 AUTOGRAD = 2.0
@@ -60,8 +60,8 @@ def state_bytes(dense: Number, expert: Number, plan: Plan, job: Job) -> dict[str
     }
 
 
-def low_precision_copies(plan: Plan) -> float:
-    """Return bytes per parameter of the layers for what matrix products in low precision read instead of the weight itself.
+def low_precision_copies(plan: Plan, dtype: str) -> float:
+    """Return bytes per parameter for what matrix products in `dtype` read instead of the weight itself.
 
     Notes
     -----
@@ -74,7 +74,7 @@ def low_precision_copies(plan: Plan) -> float:
         return 0.0
     if p.parameters in NARROW:
         return (p.layouts - 1) * ELEMENT_BYTES[p.parameters]
-    return p.layouts * ELEMENT_BYTES[p.gemm] if p.gemm in NARROW else 0.0
+    return p.layouts * ELEMENT_BYTES[dtype] if dtype in NARROW else 0.0
 
 
 def _gathered(stages: tuple[StageBlocks, ...], blocks: Mapping[str, Block], plan: Plan) -> Number:
@@ -329,13 +329,16 @@ def memory_per_stage(
         return found.reshape(*found.shape[:-1], *places.shape)
 
     dense, expert = (held(f).sum(axis=-2) for f in ("dense_parameters", "expert_parameters"))
+    first, last = (np.any(places == stage, axis=0) for stage in (0, len(stages) - 1))
+    projection = np.asarray(model.vocab * model.hidden / plan.tp)[..., None]
     if model.tied_embeddings:  # a rank that holds the head without the embedding has its own copy of the shared matrix
-        first, last = (np.any(places == stage, axis=0) for stage in (0, len(stages) - 1))
-        dense = dense + (last & ~first) * np.asarray(model.vocab * model.hidden / plan.tp)[..., None]
+        dense = dense + (last & ~first) * projection
     columns = plan.with_rank_axis()
     parts = state_bytes(dense, expert, columns, job)
     layers = sum(held(f, _ENDS).sum(axis=-2) for f in ("dense_parameters", "expert_parameters"))
-    parts["weights"] = parts["weights"] + low_precision_copies(plan) * layers
+    parts["weights"] = parts["weights"] + low_precision_copies(plan, plan.precision.gemm) * layers
+    if plan.precision.head in NARROW:
+        parts["weights"] = parts["weights"] + low_precision_copies(plan, plan.precision.head) * last * projection
     kept = (of_stages[..., places] for of_stages in kept_bytes(model, plan, job, stages, blocks))
     saved = np.stack(np.broadcast_arrays(*kept), axis=-3)  # (..., 2, vpp, ranks)
     flat = np.moveaxis(saved.reshape(*saved.shape[:-3], -1, places.shape[1]), -1, 0)  # (ranks, ..., 2 vpp)

@@ -178,7 +178,8 @@ def host_time(segments: tuple[Segment, ...], kernels: Kernels) -> Op:
     """Return what keeps the host busy with `segments` in a pair, where it does nothing for the other action meanwhile.
 
     One thread launches both (megatron/core/models/common/model_chunk_schedule_plan.py, ``TransformerLayerSchedulePlan.run``), and
-    waits for what either of them reads back.
+    waits for what either of them reads back. Left out: that the device then waits for the next launch, which
+    `simulator.pricing.operations.wait_s` counts outside of pairs only.
     """
     beside = tuple(segments[at] for at in sorted(awaited(segments, kernels)))
     return Op(HOST, LAUNCH, launches=launched(segments, kernels), beside=beside, routed=any(op.routed for s in beside for op in s))
@@ -188,7 +189,8 @@ def launched(segments: tuple[Segment, ...], kernels: Kernels) -> Number:
     """Return what the host launches for `segments`, in kernels of a module of Transformer Engine.
 
     A tensor-parallel collective is a call of torch.distributed in Python, as much as such a kernel; where collectives were timed apart,
-    the host waits and none counts (`Overlap.host_waits`). Those of experts are among the launches of their dispatcher.
+    the host waits and none counts (`Overlap.host_waits`). Those of experts are among the launches of their dispatcher. Left out, so that
+    they cost the host nothing: the calls of context parallelism, of ZeRO's gathers and reductions, and of messages between stages.
     """
     return sum((launches for row in launches_of(segments, kernels) for launches in row), 0.0)
 

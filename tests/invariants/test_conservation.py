@@ -129,8 +129,8 @@ def test_compute_exposed_and_idle_add_up_to_the_step(s):
     result = simulate_step(s)
     step, spent = result.step_time_s, result.timeline.exposed()
     exposed = [c for c in spent if c.endswith("_exposed_s")]
-    assert (spent[["compute_s", *exposed, "idle_s"]] >= 0).all(axis=None)
-    assert spent[["compute_s", *exposed, "idle_s"]].sum(axis=1).to_numpy() == pytest.approx(step, rel=EXACT)
+    assert (spent[["compute_s", *exposed, "host_s", "idle_s"]] >= 0).all(axis=None)
+    assert spent[["compute_s", *exposed, "host_s", "idle_s"]].sum(axis=1).to_numpy() == pytest.approx(step, rel=EXACT)
     assert spent["ranks"].sum() == s.plan.world
 
     parts = result.breakdown()
@@ -138,7 +138,7 @@ def test_compute_exposed_and_idle_add_up_to_the_step(s):
     assert parts["seconds"].sum() == pytest.approx(step, rel=EXACT)
     assert parts["share"].sum() == pytest.approx(1.0, rel=EXACT)
     compute = parts.loc[parts["part"].str.startswith("compute"), "seconds"].sum()
-    assert compute == pytest.approx((spent["compute_s"] * weight).sum(), rel=1e-9)
+    assert compute == pytest.approx(((spent["compute_s"] + spent["host_s"]) * weight).sum(), rel=1e-9)
     idle = parts.set_index("part")["seconds"]["idle"]
     assert idle == pytest.approx((spent["idle_s"] * weight).sum(), rel=1e-9, abs=1e-9 * step)
 

@@ -120,8 +120,8 @@ def test_time_of_a_rank_adds_up(s, variation):
     result = simulate_ranks(s, variation)
     table, slack = result.table(), TOLERANCE * result.step_time_s
     assert len(table) == s.plan.world
-    assert (table[["compute_s", "exposed_s", "wait_s"]] >= -slack).all(axis=None)
-    assert (table[["compute_s", "exposed_s", "wait_s"]].sum(axis=1) - result.step_time_s).abs().max() <= slack
+    assert (table[["compute_s", "host_s", "exposed_s", "wait_s"]] >= -slack).all(axis=None)
+    assert (table[["compute_s", "host_s", "exposed_s", "wait_s"]].sum(axis=1) - result.step_time_s).abs().max() <= slack
     assert table["end_s"].max() == result.step_time_s
     path = result.critical_path()
     assert path["start_s"].iloc[0] == 0
@@ -143,6 +143,33 @@ def test_exposed_communication_is_that_of_the_timeline(s):
     after = talks.groupby("rank_class")["end_s"].transform(lambda ends: ends.cummax().shift(fill_value=0.0))
     if (talks["start_s"] >= after).all():  # no two streams at once
         assert mine == pytest.approx(theirs, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("dispatch_s", [5e-6, 1e-3])
+def test_wait_for_the_host_in_pairs_is_that_of_the_timeline(dispatch_s):
+    """On one stage where every collective is waited for: what replay and timeline call host, communication and waiting are the same."""
+    table = "0F0 0F1+0B0 0F2+0B1 0B2\n"
+    s = scenario(moe(4, 256, leading=0), 8, Plan(ep=4, tp=2, schedule="table", table=table, micro_batch=2), 3, dispatch_s=dispatch_s)
+    ranks, classes = simulate_ranks(s, CALM), simulate_step(s)
+    spent, mine = classes.timeline.exposed().iloc[0], ranks.table().iloc[0]
+    assert mine["host_s"] == pytest.approx(spent["host_s"], rel=1e-9)
+    assert mine["host_s"] > 0.1 * classes.step_time_s
+    theirs = spent[[c for c in spent.index if c.endswith("_exposed_s")]].sum()
+    assert [mine["exposed_s"], mine["wait_s"]] == pytest.approx([theirs, spent["idle_s"]], rel=1e-9, abs=1e-9 * classes.step_time_s)
+    every, few = (r.breakdown().set_index("part")["seconds"] for r in (ranks, classes))
+    assert every["compute"] == pytest.approx(few[few.index.str.startswith("compute: ")].sum(), rel=1e-9)
+    assert few["compute: host"] > spent["host_s"]  # the first forward and the last backward wait for it, too
+
+
+def test_ranks_that_wait_for_stages_count_no_more_of_the_host():
+    """Launches beside the wait for another stage are waiting there; all parts add up to the step."""
+    s = scenario(moe(8, 256), 16, Plan(pp=4, vpp=2, schedule="dualpipe", ep=2), 8, dispatch_s=2e-5)
+    ranks, classes = simulate_ranks(s, CALM), simulate_step(s)
+    spent = classes.timeline.exposed().eval("(host_s * ranks).sum() / ranks.sum()")
+    table = ranks.table()
+    assert 0.5 * spent < table["host_s"].mean() < spent
+    assert (table[["compute_s", "host_s", "exposed_s", "wait_s"]] >= -TOLERANCE * ranks.step_time_s).all(axis=None)
+    assert ranks.breakdown()["seconds"].sum() == pytest.approx(ranks.step_time_s, rel=1e-12)
 
 
 def test_slow_host_is_found():
