@@ -41,7 +41,7 @@ _WHERE_LISTED = ("scale_out",)
 _DISPATCH = (5e-6, 200e-6, 0.7)
 #: centre of what is assumed beside the rows: kernels as fast as in benchmarks, and 72 us for a module of Transformer Engine to launch one.
 #: A bare linear layer, two launches, takes 100 us on Grace (NVIDIA/TransformerEngine issue 2053), and Megatron's modules around it add
-#: to that; rows on H100 and on B200 say 77 and 84, so that this centre is not independent of them
+#: to that; rows on H100 and on B200 say 77 and 85, so that this centre is not independent of them
 _KNOWN = {"dispatch_s": 72e-6}
 #: weight of a row that is not complete
 _NOTHING = 1e-9
