@@ -482,3 +482,10 @@ def test_recompute_of_a_share_of_the_layers_costs_the_host_that_share_of_its_lau
     none, every, half = launches(), launches(recompute="full"), launches(recompute="full", recompute_share=0.5)
     assert half == pytest.approx((none + every) / 2, rel=1e-12)
     assert none < half
+
+
+def test_kernels_of_a_loop_all_start_on_the_device():
+    s = scenario(MODEL, 1, Plan(micro_batch=64), 1)
+    cast = Op("moe.up.cast", "memory", bytes=1e6, launches=1 + 8 * 0.12, kernels=8)
+    more = op_s(cast, s.model, s.plan, s.cluster) - op_s(replace(cast, kernels=0.0), s.model, s.plan, s.cluster)
+    assert more == pytest.approx((8 - cast.launches) * s.cluster.accelerator.launch_s)

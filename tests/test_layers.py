@@ -487,6 +487,7 @@ def test_a_scale_for_the_tensor_as_it_is_costs_a_pass_for_its_maximum():
         before, after = only(known.forward, name), only(current.forward, name)
         assert after.bytes / before.bytes == pytest.approx((4 + 2 * e) / (2 + 2 * e))
         assert after.launches == pytest.approx(1 + (4 * groups - one) * 0.12)
+        assert after.kernels == 4 * groups  # on the device, however they were launched
     assert only(known.forward, "attn.qkv.cast").launches == 1
 
 

@@ -152,7 +152,7 @@ def _mlp(b: BlockBuilder, model: Model, x: Shape, name: str, ffn: int, modules: 
 def _kept(elements: Number, dtype: Dtype) -> tuple[Number, Number]:
     """Return the bytes of a tensor saved in `dtype`, and those that its cast writes: none when it stays what it is."""
     saved = elements * ELEMENT_BYTES[dtype]
-    return saved, (saved if dtype != "bf16" else 0.0)
+    return saved, (saved if dtype in NARROW else 0.0)
 
 
 def _experts(b: BlockBuilder, model: Model, x: Shape, plan: Plan) -> None:
@@ -178,7 +178,7 @@ def _experts(b: BlockBuilder, model: Model, x: Shape, plan: Plan) -> None:
     b.memory("router.topk", 4 * scores, 4 * scores, modules=moe, launches=ROUTER_LAUNCHES[b.kernels.router], plain=True)
     copies = received * h
     # cast before dispatch, as DeepSeek-V3 does: an eighth of the rows, and the copies come as the experts take them
-    cast = precision.dispatch == b.dtype != "bf16"
+    cast = precision.dispatch == b.dtype and b.dtype in NARROW
     sent, arrived = (x.split_tokens * h * rows for rows in rows_sorted(e, plan.fans_out, x.ep))
     element = ELEMENT_BYTES[precision.dispatch if cast else "bf16"]
     sort = tuple(n * (arrived > 0) for n in (PERMUTE_LAUNCHES if plan.fans_out else SORT_LAUNCHES))
