@@ -19,6 +19,18 @@ from simulator.workload.step import gathers
 ROUNDS = (6, 8)
 
 
+def rounds(pp: int) -> tuple[int, int]:
+    """Return the micro-batches of the two steps that stand for any longer one."""
+    short, long = (count * pp for count in ROUNDS)
+    return short, long
+
+
+def continued(early: Number, late: Number, micro_batches: int, pp: int) -> Number:
+    """Return when `micro_batches` end, where those of `rounds` end `early` and `late`: at the pace between these."""
+    short, long = rounds(pp)
+    return late + (late - early) * ((micro_batches - long) / (long - short))
+
+
 def _ahead(plan: Plan | PlanColumns) -> bool:
     """Whether sharded parameters are gathered ahead of the first forward."""
     return plan.zero in (1, 2) and plan.overlap.param_gather
@@ -83,14 +95,14 @@ def estimate_s(plan: Plan | PlanColumns, t: StageTimes, micro_batches: int, orde
     the blocks of an action and the streams beside them are replayed, too.
     """
     pp = single(plan.pp)
-    short, long = (rounds * pp for rounds in ROUNDS)
+    short, long = rounds(pp)
     if plan.schedule in ("gpipe", "table") or micro_batches <= long or (single(plan.vpp) > 1 and micro_batches % pp):
         order = order_of(micro_batches)
         ends, done = _ends(plan, t, order)
     else:
         order = order_of(short)
         both = zip(_ends(plan, t, order), _ends(plan, t, order_of(long)), strict=True)
-        ends, done = (late + (late - early) * ((micro_batches - long) / (long - short)) for early, late in both)
+        ends, done = (continued(early, late, micro_batches, pp) for early, late in both)
     reduced = done.max(axis=-1) if plan.zero >= 2 else _reduced(plan, t, ends, order)
     return reduced + t.norm_s + _after(plan, t, order).max(axis=-1)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from simulator.closed_forms import ROUNDS, estimate
+from simulator.closed_forms import continued, estimate, rounds
 from simulator.errors import ProfileError, SimulatorError
 from simulator.pricing.compute import peak_flop_per_s
 from simulator.results.confidence import SCALES, WORDS, features
@@ -153,19 +153,19 @@ def step_s(scenario: Scenario) -> float:
     Notes
     -----
     A run that was measured did fit; what the memory model says of it is judged elsewhere. Long steps of the
-    classic schedules are simulated for `simulator.closed_forms.ROUNDS` and continued at that pace.
+    classic schedules are simulated for `simulator.closed_forms.rounds` and continued at that pace.
     """
     if scenario.job.routing == "balanced":
         return estimate(scenario)
     scenario = roomy(scenario)
     plan, job = scenario.plan, scenario.job
     micro_batches = job.global_batch // (plan.dp * plan.micro_batch)
-    few, more = (rounds * plan.pp for rounds in ROUNDS)
+    few, more = rounds(plan.pp)
     if plan.schedule not in ("1f1b", "interleaved") or micro_batches <= more or micro_batches % plan.pp:
         return simulate_step(scenario).step_time_s
     shorter = (job.model_copy(update={"global_batch": count * plan.dp * plan.micro_batch}) for count in (few, more))
     early, late = (simulate_step(scenario.model_copy(update={"job": short})).step_time_s for short in shorter)
-    return late + (late - early) * ((micro_batches - more) / (more - few))
+    return continued(early, late, micro_batches, plan.pp)
 
 
 def roomy(scenario: Scenario) -> Scenario:

@@ -239,7 +239,7 @@ class BlockBuilder:
             backward.append((Op(f"{name}.accumulate", "memory", bytes=added, grad="weight", routed=routed),))
         if e < BF16:
             several = CURRENT_LAUNCHES if self.casts == "current" else 1  # of which all but the first come from C++
-            kernels = several * groups if "groups" in more else several
+            kernels = several * groups
             looped = (kernels if "groups" in more else several - 1.0) * EXPERT_LAUNCH
             host = {"routed": routed, "launches": 1 + looped, "kernels": several if self.kernels.experts == "fused" else kernels}
             rows, weight = groups * m, groups * k * n * (1.0 * self.cast_weights)
