@@ -17,10 +17,10 @@ message for every layer, 0.6 to 7 % of its step; their own schedules send aside.
 Target: ZB-1p and ZB-2p over 1F1B and over 1F1B-I within 3 points of the measured ratios. Found, in points over the 12 cases,
 predicted less measured, with nothing fitted to these ratios:
 
-    ZB-1p over 1F1B    +0.5 ... +7.0, mean +3.3    6 of 12 within 3 points
-    ZB-2p over 1F1B    +0.5 ... +3.5, mean +1.7   11 of 12
+    ZB-1p over 1F1B    +0.5 ... +7.0, mean +3.2    6 of 12 within 3 points
+    ZB-2p over 1F1B    +0.5 ... +3.4, mean +1.7   11 of 12
     ZB-1p over 1F1B-I  -3.0 ... +4.2, mean +0.2   10 of 12
-    ZB-2p over 1F1B-I  -3.3 ... +1.2, mean -1.5   10 of 12
+    ZB-2p over 1F1B-I  -3.4 ... +1.1, mean -1.5   10 of 12
 
 So 37 of the 48 ratios are met, none is off by more than 7.0 points. What remains can be named. The runs used attention that is not
 fused (their activations grow with 5 a s^2), which takes time in F and I but none in W: W is 0.50 to 0.74 of F in the paper's
